@@ -1,0 +1,26 @@
+"""jedi_jax: latent diffusion world models for reinforcement learning, in JAX."""
+
+from jedi_jax.agent import Agent, load_agent
+from jedi_jax.config import Config, make_config
+from jedi_jax.errors import UserError
+from jedi_jax.models.variants import Model, build, compose
+from jedi_jax.training.loop import evaluate, train
+from jedi_jax.types import EnvSpec, Segment, Trajectory
+from jedi_jax.version import __version__
+
+__all__ = [
+  "Agent",
+  "Config",
+  "EnvSpec",
+  "Model",
+  "Segment",
+  "Trajectory",
+  "UserError",
+  "__version__",
+  "build",
+  "compose",
+  "evaluate",
+  "load_agent",
+  "make_config",
+  "train",
+]

@@ -1,0 +1,111 @@
+"""Plays whole games with a policy."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jedi_jax.errors import UserError
+from jedi_jax.types import VectorEnv
+
+
+class Policy(Protocol):
+  """Chooses actions for N environments; may keep state from call to call."""
+
+  def __call__(self, observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
+    """One action for each environment.
+
+    Args:
+      observations: [N, H, W, C] uint8.
+      restart: [N] bool; where true, a new game begins with this observation and recurrent state must be cleared. All
+        true at the first call.
+
+    Returns:
+      [N] integers in [0, A).
+    """
+
+
+class EpisodeResult(NamedTuple):
+  """One whole game.
+
+  Attributes:
+    env: index of the environment that played it.
+    return_: undiscounted sum of raw rewards.
+    length: steps taken.
+    truncated: whether the time limit stopped it.
+  """
+
+  env: int
+  return_: float
+  length: int
+  truncated: bool
+
+
+def run_episodes(
+  env: VectorEnv,
+  policy: Policy,
+  *,
+  episodes: int,
+  on_episode: Callable[[EpisodeResult], None] | None = None,
+) -> list[EpisodeResult]:
+  """Plays a fixed number of whole games.
+
+  Every environment plays the same number of them, or one more in the first ones, and its later games do not count: to
+  take the first games to finish would favour short ones.
+
+  Args:
+    env: N environments; they are reset here and left open. A lost life does not end an episode here, whatever `env`
+      makes of it.
+    policy: see `Policy`; `restart` is true in every environment at its first call.
+    episodes: number of games over all environments, at least 1.
+    on_episode: called with each game that counts as soon as it is over.
+
+  Returns:
+    `episodes` results, ordered by environment and, within one, by time.
+
+  Raises:
+    UserError: `episodes` is less than 1.
+  """
+  if episodes < 1:
+    raise UserError(f"episodes is {episodes}; it must be at least 1")
+  n = env.num_envs
+  shared, extra = divmod(episodes, n)
+  quota = [shared + (i < extra) for i in range(n)]
+  results: list[list[EpisodeResult]] = [[] for _ in range(n)]
+  returns = np.zeros(n, np.float64)
+  lengths = np.zeros(n, np.int64)
+
+  observations = env.reset()
+  restart = np.ones(n, bool)
+  while any(len(played) < wanted for played, wanted in zip(results, quota, strict=True)):
+    step = env.step(policy(observations, restart))
+    observations, restart = step.observation, step.game_over
+    returns += step.reward
+    lengths += 1
+    for i in np.flatnonzero(step.game_over).tolist():
+      if len(results[i]) < quota[i]:
+        result = EpisodeResult(i, float(returns[i]), int(lengths[i]), bool(step.truncated[i]))
+        results[i].append(result)
+        if on_episode is not None:
+          on_episode(result)
+      returns[i], lengths[i] = 0.0, 0
+  return [result for played in results for result in played]
+
+
+def random_policy(num_actions: int, seed: int) -> Policy:
+  """A policy that draws every action uniformly from [0, num_actions), independently.
+
+  Args:
+    num_actions: A.
+    seed: the same seed gives the same sequence of actions.
+
+  Returns:
+    The policy; it looks at nothing.
+  """
+  generator = np.random.default_rng(seed)
+
+  def act(observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
+    del restart
+    return generator.integers(num_actions, size=len(observations))
+
+  return act

@@ -1,0 +1,1 @@
+"""Models: parameters, networks and mathematics composed into pure functions. No loop, no devices, no files."""

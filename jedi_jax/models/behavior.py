@@ -1,0 +1,118 @@
+"""The actor-critic: acting, and REINFORCE with a learned baseline on imagined trajectories (Williams 1992)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.nn.actor_critic import ActorCriticNetwork
+from jedi_jax.nn.blocks import zero_lstm_state
+from jedi_jax.ops.returns import lambda_returns
+from jedi_jax.types import Array, Losses, LstmState, Params, Term, Trajectory
+
+
+class Behavior(NamedTuple):
+  """The actor-critic as data and pure functions.
+
+  Attributes:
+    init: key -> parameters. The key is consumed.
+    initial_state: batch size -> LSTM state at the start of an episode.
+    apply: (parameters, latents [B, T, h, w, c], state, keep [B, T] or None) -> (logits [B, T, A], values [B, T],
+      state).
+    losses: (parameters, `Trajectory`) -> `Losses`.
+  """
+
+  init: Callable[[Array], Params]
+  initial_state: Callable[[int], LstmState]
+  apply: Callable[..., tuple[Array, Array, LstmState]]
+  losses: Callable[[Params, Trajectory], Losses]
+
+
+def actor_critic(
+  latent_shape: tuple[int, int, int],
+  *,
+  num_actions: int,
+  channels: Sequence[int],
+  downsample: Sequence[bool],
+  lstm_width: int,
+  gamma: float,
+  lambda_: float,
+  entropy_weight: float,
+  value_weight: float,
+  lowering: str,
+  dtype: Any,
+) -> Behavior:
+  """Builds the actor-critic.
+
+  Args:
+    latent_shape: (h, w, c) of what it reads.
+    num_actions: A.
+    channels: of the convolution stages, none to read the flattened latent.
+    downsample: whether a stage pools.
+    lstm_width: width of the LSTM.
+    gamma: discount.
+    lambda_: mixing of the lambda-returns.
+    entropy_weight: weight of the entropy bonus.
+    value_weight: weight of the value's squared error.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+  network = ActorCriticNetwork(
+    num_actions=num_actions,
+    channels=tuple(channels),
+    downsample=tuple(downsample),
+    lstm_width=lstm_width,
+    lowering=lowering,
+    dtype=dtype,
+  )
+
+  def initial_state(batch: int) -> LstmState:
+    return zero_lstm_state(batch, lstm_width)
+
+  def init(key: Array) -> Params:
+    return network.init(key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))["params"]
+
+  def apply(
+    params: Params, latents: Array, state: LstmState, keep: Array | None = None
+  ) -> tuple[Array, Array, LstmState]:
+    return network.apply({"params": params}, latents, state, keep)
+
+  def losses(params: Params, trajectory: Trajectory) -> Losses:
+    trajectory = jax.lax.stop_gradient(trajectory)
+    logits, values, _ = apply(params, trajectory.latents, trajectory.policy_state)
+    log_probs = jax.nn.log_softmax(logits[:, :-1])
+    log_prob = jnp.take_along_axis(log_probs, trajectory.actions[..., None], axis=-1)[..., 0]
+    entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
+    rewards = jnp.sign(trajectory.rewards)
+    returns = jax.lax.stop_gradient(
+      lambda_returns(
+        rewards,
+        trajectory.ends,
+        jnp.zeros_like(rewards),  # The horizon is the last step, beyond which the returns bootstrap anyway.
+        values[:, 1:],
+        gamma=gamma,
+        lambda_=lambda_,
+      )
+    )
+    values = values[:, :-1]
+    advantage = returns - jax.lax.stop_gradient(values)
+    alive = trajectory.alive
+    terms = {
+      "policy": Term(-log_prob * advantage, alive),
+      "value": Term(value_weight * jnp.square(values - returns), alive),
+      "entropy": Term(-entropy_weight * entropy, alive),
+    }
+    steps = jnp.sum(alive)
+    return Losses(
+      terms,
+      {
+        "policy_entropy": jnp.sum(entropy * alive) / steps,
+        "value_mean": jnp.sum(values * alive) / steps,
+        "lambda_return": jnp.sum(returns * alive) / steps,
+        "imagined_return": jnp.mean(jnp.sum(rewards * alive, axis=1)),
+        "imagined_end_rate": jnp.sum(trajectory.ends * alive) / steps,
+      },
+    )
+
+  return Behavior(init, initial_state, apply, losses)

@@ -1,0 +1,102 @@
+"""Codecs: how frames become latents."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.nn import blocks
+from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.types import Array, Params
+
+
+class Codec(NamedTuple):
+  """A codec as data and pure functions.
+
+  Attributes:
+    latent_shape: (h, w, c) of one latent.
+    init: key -> parameters; an empty dictionary where there is nothing to learn. The key is consumed.
+    encode: (parameters, images [N, H, W, C] float32 in [-1, 1]) -> latents [N, h, w, c] float32.
+    clamp: smooth map that every estimate of a latent goes through, in the loss too.
+    quantise: map that an estimate goes through after `clamp` wherever it is used as a latent; no gradient passes it.
+    limit: largest absolute value of a latent, None where there is no bound.
+  """
+
+  latent_shape: tuple[int, int, int]
+  init: Callable[[Array], Params]
+  encode: Callable[[Params, Array], Array]
+  clamp: Callable[[Array], Array]
+  quantise: Callable[[Array], Array]
+  limit: float | None = None
+
+
+def scale_pixels(observations: Array) -> Array:
+  """Maps uint8 in [0, 255] to float32 in [-1, 1]."""
+  return observations.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode_frames(codec: Codec, params: Params, observations: Array, mask: Array) -> Array:
+  """Encodes sequences of frames; padding becomes the zero latent.
+
+  Args:
+    codec: the codec.
+    params: its parameters.
+    observations: [B, T, H, W, C] uint8.
+    mask: [B, T] bool; false where the frame is padding.
+
+  Returns:
+    [B, T, h, w, c] float32.
+  """
+  chex.assert_rank(observations, 5)
+  chex.assert_type(observations, jnp.uint8)
+  batch, time = observations.shape[:2]
+  chex.assert_shape(mask, (batch, time))
+  images = scale_pixels(observations).reshape(batch * time, *observations.shape[2:])
+  latents = codec.encode(params, images).reshape(batch, time, *codec.latent_shape)
+  return jnp.where(mask[:, :, None, None, None], latents, 0.0)
+
+
+def learned(
+  observation_shape: tuple[int, int, int],
+  *,
+  channels: Sequence[int],
+  downsample: Sequence[bool],
+  clamp: float,
+  clamp_estimate: bool,
+  lowering: str,
+  dtype: Any,
+) -> Codec:
+  """JEDI's encoder: convolution stages and a soft clamp.
+
+  Args:
+    observation_shape: (H, W, C).
+    channels: channels of the stages, the last being the latent's.
+    downsample: whether a stage ends in 2 x 2 max pooling.
+    clamp: scale of the soft clamp, 0 for none.
+    clamp_estimate: whether estimates are clamped as well.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+  network = blocks.ConvStack(tuple(channels), tuple(downsample), lowering=lowering, dtype=dtype)
+
+  def init(key: Array) -> Params:
+    return network.init(key, jnp.zeros((1, *observation_shape)))["params"]
+
+  def encode(params: Params, images: Array) -> Array:
+    return soft_clamp(network.apply({"params": params}, images).astype(jnp.float32), clamp)
+
+  shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
+  return Codec(
+    latent_shape=(shape[1], shape[2], shape[3]),
+    init=init,
+    encode=encode,
+    clamp=(lambda z: soft_clamp(z, clamp)) if clamp_estimate else _identity,
+    quantise=_identity,
+    limit=clamp or None,
+  )
+
+
+def _identity(x: Array) -> Array:
+  return x

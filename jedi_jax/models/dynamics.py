@@ -1,0 +1,214 @@
+"""Dynamics: how the next latent follows from past latents and actions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.models.codecs import Codec
+from jedi_jax.nn.denoiser import InnerNetwork
+from jedi_jax.ops import edm, sampler
+from jedi_jax.types import Array, Losses, Params, Term
+
+
+class DenoisingNoise(NamedTuple):
+  """The random numbers of one denoising loss over n targets.
+
+  Attributes:
+    sigma: [B, n] noise levels.
+    noise: [B, n, h, w, c] standard normal.
+    offset: [B, n, 1, 1, c] standard normal, scaled by the offset noise in the loss.
+    use_estimate: [] bool; whether later targets are conditioned on the estimates of earlier ones.
+  """
+
+  sigma: Array
+  noise: Array
+  offset: Array
+  use_estimate: Array
+
+
+class SampleNoise(NamedTuple):
+  """The random numbers of one sampled frame.
+
+  Attributes:
+    start: [B, h, w, c] standard normal.
+    churn: [B, steps, h, w, c] standard normal, or None where the sampler has no churn.
+  """
+
+  start: Array
+  churn: Array | None
+
+
+class Dynamics(NamedTuple):
+  """Dynamics as data and pure functions.
+
+  Attributes:
+    init: key -> parameters. The key is consumed.
+    training_noise: ([B] keys, key for what a batch shares, update count []) -> noise of one loss.
+    losses: (parameters, inputs [B, L + n - 1, h, w, c], targets [B, n, h, w, c], actions [B, L + n - 1], mask [B, n],
+      noise) -> `Losses`. Target i follows inputs i .. i + L - 1. Gradients flow into the inputs, never the targets.
+    sample_noise: ([B] keys, number of frames T) -> `SampleNoise` with a leading axis T.
+    sample: (parameters, past [B, L, h, w, c], actions [B, L], noise) -> next latent [B, h, w, c].
+  """
+
+  init: Callable[[Array], Params]
+  training_noise: Callable[[Array, Array, Array], Any]
+  losses: Callable[[Params, Array, Array, Array, Array, Any], Losses]
+  sample_noise: Callable[[Array, int], Any]
+  sample: Callable[[Params, Array, Array, Any], Array]
+
+
+def switch(mode: str, key: Array, count: Array) -> Array:
+  """Decides whether later targets of a batch are conditioned on estimates; [] bool.
+
+  Args:
+    mode: 'random' for a fair coin, 'alternate' for every other update, 'always_encoder' or 'always_denoiser'.
+    key: consumed by 'random' only.
+    count: [] int32, updates so far.
+  """
+  if mode == "random":
+    return jax.random.bernoulli(key)
+  if mode == "alternate":
+    return count % 2 == 1
+  if mode in ("always_encoder", "always_denoiser"):
+    return jnp.asarray(mode == "always_denoiser")
+  raise ValueError(f"unknown mode {mode!r}")
+
+
+def diffusion(
+  codec: Codec,
+  *,
+  num_actions: int,
+  channels: Sequence[int],
+  depths: Sequence[int],
+  attention: Sequence[bool],
+  conditioning_width: int,
+  conditioning_frames: int,
+  targets: int,
+  switching: str,
+  sigma_data: float,
+  offset_noise: float,
+  sigma_log_mean: float,
+  sigma_log_std: float,
+  sigma_min: float,
+  sigma_max: float,
+  sampler_sigmas: Sequence[float],
+  sampler_gammas: Sequence[float],
+  sampler_order: int,
+  churn_noise: float,
+  lowering: str,
+  dtype: Any,
+) -> Dynamics:
+  """An EDM denoiser of latents, trained on its own estimates or the codec's latents, sampled in a few steps.
+
+  With D = clamp(c_skip z + c_out F) the loss of a target z' is mean ||(D - z') / c_out||^2: EDM's loss on F where
+  there is no clamp, and still minimal at D = z' where there is one.
+
+  Args:
+    codec: gives the latent's shape and what estimates go through.
+    num_actions: A.
+    channels: of the U-Net's levels.
+    depths: residual blocks a side on each level.
+    attention: self-attention on each level.
+    conditioning_width: width of the condition.
+    conditioning_frames: L.
+    targets: n, successive targets of one loss.
+    switching: see `switch`.
+    sigma_data: standard deviation assumed of the latents.
+    offset_noise: standard deviation of the offset noise.
+    sigma_log_mean: mean of ln sigma in training.
+    sigma_log_std: standard deviation of ln sigma in training.
+    sigma_min: least noise level in training.
+    sigma_max: largest noise level in training.
+    sampler_sigmas: see `sampler.sample`.
+    sampler_gammas: see `sampler.sample`.
+    sampler_order: see `sampler.sample`.
+    churn_noise: standard deviation of churn's noise.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+  network = InnerNetwork(
+    num_actions=num_actions,
+    channels=tuple(channels),
+    depths=tuple(depths),
+    attention=tuple(attention),
+    conditioning_width=conditioning_width,
+    lowering=lowering,
+    dtype=dtype,
+  )
+  latent_shape = codec.latent_shape
+  has_churn = any(gamma > 0 for gamma in sampler_gammas)
+
+  def init(key: Array) -> Params:
+    latent = jnp.zeros((1, *latent_shape))
+    past = jnp.zeros((1, conditioning_frames, *latent_shape))
+    actions = jnp.zeros((1, conditioning_frames), jnp.int32)
+    return network.init(key, latent, jnp.zeros((1,)), past, actions)["params"]
+
+  def estimate(params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
+    """Returns the clamped estimate [B, h, w, c] and c_out [B, 1, 1, 1]."""
+    coefficients = edm.precondition(sigma, sigma_data=sigma_data, offset_noise=offset_noise)
+    c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
+    output = network.apply({"params": params}, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
+    return codec.clamp(c_skip * noisy + c_out * output), c_out
+
+  def training_noise(keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:
+    def draw(key: Array) -> tuple[Array, Array, Array]:
+      sigma_key, noise_key, offset_key = jax.random.split(key, 3)
+      return (
+        jax.random.normal(sigma_key, (targets,)),
+        jax.random.normal(noise_key, (targets, *latent_shape)),
+        jax.random.normal(offset_key, (targets, 1, 1, latent_shape[2])),
+      )
+
+    normal, noise, offset = jax.vmap(draw)(keys)
+    sigma = edm.training_sigma(
+      normal, log_mean=sigma_log_mean, log_std=sigma_log_std, sigma_min=sigma_min, sigma_max=sigma_max
+    )
+    return DenoisingNoise(sigma, noise, offset, switch(switching, shared_key, count))
+
+  def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise) -> Losses:
+    batch = inputs.shape[0]
+    chex.assert_shape(inputs, (batch, conditioning_frames + targets - 1, *latent_shape))
+    chex.assert_shape(clean, (batch, targets, *latent_shape))
+    chex.assert_shape(actions, (batch, conditioning_frames + targets - 1))
+    chex.assert_shape(mask, (batch, targets))
+    clean = jax.lax.stop_gradient(clean)
+    frames = [inputs[:, t] for t in range(inputs.shape[1])]
+    terms = {}
+    for i in range(targets):
+      stop = i + conditioning_frames
+      past = jnp.stack(frames[i:stop], axis=1)
+      noisy = edm.corrupt(
+        clean[:, i], noise.sigma[:, i], noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise
+      )
+      estimated, c_out = estimate(params, noisy, noise.sigma[:, i], past, actions[:, i:stop])
+      error = jnp.mean(jnp.square((estimated - clean[:, i]) / c_out), axis=(1, 2, 3))
+      terms[f"denoising_{i}"] = Term(error / targets, mask[:, i].astype(jnp.float32))
+      if i + 1 < targets:
+        feedback = jax.lax.stop_gradient(codec.quantise(estimated))
+        frames[stop] = jnp.where(noise.use_estimate, feedback, frames[stop])
+    return Losses(terms, {"used_estimates": noise.use_estimate.astype(jnp.float32)})
+
+  def sample_noise(keys: Array, num_frames: int) -> SampleNoise:
+    def draw(key: Array) -> SampleNoise:
+      start_key, churn_key = jax.random.split(key)
+      start = jax.random.normal(start_key, (num_frames, *latent_shape))
+      steps = len(sampler_gammas)
+      churn = jax.random.normal(churn_key, (num_frames, steps, *latent_shape)) if has_churn else None
+      return SampleNoise(start, churn)
+
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.vmap(draw)(keys))
+
+  def sample(params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
+    def denoise(noisy: Array, sigma: Array) -> Array:
+      return codec.quantise(estimate(params, noisy, sigma, past, actions)[0])
+
+    churn = None if noise.churn is None else churn_noise * jnp.moveaxis(noise.churn, 1, 0)
+    return sampler.sample(
+      denoise, noise.start, sampler_sigmas, order=sampler_order, gammas=sampler_gammas, churn_noise=churn
+    )
+
+  return Dynamics(init, training_noise, losses, sample_noise, sample)

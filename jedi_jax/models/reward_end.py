@@ -1,0 +1,105 @@
+"""The reward / end model: classification of the reward's sign and of the end of the episode."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from jedi_jax.nn.blocks import zero_lstm_state
+from jedi_jax.nn.reward_end import RewardEndNetwork
+from jedi_jax.types import Array, Losses, LstmState, Params, Term
+
+
+class RewardEnd(NamedTuple):
+  """The model as data and pure functions.
+
+  Attributes:
+    init: key -> parameters. The key is consumed.
+    initial_state: batch size -> LSTM state.
+    predict: (parameters, frames [B, T, h, w, c], actions [B, T], next frames [B, T, h, w, c], state) ->
+      (reward logits [B, T, 3], end logits [B, T, 2], state).
+    losses: (parameters, frames, actions, next frames, raw rewards [B, T], ends [B, T], weights [B, T]) -> `Losses`.
+  """
+
+  init: Callable[[Array], Params]
+  initial_state: Callable[[int], LstmState]
+  predict: Callable[[Params, Array, Array, Array, LstmState], tuple[Array, Array, LstmState]]
+  losses: Callable[[Params, Array, Array, Array, Array, Array, Array], Losses]
+
+
+def reward_end_model(
+  latent_shape: tuple[int, int, int],
+  *,
+  num_actions: int,
+  channels: Sequence[int],
+  depths: Sequence[int],
+  attention: Sequence[bool],
+  downsample: bool,
+  conditioning_width: int,
+  lstm_width: int,
+  lowering: str,
+  dtype: Any,
+) -> RewardEnd:
+  """Builds the model on latents of the given shape; see `RewardEndNetwork` for the other arguments."""
+  network = RewardEndNetwork(
+    num_actions=num_actions,
+    channels=tuple(channels),
+    depths=tuple(depths),
+    attention=tuple(attention),
+    downsample=downsample,
+    conditioning_width=conditioning_width,
+    lstm_width=lstm_width,
+    lowering=lowering,
+    dtype=dtype,
+  )
+
+  def initial_state(batch: int) -> LstmState:
+    return zero_lstm_state(batch, lstm_width)
+
+  def init(key: Array) -> Params:
+    frames = jnp.zeros((1, 1, *latent_shape))
+    return network.init(key, frames, jnp.zeros((1, 1), jnp.int32), frames, initial_state(1))["params"]
+
+  def predict(
+    params: Params, frames: Array, actions: Array, next_frames: Array, state: LstmState
+  ) -> tuple[Array, Array, LstmState]:
+    return network.apply({"params": params}, frames, actions, next_frames, state)
+
+  def losses(
+    params: Params, frames: Array, actions: Array, next_frames: Array, rewards: Array, ends: Array, weights: Array
+  ) -> Losses:
+    chex.assert_equal_shape([actions, rewards, ends, weights])
+    reward_logits, end_logits, _ = predict(params, frames, actions, next_frames, initial_state(frames.shape[0]))
+    reward_labels = jnp.sign(rewards).astype(jnp.int32) + 1
+    end_labels = ends.astype(jnp.int32)
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    weights = weights.astype(jnp.float32)
+    return Losses(
+      {
+        "reward": Term(cross_entropy(reward_logits, reward_labels), weights),
+        "end": Term(cross_entropy(end_logits, end_labels), weights),
+      },
+      {
+        "reward_confusion": confusion(reward_labels, reward_logits, weights),
+        "end_confusion": confusion(end_labels, end_logits, weights),
+      },
+    )
+
+  return RewardEnd(init, initial_state, predict, losses)
+
+
+def confusion(labels: Array, logits: Array, weights: Array) -> Array:
+  """Counts [K, K] float32 of (label, most likely class), weighted.
+
+  Args:
+    labels: [...] int32 in [0, K).
+    logits: [..., K].
+    weights: [...] float32.
+  """
+  classes = logits.shape[-1]
+  actual = jax.nn.one_hot(labels, classes) * weights[..., None]
+  predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
+  return jnp.einsum("...i,...j->ij", actual, predicted)

@@ -1,0 +1,294 @@
+"""Variants: which codec and dynamics make a world model, and what each loss trains. The only reader of `variant`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jedi_jax import types
+from jedi_jax.config import Config
+from jedi_jax.models import behavior as behavior_lib
+from jedi_jax.models import codecs, imagination
+from jedi_jax.models import dynamics as dynamics_lib
+from jedi_jax.models import reward_end as reward_end_lib
+from jedi_jax.nn.blocks import resolve_convolution
+from jedi_jax.ops import sampler
+from jedi_jax.types import Array, EnvSpec, Losses, LstmState, Params, Segment, Trajectory
+
+
+class Phase(NamedTuple):
+  """One kind of update: what it draws from replay, its loss, and which parameters the loss trains.
+
+  Attributes:
+    name: also the name of its optimiser and of its counter.
+    components: names of the parameters that receive gradients.
+    length: frames of a segment.
+    beyond_end: whether segments may run past the end of their episode.
+    final_frames: whether the true final frame of an episode may be drawn as a segment's last.
+    losses: (all parameters, `Segment`, keys [B], key that the batch shares, update count []) -> `Losses`. Losses are
+      differentiated with respect to `components` alone.
+  """
+
+  name: str
+  components: tuple[str, ...]
+  length: int
+  beyond_end: bool
+  final_frames: bool
+  losses: Callable[[dict[str, Params], Segment, Array, Array, Array], Losses]
+
+
+class Model(NamedTuple):
+  """A world model and its actor-critic, composed.
+
+  Attributes:
+    spec: the environment's number of actions and observation shape.
+    latent_shape: (h, w, c).
+    init: key -> parameters by component. The key is consumed.
+    phases: the updates of one epoch, in order.
+    encode: (parameters, observations [B, T, H, W, C] uint8, mask [B, T] bool) -> latents [B, T, h, w, c].
+    initial_state: batch size -> state of the policy at the start of an episode.
+    policy: (parameters, observations [B, H, W, C] uint8, state) -> (logits [B, A], values [B], state).
+    imagine: (parameters, `Segment` of L frames, keys [B], number of steps) -> `Trajectory`.
+  """
+
+  spec: EnvSpec
+  latent_shape: tuple[int, int, int]
+  init: Callable[[Array], dict[str, Params]]
+  phases: tuple[Phase, ...]
+  encode: Callable[[dict[str, Params], Array, Array], Array]
+  initial_state: Callable[[int], LstmState]
+  policy: Callable[[dict[str, Params], Array, LstmState], tuple[Array, Array, LstmState]]
+  imagine: Callable[[dict[str, Params], Segment, Array, int], Trajectory]
+
+
+def build(config: Config, spec: EnvSpec) -> Model:
+  """Builds the model that a configuration describes, for an environment.
+
+  Raises:
+    UserError: where sizes do not fit (see `config.validate` for most).
+  """
+  dtype = jnp.dtype(config.precision.compute_dtype)
+  lowering = resolve_convolution(config.precision.convolution)
+  codec = codecs.learned(
+    spec.observation_shape,
+    channels=config.encoder.channels,
+    downsample=config.encoder.downsample,
+    clamp=config.encoder.clamp,
+    clamp_estimate=config.denoiser.clamp_estimate,
+    lowering=lowering,
+    dtype=dtype,
+  )
+  return compose(
+    spec,
+    codec,
+    _diffusion(config, spec, codec, lowering, dtype),
+    _reward_end(config, spec, codec, lowering, dtype),
+    _actor_critic(config, spec, codec, lowering, dtype),
+    conditioning_frames=config.denoiser.conditioning_frames,
+    targets=config.denoiser.targets,
+    horizon=config.actor_critic.horizon,
+    denoiser_components=("encoder", "denoiser"),
+    reward_end_components=("encoder", "reward_end"),
+  )
+
+
+def compose(
+  spec: EnvSpec,
+  codec: codecs.Codec,
+  dynamics: dynamics_lib.Dynamics,
+  reward_end: reward_end_lib.RewardEnd,
+  behavior: behavior_lib.Behavior,
+  *,
+  conditioning_frames: int,
+  targets: int,
+  horizon: int,
+  denoiser_components: tuple[str, ...],
+  reward_end_components: tuple[str, ...],
+) -> Model:
+  """Composes a model from its parts.
+
+  Args:
+    spec: the environment.
+    codec: frames to latents.
+    dynamics: latents to latents.
+    reward_end: latents to rewards and ends.
+    behavior: latents to actions and values.
+    conditioning_frames: L.
+    targets: n, targets of one denoising segment.
+    horizon: H, imagined steps of one actor-critic update.
+    denoiser_components: what the dynamics' loss trains; with 'encoder' its gradient reaches the encoder through the
+      conditioning latents.
+    reward_end_components: what the reward / end loss trains.
+  """
+  length = conditioning_frames
+
+  def init(key: Array) -> dict[str, Params]:
+    keys = jax.random.split(key, 4)
+    return {
+      "encoder": codec.init(keys[0]),
+      "denoiser": dynamics.init(keys[1]),
+      "reward_end": reward_end.init(keys[2]),
+      "actor_critic": behavior.init(keys[3]),
+    }
+
+  def encode(params: dict[str, Params], observations: Array, mask: Array) -> Array:
+    return codecs.encode_frames(codec, params["encoder"], observations, mask)
+
+  def denoiser_losses(
+    params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
+  ) -> Losses:
+    # The last frame is a target only: it is encoded apart, so that nothing is kept for a gradient that stops.
+    inputs = encode(params, segment.observations[:, :-1], segment.mask[:, :-1])
+    last = encode(jax.lax.stop_gradient(params), segment.observations[:, -1:], segment.mask[:, -1:])
+    clean = jax.lax.stop_gradient(jnp.concatenate([inputs[:, length:], last], axis=1))
+    noise = dynamics.training_noise(keys, shared_key, count)
+    losses = dynamics.losses(
+      params["denoiser"], inputs, clean, segment.actions[:, :-1], segment.mask[:, length:], noise
+    )
+    return losses._replace(metrics={**losses.metrics, **latent_statistics(inputs, segment.mask[:, :-1], codec.limit)})
+
+  def reward_end_losses(
+    params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
+  ) -> Losses:
+    del keys, shared_key, count
+    latents = encode(params, segment.observations, segment.mask)
+    real = segment.mask[:, :-1] & segment.mask[:, 1:]
+    rewards, ends = segment.rewards[:, :-1], segment.ends[:, :-1]
+    losses = reward_end.losses(
+      params["reward_end"], latents[:, :-1], segment.actions[:, :-1], latents[:, 1:], rewards, ends, real
+    )
+    # What the policy of replay earned over H steps, beside what the present one imagines that it earns.
+    starts = real[:, length - 1].astype(jnp.float32)
+    earned = jnp.sum((jnp.sign(rewards) * real)[:, length - 1 :], axis=1)
+    metrics = {
+      "replay_return": jnp.sum(earned * starts) / jnp.maximum(jnp.sum(starts), 1.0),
+      "replay_end_rate": jnp.sum(ends * real) / jnp.maximum(jnp.sum(real), 1.0),
+    }
+    return losses._replace(metrics={**losses.metrics, **metrics})
+
+  def imagine(params: dict[str, Params], segment: Segment, keys: Array, steps: int) -> Trajectory:
+    noise = imagination.draw_noise(dynamics, keys, horizon=steps, num_actions=spec.num_actions)
+    latents = encode(jax.lax.stop_gradient(params), segment.observations, segment.mask)
+    return imagination.imagine(
+      dynamics, reward_end, behavior, params, latents, segment.actions[:, :-1], segment.mask, noise
+    )
+
+  def actor_critic_losses(
+    params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
+  ) -> Losses:
+    del shared_key, count
+    return behavior.losses(params["actor_critic"], imagine(params, segment, keys, horizon))
+
+  def policy(params: dict[str, Params], observations: Array, state: LstmState) -> tuple[Array, Array, LstmState]:
+    observations = observations[:, None]
+    latents = encode(params, observations, jnp.ones(observations.shape[:2], bool))
+    logits, values, state = behavior.apply(params["actor_critic"], latents, state)
+    return logits[:, 0], values[:, 0], state
+
+  phases = (
+    Phase("denoiser", denoiser_components, length + targets, False, True, denoiser_losses),
+    Phase("reward_end", reward_end_components, length + horizon, True, True, reward_end_losses),
+    Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
+  )
+  return Model(spec, codec.latent_shape, init, phases, encode, behavior.initial_state, policy, imagine)
+
+
+def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types.Metrics:
+  """Describes the latents of real frames, in sums from which `telemetry.latent_summary` makes its figures.
+
+  Args:
+    latents: [B, T, h, w, c].
+    mask: [B, T] bool.
+    limit: largest absolute value that the codec can give, None where there is no bound.
+
+  Returns:
+    'latent_gram': [c + 1, c + 1] float32, sum over real positions of x x^T with x the channels after a leading 1.
+    'latent_clamped': share of numbers beyond 0.9 of the limit; absent without a limit.
+  """
+  latents = jax.lax.stop_gradient(latents)
+  weights = jnp.broadcast_to(mask[:, :, None, None], latents.shape[:-1]).astype(jnp.float32)
+  augmented = jnp.concatenate([jnp.ones_like(latents[..., :1]), latents], axis=-1)
+  gram = jnp.einsum("bthwi,bthwj->ij", augmented * weights[..., None], augmented)
+  if limit is None:
+    return {"latent_gram": gram}
+  clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
+  return {
+    "latent_gram": gram,
+    "latent_clamped": jnp.sum(clamped * weights) / jnp.maximum(jnp.sum(weights), 1.0),
+  }
+
+
+def count_parameters(params: dict[str, Params]) -> dict[str, int]:
+  """Counts the trained numbers of each component; fixed random frequencies are not counted."""
+
+  def size(tree: Any) -> int:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return sum(leaf.size for path, leaf in leaves if "frequencies" not in jax.tree_util.keystr(path))
+
+  return {name: size(tree) for name, tree in params.items()}
+
+
+def _diffusion(config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any) -> dynamics_lib.Dynamics:
+  c, s = config.denoiser, config.sampler
+  sigmas = sampler.karras_sigmas(s.num_steps, sigma_min=s.sigma_min, sigma_max=s.sigma_max, rho=s.rho)
+  return dynamics_lib.diffusion(
+    codec,
+    num_actions=spec.num_actions,
+    channels=c.channels,
+    depths=c.depths,
+    attention=c.attention,
+    conditioning_width=c.conditioning_width,
+    conditioning_frames=c.conditioning_frames,
+    targets=c.targets,
+    switching=c.switching,
+    sigma_data=c.sigma_data,
+    offset_noise=c.offset_noise,
+    sigma_log_mean=c.sigma_log_mean,
+    sigma_log_std=c.sigma_log_std,
+    sigma_min=c.sigma_min,
+    sigma_max=c.sigma_max,
+    sampler_sigmas=sigmas,
+    sampler_gammas=sampler.churn_gammas(sigmas, churn=s.churn, churn_min=s.churn_min, churn_max=s.churn_max),
+    sampler_order=s.order,
+    churn_noise=s.churn_noise,
+    lowering=lowering,
+    dtype=dtype,
+  )
+
+
+def _reward_end(
+  config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any
+) -> reward_end_lib.RewardEnd:
+  c = config.reward_end
+  return reward_end_lib.reward_end_model(
+    codec.latent_shape,
+    num_actions=spec.num_actions,
+    channels=c.channels,
+    depths=c.depths,
+    attention=c.attention,
+    downsample=c.downsample,
+    conditioning_width=c.conditioning_width,
+    lstm_width=c.lstm_width,
+    lowering=lowering,
+    dtype=dtype,
+  )
+
+
+def _actor_critic(
+  config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any
+) -> behavior_lib.Behavior:
+  c = config.actor_critic
+  return behavior_lib.actor_critic(
+    codec.latent_shape,
+    num_actions=spec.num_actions,
+    channels=c.channels,
+    downsample=c.downsample,
+    lstm_width=c.lstm_width,
+    gamma=c.gamma,
+    lambda_=c.lambda_,
+    entropy_weight=c.entropy_weight,
+    value_weight=c.value_weight,
+    lowering=lowering,
+    dtype=dtype,
+  )

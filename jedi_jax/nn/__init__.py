@@ -1,0 +1,1 @@
+"""Flax modules: networks without losses. Images and latents are NHWC."""

@@ -1,0 +1,59 @@
+"""The network of policy and value."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.nn import blocks
+from jedi_jax.types import LstmState
+
+Array = jax.Array
+
+
+class ActorCriticNetwork(nn.Module):
+  """Optional convolution stages, an LSTM over time, linear heads of policy and value (zero at initialisation).
+
+  Attributes:
+    num_actions: A.
+    channels: channels of the convolution stages; none where the input is a latent.
+    downsample: whether a stage pools.
+    lstm_width: width of the LSTM.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+
+  num_actions: int
+  channels: Sequence[int]
+  downsample: Sequence[bool]
+  lstm_width: int
+  lowering: str = "lax"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, frames: Array, state: LstmState, keep: Array | None = None) -> tuple[Array, Array, LstmState]:
+    """Evaluates policy and value on T successive frames.
+
+    Args:
+      frames: [B, T, H, W, C].
+      state: LSTM state before the first frame.
+      keep: optional [B, T]; 0 makes the LSTM forget everything up to and including frame t.
+
+    Returns:
+      Policy logits [B, T, A] and values [B, T], float32; the state afterwards.
+    """
+    chex.assert_rank(frames, 5)
+    batch, time = frames.shape[:2]
+    x = frames
+    if self.channels:
+      x = x.reshape(batch * time, *x.shape[2:])
+      x = blocks.ConvStack(self.channels, self.downsample, lowering=self.lowering, dtype=self.dtype, name="encoder")(x)
+    x = x.reshape(batch, time, -1)
+    hidden, state = blocks.Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep)
+    zeros = nn.initializers.zeros_init()
+    logits = nn.Dense(self.num_actions, kernel_init=zeros, name="actor")(hidden)
+    values = nn.Dense(1, kernel_init=zeros, name="critic")(hidden)[..., 0]
+    return logits.astype(jnp.float32), values.astype(jnp.float32), state

@@ -1,0 +1,74 @@
+"""The inner network F of the denoiser."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.nn import blocks
+
+Array = jax.Array
+
+
+class InnerNetwork(nn.Module):
+  """U-Net on the noisy frame and the past frames, modulated by noise level and past actions.
+
+  Attributes:
+    num_actions: A.
+    channels: channels of the U-Net's levels.
+    depths: residual blocks a side on each level.
+    attention: self-attention on each level.
+    conditioning_width: width of the condition.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+
+  num_actions: int
+  channels: Sequence[int]
+  depths: Sequence[int]
+  attention: Sequence[bool]
+  conditioning_width: int
+  lowering: str = "lax"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, noisy: Array, c_noise: Array, past: Array, actions: Array) -> Array:
+    """Evaluates F.
+
+    Args:
+      noisy: [B, H, W, C] scaled noisy frame.
+      c_noise: [B] embedding of the noise level.
+      past: [B, L, H, W, C] scaled past frames, oldest first.
+      actions: [B, L] int32; actions[:, i] was taken on past[:, i].
+
+    Returns:
+      [B, H, W, C] float32; 0 but for a bias at initialisation.
+    """
+    batch, height, width, channels = noisy.shape
+    length = past.shape[1]
+    chex.assert_shape(past, (batch, length, height, width, channels))
+    chex.assert_shape(actions, (batch, length))
+    noise = blocks.FourierFeatures(self.conditioning_width, name="noise_embedding")(c_noise)
+    embed = nn.Embed(
+      self.num_actions,
+      self.conditioning_width // length,
+      embedding_init=nn.initializers.normal(1.0),
+      name="action_embedding",
+    )
+    condition = noise + embed(actions).reshape(batch, self.conditioning_width)
+    embedded = self.conditioning_width
+    condition = blocks.dense(embedded, embedded, name="condition_0", dtype=self.dtype)(condition)
+    condition = blocks.dense(embedded, embedded, name="condition_1", dtype=self.dtype)(nn.silu(condition))
+    stacked = jnp.moveaxis(past, 1, 3).reshape(batch, height, width, length * channels)
+    x = jnp.concatenate([stacked, noisy], axis=-1)
+    x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
+    x = blocks.UNet(self.channels, self.depths, self.attention, lowering=self.lowering, dtype=self.dtype, name="unet")(
+      x, condition
+    )
+    x = nn.silu(blocks.group_norm(self.channels[0], dtype=self.dtype, name="norm_out")(x))
+    zeros = nn.initializers.zeros_init()
+    x = blocks.Conv3x3(channels, lowering=self.lowering, kernel_init=zeros, dtype=self.dtype, name="conv_out")(x)
+    return x.astype(jnp.float32)

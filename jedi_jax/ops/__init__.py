@@ -1,0 +1,1 @@
+"""Pure mathematics on arrays: no parameters, no state."""

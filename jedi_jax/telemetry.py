@@ -1,0 +1,167 @@
+"""What a run tells: JSON lines, TensorBoard events (the only importer of tensorboardX), and a progress line."""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+Values = dict[str, float]
+
+
+class MetricsWriter:
+  """Writes one record an epoch to metrics.jsonl and to TensorBoard.
+
+  A run that resumes after epoch n forgets the records after n: they will be written again.
+
+  Args:
+    jsonl: path of the JSON lines.
+    tensorboard: directory of the events.
+    last_epoch: the epoch that the run resumes after, 0 for a new run.
+  """
+
+  def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
+    if jsonl.exists():
+      kept = [line for line in jsonl.read_text().splitlines(keepends=True) if _epoch_of(line) <= last_epoch]
+      temporary = jsonl.with_name(f".{jsonl.name}.tmp")
+      temporary.write_text("".join(kept))
+      temporary.replace(jsonl)
+    self._file = jsonl.open("a")
+    self._events = SummaryWriter(str(tensorboard), purge_step=last_epoch + 1)
+
+  def write(self, epoch: int, values: Mapping[str, Any]) -> None:
+    """Writes a record; values that are numbers also go to TensorBoard, with the epoch as their step."""
+    record = {"epoch": epoch} | {
+      name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    self._file.write(json.dumps(record) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      if isinstance(value, int | float):
+        self._events.add_scalar(name, value, epoch)
+    self._events.flush()
+
+  def close(self) -> None:
+    """Closes both."""
+    self._file.close()
+    self._events.close()
+
+
+def _epoch_of(line: str) -> float:
+  try:
+    return float(json.loads(line)["epoch"])
+  except (ValueError, KeyError, TypeError):
+    return math.inf  # A line cut short by a kill.
+
+
+class Progress:
+  """One line that is rewritten on a terminal; elsewhere a plain line every so often.
+
+  Args:
+    stream: where to write.
+    interval: seconds between plain lines of one task.
+  """
+
+  def __init__(self, stream: TextIO | None = None, *, interval: float = 30.0):
+    self._stream = sys.stdout if stream is None else stream
+    self._live = self._stream.isatty()
+    self._interval = interval
+    self._last = -math.inf
+    self._open = False
+
+  def say(self, text: str) -> None:
+    """Writes a line that stays."""
+    self._clear()
+    print(text, file=self._stream, flush=True)
+
+  def show(self, task: str, done: int, total: int, detail: str = "") -> None:
+    """Shows how far a task is; `done` and `total` count the same thing."""
+    share = done / max(total, 1)
+    text = f"{task} {done:,}/{total:,}" + (f" {detail}" if detail else "")
+    if self._live:
+      width = min(os.get_terminal_size(self._stream.fileno()).columns or 80, 200)
+      filled = round(20 * min(share, 1.0))
+      line = f"[{'#' * filled}{'.' * (20 - filled)}] {text}"
+      self._stream.write("\r" + line[: width - 1].ljust(width - 1))
+      self._stream.flush()
+      self._open = True
+    elif time.monotonic() - self._last >= self._interval:
+      self._last = time.monotonic()
+      print(text, file=self._stream, flush=True)
+
+  def _clear(self) -> None:
+    if self._open:
+      self._stream.write("\r" + " " * 100 + "\r")
+      self._open = False
+
+
+def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> Values:
+  """Turns the sums of an epoch's metrics into named figures.
+
+  Args:
+    sums: by phase, each metric summed over updates; scalars or matrices.
+    counts: updates by phase; phases without any are left out.
+
+  Returns:
+    'phase/metric' for scalars (their mean), 'phase/reward_recall_+1' and the like for confusion counts,
+    'denoiser/latent_std' and 'denoiser/latent_rank' for the latents' Gram matrix.
+  """
+  values: Values = {}
+  for phase, metrics in sums.items():
+    count = counts[phase]
+    for name, value in metrics.items() if count else ():
+      array = np.asarray(value, np.float64)
+      if name.endswith("_confusion"):
+        figures = _precision_and_recall(name.removesuffix("_confusion"), array)
+      elif name == "latent_gram":
+        figures = latent_summary(array)
+      else:
+        figures = {name: float(array) / count}
+      values |= {f"{phase}/{figure}": x for figure, x in figures.items()}
+  return values
+
+
+def _precision_and_recall(name: str, counts: np.ndarray) -> Values:
+  """Counts [K, K] of (label, prediction) to precision and recall of each class; absent where nothing was counted."""
+  labels = ("-1", "0", "+1") if len(counts) == 3 else ("no", "yes")
+  figures = {}
+  for i, label in enumerate(labels):
+    figures[f"{name}_count_{label}"] = float(counts[i].sum())
+    if counts[i].sum() > 0:
+      figures[f"{name}_recall_{label}"] = float(counts[i, i] / counts[i].sum())
+    if counts[:, i].sum() > 0:
+      figures[f"{name}_precision_{label}"] = float(counts[i, i] / counts[:, i].sum())
+  return figures
+
+
+def latent_summary(gram: np.ndarray) -> Values:
+  """Standard deviation and effective rank of latents.
+
+  Args:
+    gram: [c + 1, c + 1], the sum of x x^T with x a latent position's channels after a leading 1.
+
+  Returns:
+    'latent_std': root of the mean variance of the channels; 'latent_rank': exponential of the entropy of the
+    normalised eigenvalues of the channels' covariance (Roy and Vetterli 2007), from 1 to c.
+  """
+  if gram[0, 0] <= 0:
+    return {}
+  mean = gram[0, 1:] / gram[0, 0]
+  covariance = gram[1:, 1:] / gram[0, 0] - np.outer(mean, mean)
+  if not np.all(np.isfinite(covariance)):
+    return {"latent_std": math.nan, "latent_rank": math.nan}
+  shares = np.clip(np.linalg.eigvalsh(covariance), 0.0, None)
+  total = shares.sum()
+  if total <= 0:
+    return {"latent_std": 0.0, "latent_rank": 0.0}
+  shares = shares[shares > 0] / total
+  return {
+    "latent_std": float(np.sqrt(total / len(covariance))),
+    "latent_rank": float(np.exp(-np.sum(shares * np.log(shares)))),
+  }

@@ -1,0 +1,1 @@
+"""Training: state, updates, the epoch, devices, the loop."""

@@ -1,0 +1,502 @@
+"""The loop: collect, train, log, evaluate, save; and again until the steps are spent."""
+
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jedi_jax import checkpoint, envs, telemetry, workdir
+from jedi_jax import replay as replay_lib
+from jedi_jax.agent import Agent, make_act
+from jedi_jax.config import Config, Updates
+from jedi_jax.evaluation import EpisodeResult, human_normalized_score, run_episodes
+from jedi_jax.models.variants import Model, build, count_parameters
+from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training.collector import CHUNK_SLOTS, Collected, Collector
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.state import make_init
+from jedi_jax.training.updates import make_optimizers
+from jedi_jax.types import EnvSpec, VectorEnv
+
+_TRAINING, _COLLECTION, _EVALUATION, _FINAL, _SEPARATE = range(5)
+
+
+class Progress(NamedTuple):
+  """Where a run stands; saved with every checkpoint.
+
+  Attributes:
+    epoch: epochs done.
+    total_epochs: epochs in all; known after the first collection.
+    seconds: training time so far, over all sessions, without compilation.
+    best: best mean return of an evaluation during training, -inf before the first.
+  """
+
+  epoch: int
+  total_epochs: int
+  seconds: float
+  best: float
+
+
+def train(
+  config: Config,
+  directory: str | os.PathLike[str],
+  *,
+  overwrite: bool = False,
+  devices: Devices | None = None,
+  say: telemetry.Progress | None = None,
+) -> dict[str, Any]:
+  """Trains a run to its end, or continues it from its latest checkpoint.
+
+  Args:
+    config: the configuration.
+    directory: the run's working directory.
+    overwrite: starts anew in a directory that holds a run.
+    devices: on which to train; all local devices if None.
+    say: where progress is told; standard output if None.
+
+  Returns:
+    What result.json holds.
+
+  Raises:
+    UserError: for what the user can mend; nothing has been overwritten then.
+  """
+  devices = devices or Devices()
+  say = say or telemetry.Progress()
+  devices.check_batch(config.training.batch_size)
+  spec = envs.spec(config.env.name)
+  run = workdir.prepare(directory, config, spec, overwrite=overwrite)
+  if run.result.exists():
+    say.say(f"{run.path} is complete; --overwrite starts it anew")
+    return workdir.read_json(run.result)
+  trainer = Trainer(run, devices, say)
+  try:
+    return trainer.run_to_end()
+  finally:
+    trainer.close()
+
+
+class Trainer:
+  """One run in this process.
+
+  Args:
+    run: its directory and configuration.
+    devices: on which to train.
+    say: where progress is told.
+  """
+
+  def __init__(self, run: workdir.Workdir, devices: Devices, say: telemetry.Progress):
+    self._run, self._devices, self._say = run, devices, say
+    config, spec = run.config, run.spec
+    self._config = config
+    self._model = build(config, spec)
+    self._optimizers = make_optimizers(config)
+    self._epoch: Any = epoch_lib.distribute(
+      epoch_lib.make_epoch(
+        self._model,
+        self._optimizers,
+        batch_size=config.training.batch_size,
+        age_weights=config.replay.age_weights,
+      ),
+      devices,
+    )
+    self._add = devices.map(replay_lib.add, in_axes=(0, None), donate=(0,))
+    self._evaluator = Agent(self._model, {}, config)
+    self._env = envs.make(
+      config.env.name,
+      num_envs=config.env.num_envs,
+      seed=_env_seed(config.seed, _COLLECTION),
+      life_loss_ends=config.env.life_loss_ends,
+      max_episode_steps=config.env.max_episode_steps,
+    )
+    self._collector = _make_collector(config, self._model, self._env)
+    self._latest = checkpoint.Checkpoints(run.checkpoints / "latest", keep=config.checkpoint.keep)
+    self._best = checkpoint.Checkpoints(run.checkpoints / "best", keep=1)
+    self._progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
+
+    init = make_init(self._model, self._optimizers)
+    key = jax.random.key(_seed(config.seed, _TRAINING))
+    number = self._latest.latest()
+    if number is None:
+      self._state = devices.replicate(jax.jit(init)(key))
+      self._replay = devices.replicate(_empty_replay(config, spec))
+    else:
+      self._restore(number, jax.eval_shape(init, key))
+    self._metrics = telemetry.MetricsWriter(run.metrics, run.tensorboard, last_epoch=self._progress.epoch)
+
+  def close(self) -> None:
+    """Finishes what is being written and frees the environments."""
+    self._latest.close()
+    self._best.close()
+    self._metrics.close()
+    self._env.close()
+
+  def run_to_end(self) -> dict[str, Any]:
+    """Runs the epochs that are left, evaluates, and writes result.json."""
+    self._describe()
+    self._compile()
+    config = self._config
+    while self._progress.epoch == 0 or self._progress.epoch < self._progress.total_epochs:
+      values = self._run_epoch()
+      epoch = self._progress.epoch
+      if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
+        values |= self._evaluate_and_keep_best()
+      self._metrics.write(epoch, values)
+      self._say.say(self._epoch_line(values))
+      if epoch % config.checkpoint.interval_epochs == 0 or epoch == self._progress.total_epochs:
+        self._save()
+    return self._finish()
+
+  def _describe(self) -> None:
+    counts = count_parameters(self._state.params)
+    counts = {name: count // self._devices.count for name, count in counts.items()}
+    platform = self._devices.devices[0].platform
+    self._say.say(
+      f"{self._config.env.name}, variant {self._config.variant}, preset {self._config.preset}, "
+      f"seed {self._config.seed}, {self._devices.count} {platform} device(s), in {self._run.path}"
+    )
+    shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    self._say.say(f"parameters: {shares}, in all {sum(counts.values()):,}; latent {self._model.latent_shape}")
+
+  def _compile(self) -> None:
+    self._say.say("compiling the epoch (the result is cached on disk) ...")
+    start = time.monotonic()
+    self._epoch = self._epoch.lower(self._state, self._replay, _counts(Updates(0, 0, 0))).compile()
+    self._say.say(f"compiled in {time.monotonic() - start:.1f} s")
+
+  def _run_epoch(self) -> dict[str, Any]:
+    """Collects and trains; returns the epoch's figures."""
+    config, training = self._config, self._config.training
+    start = time.monotonic()
+    first = self._progress.epoch == 0
+    collected = self._collect_first() if first else self._collect(config.collect.steps_per_epoch)
+    collection_seconds = time.monotonic() - start
+    if first:
+      left = config.collect.total_steps - self._collector.env_steps
+      total = 1 + math.ceil(left / config.collect.steps_per_epoch) + training.final_epochs
+      self._progress = self._progress._replace(total_epochs=total)
+    epoch = self._progress.epoch + 1
+    updates = training.first_updates if first else training.updates
+    figures = self._update(updates, split=epoch % training.time_phases_every == 0)
+    seconds = time.monotonic() - start
+    self._progress = self._progress._replace(epoch=epoch, seconds=self._progress.seconds + seconds)
+    steps = self._collector.env_steps
+    values: dict[str, Any] = {
+      "env_steps": steps,
+      "frames": steps * self._env.frames_per_step,
+      **figures,
+      "time/collect_seconds": collection_seconds,
+      "time/epoch_seconds": seconds,
+      "time/total_seconds": self._progress.seconds,
+    }
+    if collected.steps:
+      values["collect/steps"] = collected.steps
+      values["collect/steps_per_second"] = collected.steps / max(collection_seconds, 1e-9)
+      values["collect/episodes"] = len(collected.returns)
+      for sign, count in zip(("negative", "zero", "positive"), collected.reward_counts, strict=True):
+        values[f"collect/rewards_{sign}"] = count
+    if collected.returns:
+      values["collect/return"] = float(np.mean(collected.returns))
+      values["collect/length"] = float(np.mean(collected.lengths))
+    return values
+
+  def _collect(self, steps: int) -> Collected:
+    """Takes up to `steps` real steps, fewer when the run's total is reached."""
+    steps = min(steps, self._config.collect.total_steps - self._collector.env_steps)
+    if steps <= 0:
+      return Collected(0, [], [], (0, 0, 0))
+    before, total = self._collector.env_steps, self._config.collect.total_steps
+
+    def on_step(done: int) -> None:
+      self._say.show("collecting, environment steps", before + done, total)
+
+    self._replay, collected = self._collector.collect(self._acting_params(), self._replay, self._add, steps, on_step)
+    return collected
+
+  def _collect_first(self) -> Collected:
+    """Collects until enough rewards of the two rarer signs were seen, within the configured bounds."""
+    c = self._config.collect
+    collected = self._collect(c.first_epoch_min_steps)
+    while collected.steps < c.first_epoch_max_steps and _rarer_rewards(collected) < c.first_epoch_rewards:
+      more = self._collect(min(c.steps_per_epoch, c.first_epoch_max_steps - collected.steps))
+      collected = Collected(
+        collected.steps + more.steps,
+        collected.returns + more.returns,
+        collected.lengths + more.lengths,
+        tuple(a + b for a, b in zip(collected.reward_counts, more.reward_counts, strict=True)),  # type: ignore[arg-type]
+      )
+    return collected
+
+  def _update(self, updates: Updates, *, split: bool) -> dict[str, float]:
+    """Runs one epoch's updates; returns mean metrics, seconds and rates."""
+    total = _total(updates)
+    sums: dict[str, Any] = {}
+    seconds = dict.fromkeys(_counts(updates), 0.0)
+    fused_seconds, done = 0.0, 0
+    for call in plan_calls(updates, limit=self._config.training.updates_per_call, split=split):
+      start = time.monotonic()
+      self._state, result = self._epoch(self._state, self._replay, _counts(call))
+      result = jax.device_get(self._devices.first(result))
+      elapsed = time.monotonic() - start
+      phases = [name for name, count in _counts(call).items() if count]
+      if len(phases) == 1:
+        seconds[phases[0]] += elapsed
+      fused_seconds += elapsed
+      sums = jax.tree.map(np.add, sums, result) if sums else result
+      done += _total(call)
+      self._say.show(f"epoch {self._progress.epoch + 1}, updates", done, total, f"({' and '.join(phases)})")
+    counts = {name: int(count) for name, count in _counts(updates).items()}
+    values = telemetry.summarise(jax.tree.map(lambda x: x[0], sums), counts)
+    values |= {f"updates/{name}": count for name, count in self._updates_done().items()}
+    values["time/update_seconds"] = fused_seconds
+    values["time/updates_per_second"] = total / max(fused_seconds, 1e-9)
+    for name, spent in seconds.items():
+      if spent > 0:
+        values[f"time/{name}_seconds"] = spent
+        values[f"time/{name}_updates_per_second"] = counts[name] / spent
+    return values
+
+  def _evaluate(self, *, episodes: int, purpose: int) -> list[EpisodeResult]:
+    c = self._config
+    agent = self._evaluator
+    agent.params = self._devices.to_host(self._state.params)
+    num_envs = min(c.evaluation.num_envs, episodes)
+    seed = _env_seed(c.seed, purpose, self._progress.epoch)
+    return evaluate(
+      agent,
+      c.env.name,
+      episodes=episodes,
+      num_envs=num_envs,
+      seed=seed,
+      max_episode_steps=c.evaluation.max_episode_steps,
+      say=self._say,
+    )
+
+  def _evaluate_and_keep_best(self) -> dict[str, float]:
+    start = time.monotonic()
+    results = self._evaluate(episodes=self._config.evaluation.interval_episodes, purpose=_EVALUATION)
+    mean = float(np.mean([result.return_ for result in results]))
+    if mean > self._progress.best:
+      self._progress = self._progress._replace(best=mean)
+      self._best.save(self._progress.epoch, params=self._evaluator.params)
+    return {
+      "evaluation/return": mean,
+      "evaluation/length": float(np.mean([result.length for result in results])),
+      "time/evaluation_seconds": time.monotonic() - start,
+    }
+
+  def _finish(self) -> dict[str, Any]:
+    """The final evaluation and result.json."""
+    start = time.monotonic()
+    results = self._evaluate(episodes=self._config.evaluation.episodes, purpose=_FINAL)
+    seconds = self._progress.seconds + time.monotonic() - start
+    steps = self._collector.env_steps
+    result = {
+      "env": self._config.env.name,
+      "variant": self._config.variant,
+      "preset": self._config.preset,
+      "seed": self._config.seed,
+      "env_steps": steps,
+      "frames": steps * self._env.frames_per_step,
+      "updates": self._updates_done(),
+      **describe_results(self._config.env.name, results),
+      "seconds": seconds,
+    }
+    self._latest.wait()  # A run with a result has its last checkpoint.
+    self._best.wait()
+    workdir.write_json(self._run.result, result)
+    score = result["human_normalized_score"]
+    self._say.say(
+      f"done: mean return {result['mean_return']:.2f} over {len(results)} games"
+      + (f", human-normalised score {score:.3f}" if score is not None else "")
+      + f", {seconds:.0f} s; {self._run.result}"
+    )
+    return result
+
+  def _epoch_line(self, values: Mapping[str, Any]) -> str:
+    p = self._progress
+    left = (p.total_epochs - p.epoch) * values["time/epoch_seconds"] if p.epoch > 1 else math.nan
+    parts = [f"epoch {p.epoch}/{p.total_epochs}", f"{values['env_steps']:,} steps ({values['frames']:,} frames)"]
+    for label, name in (
+      ("return", "collect/return"),
+      ("evaluated", "evaluation/return"),
+      ("denoiser", "denoiser/loss"),
+      ("reward/end", "reward_end/loss"),
+      ("imagined return", "actor_critic/imagined_return"),
+      ("entropy", "actor_critic/policy_entropy"),
+    ):
+      if name in values:
+        parts.append(f"{label} {values[name]:.3g}")
+    parts.append(f"{values['time/updates_per_second']:.1f} updates/s")
+    if math.isfinite(left):
+      parts.append(f"{left / 60:.0f} min left")
+    return ", ".join(parts)
+
+  def _updates_done(self) -> dict[str, int]:
+    return {name: int(count) for name, count in self._devices.to_host(self._state.updates).items()}
+
+  def _acting_params(self) -> dict[str, Any]:
+    params = self._state.params
+    return self._devices.first({name: params[name] for name in ("encoder", "actor_critic")})
+
+  def _save(self) -> None:
+    state = self._devices.to_host(self._state)
+    self._latest.save(
+      self._progress.epoch,
+      params=state.params,
+      state={
+        "train": state.replace(params={}),
+        "replay": self._devices.to_host(self._replay),
+        "collector": self._collector.save(),
+        "progress": {name: np.asarray(value, np.float64) for name, value in self._progress._asdict().items()},
+      },
+    )
+
+  def _restore(self, number: int, shapes: Any) -> None:
+    """Continues from a checkpoint."""
+    empty = jax.eval_shape(lambda: _empty_replay(self._config, self._run.spec))
+    target = {
+      "train": shapes.replace(params={}),
+      "replay": empty,
+      "collector": self._collector.save(),
+      "progress": {name: np.zeros((), np.float64) for name in Progress._fields},
+    }
+    params, saved = self._latest.restore(number, params=shapes.params, state=target)
+    self._state = self._devices.replicate(saved["train"].replace(params=params))
+    self._replay = self._devices.replicate(saved["replay"])
+    p = saved["progress"]
+    self._progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
+    steps = int(saved["collector"]["calls"]) * self._env.num_envs
+
+    def on_step(done: int) -> None:
+      self._say.show("repeating environment steps", done, steps)
+
+    self._say.say(f"resuming after epoch {self._progress.epoch}: repeating {steps:,} environment steps")
+    self._collector.restore(saved["collector"], on_step)
+
+
+def evaluate(
+  agent: Agent,
+  env_name: str,
+  *,
+  episodes: int,
+  num_envs: int,
+  seed: int,
+  max_episode_steps: int,
+  say: telemetry.Progress | None = None,
+) -> list[EpisodeResult]:
+  """Plays whole games under the paper's protocol: no life-loss ends, epsilon 0, sampled actions.
+
+  Args:
+    agent: the policy.
+    env_name: the environment.
+    episodes: number of games.
+    num_envs: environments, each playing a fixed number of them.
+    seed: of the environments and of the actions.
+    max_episode_steps: time limit in agent steps.
+    say: where progress is told, nowhere if None.
+  """
+  env = envs.make(env_name, num_envs=num_envs, seed=seed, life_loss_ends=False, max_episode_steps=max_episode_steps)
+  finished: list[EpisodeResult] = []
+
+  def on_episode(result: EpisodeResult) -> None:
+    finished.append(result)
+    if say is not None:
+      say.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
+
+  try:
+    return run_episodes(env, agent.player(num_envs, seed), episodes=episodes, on_episode=on_episode)
+  finally:
+    env.close()
+
+
+def describe_results(env_name: str, results: list[EpisodeResult]) -> dict[str, Any]:
+  """Returns the figures that result.json and evaluation.json share."""
+  returns = [result.return_ for result in results]
+  mean = float(np.mean(returns))
+  return {
+    "episode_returns": returns,
+    "episode_lengths": [result.length for result in results],
+    "mean_return": mean,
+    "human_normalized_score": human_normalized_score(env_name, mean),
+  }
+
+
+def plan_calls(updates: Updates, *, limit: int, split: bool) -> Iterator[Updates]:
+  """Yields the device calls of an epoch.
+
+  Args:
+    updates: the epoch's.
+    limit: updates of one call at most.
+    split: whether every phase is a call of its own, however few its updates.
+  """
+  if _total(updates) <= limit and not split:
+    yield updates
+    return
+  for name in ("denoiser", "reward_end", "actor_critic"):
+    left = getattr(updates, name)
+    while left > 0:
+      count = min(left, limit)
+      left -= count
+      yield Updates(**{"denoiser": 0, "reward_end": 0, "actor_critic": 0, name: count})
+
+
+def _counts(updates: Updates) -> dict[str, np.ndarray]:
+  return {
+    "denoiser": np.asarray(updates.denoiser, np.int32),
+    "reward_end": np.asarray(updates.reward_end, np.int32),
+    "actor_critic": np.asarray(updates.actor_critic, np.int32),
+  }
+
+
+def _total(updates: Updates) -> int:
+  return updates.denoiser + updates.reward_end + updates.actor_critic
+
+
+def _rarer_rewards(collected: Collected) -> int:
+  return sum(sorted(collected.reward_counts)[:-1])
+
+
+def _empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
+  slots = -(-(config.replay.capacity + config.replay.final_frames) // config.env.num_envs)
+  return replay_lib.init(
+    num_streams=config.env.num_envs,
+    slots_per_stream=max(slots, CHUNK_SLOTS),
+    observation_shape=spec.observation_shape,
+  )
+
+
+def _make_collector(config: Config, model: Model, env: VectorEnv) -> Collector:
+  act = make_act(model)
+
+  @jax.jit
+  def act_on_share(share: Any, *rest: Any) -> Any:
+    # A device's share has a leading axis of length 1; taking it off here costs no copy outside.
+    return act(jax.tree.map(lambda x: x[0], share), *rest)
+
+  return Collector(
+    env,
+    act_on_share,
+    initial_state=model.initial_state(env.num_envs),
+    seed=_seed(config.seed, _COLLECTION),
+    epsilon=config.collect.epsilon,
+    max_calls=config.collect.total_steps // env.num_envs,
+  )
+
+
+def _seed(seed: int, *purpose: int) -> int:
+  """Derives an independent seed in [0, 2^30)."""
+  return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0] % 2**30)
+
+
+def evaluation_seed(seed: int) -> int:
+  """Derives the seed of a separate evaluation; its games are none of training."""
+  return _env_seed(seed, _SEPARATE)
+
+
+def _env_seed(seed: int, purpose: int, index: int = 0) -> int:
+  """Derives an environment's seed: below 2^29 for collection, above 2^30 for evaluation, so that no game is shared."""
+  return _seed(seed, purpose, index) // 2 + (0 if purpose == _COLLECTION else 2**30)

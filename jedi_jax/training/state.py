@@ -1,0 +1,47 @@
+"""The training state: arrays only, so that it can be donated, vmapped, replicated and saved."""
+
+from collections.abc import Callable, Mapping
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from jedi_jax.models.variants import Model
+from jedi_jax.types import Array, Params
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class TrainState:
+  """Everything that updates change.
+
+  Attributes:
+    params: parameters by component, float32.
+    optimizers: optimiser state by phase.
+    updates: [] int32 number of updates by phase.
+    key: [2] uint32, data of the key that all batches and noise derive from; never changes.
+  """
+
+  params: dict[str, Params]
+  optimizers: dict[str, optax.OptState]
+  updates: dict[str, Array]
+  key: Array
+
+
+def make_init(model: Model, optimizers: Mapping[str, optax.GradientTransformation]) -> Callable[[Array], TrainState]:
+  """Returns a pure function from a key to a fresh state; it can be vmapped, and shaped by `jax.eval_shape`."""
+
+  def init(key: Array) -> TrainState:
+    params_key, run_key = jax.random.split(key)
+    params = model.init(params_key)
+    return TrainState(
+      params=params,
+      optimizers={
+        phase.name: optimizers[phase.name].init({name: params[name] for name in phase.components})
+        for phase in model.phases
+      },
+      updates={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
+      key=jax.random.key_data(run_key),
+    )
+
+  return init

@@ -1,0 +1,133 @@
+"""One update of one component: draw a batch, differentiate the phase's loss, take an optimiser's step."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+from jedi_jax import replay as replay_lib
+from jedi_jax.config import Config, OptimizerConfig
+from jedi_jax.models.variants import Phase
+from jedi_jax.training import parallel
+from jedi_jax.training.state import TrainState
+from jedi_jax.types import Array, Metrics, Term
+
+Update = Callable[[TrainState, replay_lib.ReplayState], tuple[TrainState, Metrics]]
+
+
+def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
+  """Builds the optimiser of every phase."""
+  factors = {"encoder": config.encoder.learning_rate_factor}
+  return {
+    "denoiser": make_optimizer(config.denoiser.optimizer, factors),
+    "reward_end": make_optimizer(config.reward_end.optimizer, factors),
+    "actor_critic": make_optimizer(config.actor_critic.optimizer, factors),
+  }
+
+
+def make_optimizer(config: OptimizerConfig, factors: Mapping[str, float]) -> optax.GradientTransformation:
+  """Builds AdamW with clipping by global norm and warm-up, for parameters by component.
+
+  Args:
+    config: its settings.
+    factors: what the steps of some components are multiplied by.
+  """
+  schedule: Any = config.learning_rate
+  if config.warmup_updates:
+    schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_updates)
+
+  def scale(updates: dict[str, Any], params: Any) -> dict[str, Any]:
+    del params
+    return {name: optax.tree_utils.tree_scale(factors.get(name, 1.0), tree) for name, tree in updates.items()}
+
+  return optax.chain(
+    optax.clip_by_global_norm(config.max_grad_norm),
+    # One flat vector: a few large operations instead of some twenty small ones for each of a hundred arrays.
+    optax.flatten(optax.scale_by_adam(eps=config.epsilon)),
+    optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    optax.scale_by_learning_rate(schedule),
+    optax.stateless(scale),
+  )
+
+
+def decayed(params: Any) -> Any:
+  """Marks the parameters that weight decay acts on: kernels, not biases, gains, embeddings and frequencies."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key).startswith("kernel"), params)
+
+
+def weighted_loss(terms: Mapping[str, Term]) -> tuple[Array, Metrics]:
+  """Sums the terms' weighted means over the global batch.
+
+  Returns:
+    A scalar whose mean over devices is the loss, and each term's share of it.
+  """
+  means = {}
+  for name, term in terms.items():
+    chex.assert_equal_shape([term.values, term.weights])
+    chex.assert_type([term.values, term.weights], jnp.float32)
+    weight = parallel.mean(jnp.sum(term.weights))
+    means[name] = jnp.sum(term.values * term.weights) / jnp.maximum(weight, 1e-8)
+  return jnp.sum(jnp.stack(list(means.values()))), means
+
+
+def make_update(
+  phase: Phase,
+  index: int,
+  optimizer: optax.GradientTransformation,
+  *,
+  batch_size: int,
+  age_weights: tuple[float, ...],
+) -> Update:
+  """Builds the update of a phase; to be called under `parallel.AXIS`.
+
+  Every random number derives from the run's key, the phase and the number of updates so far, and each element of the
+  batch has a key of its own: neither the number of devices nor where a run was interrupted changes what is drawn.
+
+  Args:
+    phase: the phase.
+    index: its number, which separates its random numbers from the other phases'.
+    optimizer: its optimiser.
+    batch_size: segments of the global batch.
+    age_weights: see `replay.sample`.
+  """
+
+  def update(state: TrainState, replay: replay_lib.ReplayState) -> tuple[TrainState, Metrics]:
+    count = state.updates[phase.name]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), index), count)
+    batch_key, shared_key = jax.random.split(key)
+    keys = jax.vmap(jax.random.split)(parallel.local_share(jax.random.split(batch_key, batch_size)))
+    segment = replay_lib.sample(
+      replay,
+      keys[:, 0],
+      length=phase.length,
+      age_weights=age_weights,
+      beyond_end=phase.beyond_end,
+      final_frames=phase.final_frames,
+    )
+
+    def loss(trained: dict[str, Any]) -> tuple[Array, Metrics]:
+      losses = phase.losses({**state.params, **trained}, segment, keys[:, 1], shared_key, count)
+      value, means = weighted_loss(losses.terms)
+      named = {f"loss_{name}": mean for name, mean in means.items()}
+      return value, {"loss": value, **named, **losses.metrics}
+
+    trained = {name: state.params[name] for name in phase.components}
+    gradient, metrics = jax.grad(loss, has_aux=True)(trained)
+    flat, unravel = ravel_pytree(gradient)
+    flat = parallel.mean(flat)  # One all-reduce of one vector.
+    gradient = unravel(flat)
+    steps, optimizer_state = optimizer.update(gradient, state.optimizers[phase.name], trained)
+    metrics = parallel.reduce_metrics(metrics)
+    metrics["grad_norm"] = jnp.linalg.norm(flat)
+    state = state.replace(
+      params={**state.params, **optax.apply_updates(trained, steps)},
+      optimizers={**state.optimizers, phase.name: optimizer_state},
+      updates={**state.updates, phase.name: count + 1},
+    )
+    return state, metrics
+
+  return update

@@ -1,0 +1,149 @@
+"""Array records that travel between the parts, and the protocols that the parts meet.
+
+Shape letters: B batch, T time, N environments, S replay streams, H image height, W image width,
+C image channels; h, w, c the same of a latent; A number of actions.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import numpy as np
+
+Array = jax.Array
+Params = Any
+"""A pytree of parameters; float32 leaves."""
+Metrics = Mapping[str, Array]
+"""Named float32 arrays: scalars are averaged over updates, matrices (confusion counts) are summed."""
+
+
+class EnvSpec(NamedTuple):
+  """What a model must know of an environment.
+
+  Attributes:
+    num_actions: size of the discrete action set.
+    observation_shape: (height, width, channels) of one uint8 observation.
+  """
+
+  num_actions: int
+  observation_shape: tuple[int, int, int]
+
+
+class EnvStep(NamedTuple):
+  """The outcome of one call of `VectorEnv.step`; NumPy arrays over N environments.
+
+  Attributes:
+    next_observation: [N, H, W, C] uint8; what the action led to. At the end of a game it is the true final frame.
+    observation: [N, H, W, C] uint8; what the next action is chosen on. It differs from `next_observation` only
+      where a game is over, and is then the first frame of the next game.
+    reward: [N] float32; the raw reward of the step.
+    end: [N] bool; the training episode ended: the game was lost or won or, when life losses end episodes, a life
+      was lost. No value is bootstrapped across it.
+    truncated: [N] bool; the time limit stopped the game. Values are bootstrapped across it.
+    game_over: [N] bool; a new game has begun. True where the game terminated or was truncated; false at a mere
+      life loss.
+  """
+
+  next_observation: np.ndarray
+  observation: np.ndarray
+  reward: np.ndarray
+  end: np.ndarray
+  truncated: np.ndarray
+  game_over: np.ndarray
+
+
+class VectorEnv(Protocol):
+  """N copies of one environment, stepped together on the host. Games restart by themselves."""
+
+  @property
+  def num_envs(self) -> int:
+    """N."""
+
+  @property
+  def spec(self) -> EnvSpec:
+    """Number of actions and observation shape."""
+
+  @property
+  def frames_per_step(self) -> int:
+    """Frames of the underlying game that one step advances (4 for Atari, 1 for Catch)."""
+
+  def reset(self) -> np.ndarray:
+    """Starts all games; called once. Returns observations [N, H, W, C] uint8."""
+
+  def step(self, actions: np.ndarray) -> EnvStep:
+    """Takes one step in every environment; actions [N] integers in [0, A)."""
+
+  def close(self) -> None:
+    """Frees the emulators."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Segment:
+  """A batch of contiguous frames of replay, padded where a segment leaves its episode.
+
+  Attributes:
+    observations: [B, T, H, W, C] uint8; arbitrary where `mask` is false.
+    actions: [B, T] int32; the action taken on each frame; 0 where padded and on a final frame.
+    rewards: [B, T] float32; raw reward of that action; 0 where padded and on a final frame.
+    ends: [B, T] bool; whether that action ended the episode.
+    mask: [B, T] bool; false where the frame is padding. Transition t -> t + 1 is real where mask[t] & mask[t + 1].
+  """
+
+  observations: Array
+  actions: Array
+  rewards: Array
+  ends: Array
+  mask: Array
+
+
+class Term(NamedTuple):
+  """One named part of a loss, element by element; the learner takes its weighted mean over the global batch.
+
+  Attributes:
+    values: [...] float32, already multiplied by the term's coefficient.
+    weights: [...] float32 of the same shape; 0 removes an element.
+  """
+
+  values: Array
+  weights: Array
+
+
+class Losses(NamedTuple):
+  """What every loss function returns.
+
+  Attributes:
+    terms: named `Term`s; the loss is the sum of their weighted means.
+    metrics: see `Metrics`; no gradient flows through them.
+  """
+
+  terms: Mapping[str, Term]
+  metrics: Metrics
+
+
+class LstmState(NamedTuple):
+  """State of an LSTM: `hidden` and `cell`, both [B, D] float32."""
+
+  hidden: Array
+  cell: Array
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class Trajectory:
+  """An imagined rollout of B trajectories over T steps, time last but for latents.
+
+  Attributes:
+    latents: [B, T + 1, h, w, c] float32; latent t is what action t was chosen on.
+    actions: [B, T] int32.
+    rewards: [B, T] float32 in {-1, 0, 1}.
+    ends: [B, T] bool; the imagined episode ended with this step.
+    alive: [B, T] float32; 1 up to and including the step of the first end, 0 after it.
+    policy_state: `LstmState` of the actor-critic before step 0.
+  """
+
+  latents: Array
+  actions: Array
+  rewards: Array
+  ends: Array
+  alive: Array
+  policy_state: LstmState

@@ -1,0 +1,141 @@
+"""The directory of a run: what lies in it, and whose it is."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+from jedi_jax import config as config_lib
+from jedi_jax.config import Config
+from jedi_jax.errors import UserError
+from jedi_jax.types import EnvSpec
+from jedi_jax.version import __version__
+
+_OURS = ("config.json", "metrics.jsonl", "result.json", "evaluation.json", "checkpoints", "tensorboard")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """Paths of a run, with the configuration and environment that it was started with."""
+
+  path: pathlib.Path
+  config: Config
+  spec: EnvSpec
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """Holds 'latest' (whole training states) and 'best' (parameters)."""
+    return self.path / "checkpoints"
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    """JSON lines, one an epoch."""
+    return self.path / "metrics.jsonl"
+
+  @property
+  def tensorboard(self) -> pathlib.Path:
+    """TensorBoard's event files."""
+    return self.path / "tensorboard"
+
+  @property
+  def result(self) -> pathlib.Path:
+    """JSON, written when the run ends."""
+    return self.path / "result.json"
+
+  @property
+  def evaluation(self) -> pathlib.Path:
+    """JSON, written by the evaluation program."""
+    return self.path / "evaluation.json"
+
+
+def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
+  """Opens the directory of a new or interrupted run.
+
+  Args:
+    directory: made if it does not exist.
+    config: the configuration that is asked for.
+    spec: of its environment.
+    overwrite: removes what an earlier run left here (and nothing else).
+
+  Raises:
+    UserError: if the directory cannot be made, or holds a run of another configuration.
+  """
+  path = pathlib.Path(directory).expanduser().absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the directory {path}: {error.strerror}") from None
+  if not os.access(path, os.W_OK):
+    raise UserError(f"the directory {path} is not writable: take another --workdir")
+  if overwrite:
+    for name in _OURS:
+      target = path / name
+      if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target)
+      else:
+        target.unlink(missing_ok=True)
+  if (path / "config.json").exists():
+    old = read(path)
+    different = config_lib.differences(old.config, config)
+    if different:
+      raise UserError(
+        f"{path} holds a run of another configuration ({'; '.join(different)}): "
+        "take another --workdir, or start anew with --overwrite"
+      )
+    return Workdir(path, config, old.spec)
+  write_json(
+    path / "config.json",
+    {
+      "version": __version__,
+      "spec": {"num_actions": spec.num_actions, "observation_shape": list(spec.observation_shape)},
+      "config": config_lib.to_dict(config),
+    },
+  )
+  return Workdir(path, config, spec)
+
+
+def read(directory: str | os.PathLike[str]) -> Workdir:
+  """Opens the directory of an existing run.
+
+  Raises:
+    UserError: if it holds no run, or its config.json cannot be read.
+  """
+  path = pathlib.Path(directory).expanduser().absolute()
+  file = path / "config.json"
+  try:
+    data = json.loads(file.read_text())
+    shape = data["spec"]["observation_shape"]
+    spec = EnvSpec(int(data["spec"]["num_actions"]), (int(shape[0]), int(shape[1]), int(shape[2])))
+    tree = data["config"]
+  except FileNotFoundError:
+    raise UserError(f"{path} holds no run: config.json is missing") from None
+  except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    raise UserError(f"{file} cannot be read ({error!r}): restore it, or start anew with --overwrite") from None
+  try:
+    return Workdir(path, config_lib.from_dict(tree), spec)
+  except UserError as error:
+    version = data.get("version")
+    raise UserError(
+      f"{file} was written by version {version} and does not fit version {__version__}: {error}"
+    ) from None
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read ({error}): remove it to write it anew") from None
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON atomically: the file is the old one or the new one, never a part."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  temporary.replace(path)
