@@ -11,6 +11,7 @@ import numpy as np
 from jedi_jax import checkpoint, workdir
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
+from jedi_jax.evaluation import Policy
 from jedi_jax.models.variants import Model, build
 from jedi_jax.types import Array, LstmState
 
@@ -95,7 +96,7 @@ class Agent:
     restart = np.zeros(len(observations), bool) if restart is None else restart
     return self._act(self.params, observations, state, restart, key, np.float32(epsilon))
 
-  def player(self, num_envs: int, seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+  def player(self, num_envs: int, seed: int) -> Policy:
     """Returns a policy that keeps its state, as `evaluation.run_episodes` takes it; epsilon is 0."""
     state = self.initial_state(num_envs)
     key = jax.random.key(seed)

@@ -18,10 +18,12 @@ import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jedi_jax import envs
 from jedi_jax.errors import UserError, nearest
+
+T = TypeVar("T")
 
 TAGS = {"C": "certain, from the paper", "R": "reported for the paper", "D": "DIAMOND's", "O": "ours"}
 
@@ -55,11 +57,10 @@ def setting(
   )
 
 
-def record(cls: type) -> Any:
-  """Makes a frozen dataclass whose docstring lists its settings with defaults and tags."""
-  cls = dataclasses.dataclass(frozen=True)(cls)
+def documented(cls: type[T]) -> type[T]:
+  """Appends the settings of a configuration record, with defaults and tags, to its docstring."""
   lines = []
-  for field in dataclasses.fields(cls):
+  for field in dataclasses.fields(cls):  # type: ignore[arg-type]
     if "tag" in field.metadata:
       lines.append(f"  {field.name}: {field.metadata['doc']} Default {field.default!r} [{field.metadata['tag']}].")
     else:
@@ -68,7 +69,8 @@ def record(cls: type) -> Any:
   return cls
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class EnvConfig:
   """The environment that is learned."""
 
@@ -78,7 +80,8 @@ class EnvConfig:
   max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps (108,000 frames).", low=1)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class EncoderConfig:
   """The learned encoder from pixels to latents."""
 
@@ -92,7 +95,8 @@ class EncoderConfig:
   )
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
   """AdamW with clipping by global norm and a linear warm-up from 0."""
 
@@ -103,7 +107,8 @@ class OptimizerConfig:
   warmup_updates: int = setting(100, "D", "Updates of the linear warm-up; the first one has step size 0.", low=0)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
   """The EDM denoiser: inner network, noise levels and training targets."""
 
@@ -132,7 +137,8 @@ class DenoiserConfig:
   optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=1.0)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class SamplerConfig:
   """The sampler of the reverse process (Karras et al. 2022, arXiv:2206.00364)."""
 
@@ -147,7 +153,8 @@ class SamplerConfig:
   churn_noise: float = setting(1.0, "D", "Standard deviation of the noise that churn adds.", low=0)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class RewardEndConfig:
   """The model of reward and end."""
 
@@ -162,7 +169,8 @@ class RewardEndConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class ActorCriticConfig:
   """The policy and value, and how they learn in imagination."""
 
@@ -179,7 +187,8 @@ class ActorCriticConfig:
   optimizer: OptimizerConfig = OptimizerConfig(weight_decay=0.0)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class CollectConfig:
   """Collection from the real environment; a step is one agent step (4 frames of Atari)."""
 
@@ -191,7 +200,8 @@ class CollectConfig:
   epsilon: float = setting(0.01, "D", "Probability of a uniformly random action.", low=0, high=1)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class ReplayConfig:
   """The ring of frames on the device."""
 
@@ -202,7 +212,8 @@ class ReplayConfig:
   )
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class Updates:
   """A number of updates of each component."""
 
@@ -211,7 +222,8 @@ class Updates:
   actor_critic: int = setting(400, "D", "Updates of the actor-critic.", low=0)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class TrainingConfig:
   """The training loop."""
 
@@ -229,7 +241,8 @@ class TrainingConfig:
   )
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
   """Evaluation on whole games: no life-loss ends, epsilon 0, sampled actions."""
 
@@ -240,7 +253,8 @@ class EvaluationConfig:
   max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps.", low=1)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
   """Checkpoints of the whole training state."""
 
@@ -248,7 +262,8 @@ class CheckpointConfig:
   keep: int = setting(2, "O", "Newest checkpoints kept.", low=1)
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class PrecisionConfig:
   """Number formats and kernels."""
 
@@ -266,7 +281,8 @@ class PrecisionConfig:
   )
 
 
-@record
+@documented
+@dataclasses.dataclass(frozen=True)
 class Config:
   """Everything that defines a run but its directory."""
 

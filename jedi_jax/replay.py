@@ -8,9 +8,8 @@ The table lists the surviving episodes of all streams in order of age. Adding co
 the table; sampling looks at single entries of the table and costs the same however much is stored.
 """
 
-from typing import NamedTuple
-
 import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +17,7 @@ import numpy as np
 from jedi_jax.types import Array, Segment
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class ReplayState:
+class ReplayState(flax.struct.PyTreeNode):
   """S streams of C slots each, and a table of up to E episodes.
 
   Attributes:
@@ -49,7 +47,7 @@ class ReplayState:
   num_episodes: Array
 
 
-class Chunk(NamedTuple):
+class Chunk(flax.struct.PyTreeNode):
   """K slots to write to each of S streams, of which the first `count` are real.
 
   Attributes:
@@ -62,13 +60,13 @@ class Chunk(NamedTuple):
     count: [S] int32.
   """
 
-  frames: Array
-  actions: Array
-  rewards: Array
-  ends: Array
-  first: Array
-  final: Array
-  count: Array
+  frames: Array | np.ndarray
+  actions: Array | np.ndarray
+  rewards: Array | np.ndarray
+  ends: Array | np.ndarray
+  first: Array | np.ndarray
+  final: Array | np.ndarray
+  count: Array | np.ndarray
 
 
 def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[int, int, int]) -> ReplayState:
@@ -125,7 +123,7 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
   stream = jnp.broadcast_to(jnp.arange(streams)[:, None], number.shape)
   position = jnp.where(real, number % slots, slots)  # Padding falls outside and is dropped.
 
-  def write(ring: Array, values: Array) -> Array:
+  def write(ring: Array, values: Array | np.ndarray) -> Array:
     return ring.at[stream, position].set(values, mode="drop")
 
   last = jnp.maximum(chunk.count - 1, 0)

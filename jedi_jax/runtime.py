@@ -16,7 +16,7 @@ USAGE_STATUS = 2
 
 def enable_compilation_cache() -> str:
   """Makes JAX keep compiled programs on disk, unless its cache is configured already; returns the directory."""
-  directory = jax.config.jax_compilation_cache_dir
+  directory = jax.config.values["jax_compilation_cache_dir"]
   if not directory:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     directory = str(pathlib.Path(root) / "jedi_jax" / "xla")

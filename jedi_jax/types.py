@@ -7,7 +7,7 @@ C image channels; h, w, c the same of a latent; A number of actions.
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import chex
+import flax.struct
 import jax
 import numpy as np
 
@@ -78,8 +78,7 @@ class VectorEnv(Protocol):
     """Frees the emulators."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class Segment:
+class Segment(flax.struct.PyTreeNode):
   """A batch of contiguous frames of replay, padded where a segment leaves its episode.
 
   Attributes:
@@ -128,8 +127,7 @@ class LstmState(NamedTuple):
   cell: Array
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class Trajectory:
+class Trajectory(flax.struct.PyTreeNode):
   """An imagined rollout of B trajectories over T steps, time last but for latents.
 
   Attributes:

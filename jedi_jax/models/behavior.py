@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
-from jedi_jax.nn.blocks import zero_lstm_state
 from jedi_jax.ops.returns import lambda_returns
 from jedi_jax.types import Array, Losses, LstmState, Params, Term, Trajectory
 
@@ -68,15 +68,15 @@ def actor_critic(
   )
 
   def initial_state(batch: int) -> LstmState:
-    return zero_lstm_state(batch, lstm_width)
+    return blocks.zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
-    return network.init(key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))["params"]
+    return blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
 
   def apply(
     params: Params, latents: Array, state: LstmState, keep: Array | None = None
   ) -> tuple[Array, Array, LstmState]:
-    return network.apply({"params": params}, latents, state, keep)
+    return blocks.apply(network, params, latents, state, keep)
 
   def losses(params: Params, trajectory: Trajectory) -> Losses:
     trajectory = jax.lax.stop_gradient(trajectory)

@@ -82,10 +82,10 @@ def learned(
   network = blocks.ConvStack(tuple(channels), tuple(downsample), lowering=lowering, dtype=dtype)
 
   def init(key: Array) -> Params:
-    return network.init(key, jnp.zeros((1, *observation_shape)))["params"]
+    return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
 
   def encode(params: Params, images: Array) -> Array:
-    return soft_clamp(network.apply({"params": params}, images).astype(jnp.float32), clamp)
+    return soft_clamp(blocks.apply(network, params, images).astype(jnp.float32), clamp)
 
   shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
   return Codec(

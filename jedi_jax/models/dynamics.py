@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jedi_jax.models.codecs import Codec
+from jedi_jax.nn import blocks
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import edm, sampler
 from jedi_jax.types import Array, Losses, Params, Term
@@ -145,13 +146,13 @@ def diffusion(
     latent = jnp.zeros((1, *latent_shape))
     past = jnp.zeros((1, conditioning_frames, *latent_shape))
     actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    return network.init(key, latent, jnp.zeros((1,)), past, actions)["params"]
+    return blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions)
 
   def estimate(params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
     """Returns the clamped estimate [B, h, w, c] and c_out [B, 1, 1, 1]."""
     coefficients = edm.precondition(sigma, sigma_data=sigma_data, offset_noise=offset_noise)
     c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
-    output = network.apply({"params": params}, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
+    output = blocks.apply(network, params, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
     return codec.clamp(c_skip * noisy + c_out * output), c_out
 
   def training_noise(keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedi_jax.nn.blocks import zero_lstm_state
+from jedi_jax.nn import blocks
 from jedi_jax.nn.reward_end import RewardEndNetwork
 from jedi_jax.types import Array, Losses, LstmState, Params, Term
 
@@ -57,16 +57,16 @@ def reward_end_model(
   )
 
   def initial_state(batch: int) -> LstmState:
-    return zero_lstm_state(batch, lstm_width)
+    return blocks.zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
     frames = jnp.zeros((1, 1, *latent_shape))
-    return network.init(key, frames, jnp.zeros((1, 1), jnp.int32), frames, initial_state(1))["params"]
+    return blocks.init_params(network, key, frames, jnp.zeros((1, 1), jnp.int32), frames, initial_state(1))
 
   def predict(
     params: Params, frames: Array, actions: Array, next_frames: Array, state: LstmState
   ) -> tuple[Array, Array, LstmState]:
-    return network.apply({"params": params}, frames, actions, next_frames, state)
+    return blocks.apply(network, params, frames, actions, next_frames, state)
 
   def losses(
     params: Params, frames: Array, actions: Array, next_frames: Array, rewards: Array, ends: Array, weights: Array

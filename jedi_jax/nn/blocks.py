@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jedi_jax.types import LstmState
+from jedi_jax.types import LstmState, Params
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -22,6 +22,17 @@ GROUP_SIZE = 32
 GROUP_NORM_EPSILON = 1e-5
 HEAD_WIDTH = 8
 """Channels of one attention head; narrower inputs have one head."""
+
+
+def apply(network: nn.Module, params: Params, *args: Any) -> Any:
+  """Evaluates a network with the parameters that `init_params` gave."""
+  return network.apply({"params": params}, *args)
+
+
+def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
+  """Initialises a network on example arguments; the key is consumed."""
+  return network.init(key, *args)["params"]
+
 
 # Uniform in +-1 / sqrt(fan_in).
 fan_in_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-import chex
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,8 +11,7 @@ from jedi_jax.models.variants import Model
 from jedi_jax.types import Array, Params
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
   """Everything that updates change.
 
   Attributes:
