@@ -14,6 +14,7 @@ ops, nn and losses take plain arguments.
 
 import ast
 import dataclasses
+import json
 import math
 import types
 import typing
@@ -312,7 +313,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 """What a variant changes in the `paper` settings. `models/variants.py` composes the parts."""
 
 _SMALL_WORLD = {
-  "encoder.channels": (16, 16, 32, 16),
+  "encoder.channels": (8, 16, 32, 16),
   "denoiser.channels": (64,),
   "denoiser.conditioning_width": 128,
   "denoiser.optimizer.learning_rate": 3e-4,
@@ -513,14 +514,22 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def describe(config: Config) -> str:
-  """Lists every setting with its value, the tag of its default, and what it is; values that differ are starred."""
-  values = flatten(to_dict(config))
-  lines = []
+  """Lists every setting as a Markdown table; values that differ from preset `paper` are bold."""
+  values, paper = flatten(to_dict(config)), flatten(to_dict(Config()))
+  lines = [
+    "# Settings",
+    "",
+    "Tags tell whose value the default is: " + "; ".join(f"{tag} {meaning}" for tag, meaning in TAGS.items()) + ".",
+    f"Variant `{config.variant}`, preset `{config.preset}`; what differs from preset `paper` is bold.",
+    "",
+    "| setting | value | tag | what |",
+    "|---|---|---|---|",
+  ]
   for path, field in settings(type(config)):
-    star = "*" if values[path] != flatten(to_dict(Config()))[path] else " "
-    lines.append(f"{star} {path} = {values[path]}  [{field.metadata['tag']}] {field.metadata['doc']}")
-  legend = "; ".join(f"{tag} {meaning}" for tag, meaning in TAGS.items())
-  return "\n".join([*lines, f"[{legend}; * differs from preset paper]"])
+    value = json.dumps(values[path])
+    value = value if values[path] == paper[path] else f"**{value}**"
+    lines.append(f"| `{path}` | {value} | {field.metadata['tag']} | {field.metadata['doc']} |")
+  return "\n".join(lines)
 
 
 def differences(old: Config, new: Config) -> list[str]:

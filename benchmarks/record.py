@@ -1,0 +1,102 @@
+"""What all benchmarks share: repetitions, the record of machine and versions, the JSON under benchmarks/results."""
+
+import datetime
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import jax
+import jaxlib
+import numpy as np
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 1) -> list[float]:
+  """Times a function whose result is waited for; the first `warmup` calls are not counted."""
+  times = []
+  for i in range(warmup + repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(function())
+    if i >= warmup:
+      times.append(time.perf_counter() - start)
+  return times
+
+
+def machine() -> dict[str, Any]:
+  """Describes the machine and the versions that a figure was measured with."""
+  device = jax.devices()[0]
+  return {
+    "device": f"{device.platform} {device.device_kind}",
+    "devices": jax.device_count(),
+    "cpu": _cpu_name(),
+    "cores": os.cpu_count(),
+    "load_before": [round(x, 2) for x in os.getloadavg()],
+    "python": platform.python_version(),
+    "jax": jax.__version__,
+    "jaxlib": jaxlib.__version__,
+    "flax": flax.__version__,
+    "numpy": np.__version__,
+  }
+
+
+def write(name: str, rows: list[dict[str, Any]], *, started: dict[str, Any]) -> pathlib.Path:
+  """Writes rows with command, commit, date and machine to benchmarks/results/<name>.json.
+
+  Args:
+    name: of the file.
+    rows: the measurements.
+    started: `machine()` before they were taken.
+  """
+  path = RESULTS / f"{name}.json"
+  path.parent.mkdir(parents=True, exist_ok=True)
+  record = {
+    "command": " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]]),
+    "commit": _commit(),
+    "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    "machine": started,
+    "rows": rows,
+  }
+  path.write_text(json.dumps(record, indent=1) + "\n")
+  return path
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+  """Formats rows as a Markdown table; lists of seconds appear as their median in milliseconds."""
+
+  def cell(value: Any) -> str:
+    if isinstance(value, list):
+      return f"{1e3 * statistics.median(value):.2f} ms"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+  lines += ["| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows]
+  return "\n".join(lines)
+
+
+def _cpu_name() -> str:
+  try:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+      if line.startswith("model name"):
+        return line.partition(":")[2].strip()
+  except OSError:
+    pass
+  return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+  try:
+    result = subprocess.run(
+      ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
+    )
+  except (OSError, subprocess.CalledProcessError):
+    return "unknown"
+  return result.stdout.strip()
