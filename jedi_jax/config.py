@@ -91,6 +91,9 @@ class EncoderConfig:
   )
   downsample: tuple[bool, ...] = setting((True, True, True, False), "R", "Whether a stage ends in 2 x 2 max pooling.")
   clamp: float = setting(3.0, "R", "Scale s of the soft clamp s tanh(z / s) on latents; 0 for none.", low=0)
+  target_decay: float = setting(
+    0.0, "R", "Decay an update of the moving average of the encoder that gives the targets; 0 for none.", low=0, high=1
+  )
   learning_rate_factor: float = setting(
     0.3, "R", "Encoder's learning rate over that of the part trained with it.", low=0
   )
@@ -309,6 +312,21 @@ class Config:
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
   "jedi": {},
+  "diamond": {
+    "denoiser.channels": (64, 64, 64, 64),
+    "denoiser.depths": (2, 2, 2, 2),
+    "denoiser.attention": (False, False, False, False),
+    "denoiser.switching": "always_denoiser",
+    "denoiser.offset_noise": 0.3,
+    "denoiser.sigma_data": 0.5,
+    "reward_end.downsample": True,
+    "actor_critic.channels": (32, 32, 64, 64),
+    "actor_critic.downsample": (True, True, True, True),
+  },
+  "autoencoder": {},
+  "mse": {},
+  "no_diffusion_gradient": {},
+  "decoder_gradient": {},
 }
 """What a variant changes in the `paper` settings. `models/variants.py` composes the parts."""
 
@@ -418,6 +436,31 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 """What a preset changes in the settings of the variant."""
 
+_SMALL_PIXELS = {
+  "denoiser.channels": (16, 16, 32, 32),
+  "denoiser.depths": (1, 1, 1, 1),
+  "reward_end.channels": (8, 16, 16, 16),
+  "reward_end.depths": (1, 1, 1, 1),
+  "reward_end.attention": (False, False, False, False),
+  "actor_critic.channels": (8, 16, 16, 32),
+}
+
+VARIANT_PRESETS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+  ("diamond", "small"): _SMALL_PIXELS,
+  ("diamond", "cpu"): _SMALL_PIXELS,
+  ("diamond", "debug"): {
+    "denoiser.channels": (8, 8),
+    "denoiser.depths": (1, 1),
+    "denoiser.attention": (False, False),
+    "reward_end.channels": (8, 8),
+    "reward_end.depths": (1, 1),
+    "reward_end.attention": (False, False),
+    "actor_critic.channels": (8, 8, 8),
+    "actor_critic.downsample": (True, True, True),
+  },
+}
+"""What a preset changes besides where its sizes do not suit a variant."""
+
 
 def make_config(
   *,
@@ -444,7 +487,7 @@ def make_config(
       raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
   if not isinstance(overrides, Mapping):
     overrides = dict(_split_override(text) for text in overrides)
-  values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset]}
+  values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
   values |= {"variant": variant, "preset": preset, "seed": seed, "env.name": env}
   return override(Config(), {**values, **overrides})
 

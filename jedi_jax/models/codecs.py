@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
+from jedi_jax.nn.decoder import DecoderNetwork
 from jedi_jax.nn.encoder import soft_clamp
 from jedi_jax.types import Array, Params
 
@@ -95,6 +96,51 @@ def learned(
     clamp=(lambda z: soft_clamp(z, clamp)) if clamp_estimate else _identity,
     quantise=_identity,
     limit=clamp or None,
+  )
+
+
+def identity(observation_shape: tuple[int, int, int]) -> Codec:
+  """DIAMOND's codec: the latent is the image in [-1, 1]; estimates are cut to 256 levels wherever they are used."""
+
+  def quantise(x: Array) -> Array:
+    levels = jnp.floor((jnp.clip(x, -1.0, 1.0) + 1.0) / 2.0 * 255.0)
+    return levels / 255.0 * 2.0 - 1.0
+
+  return Codec(
+    latent_shape=observation_shape,
+    init=lambda key: {},
+    encode=lambda params, images: images,
+    clamp=_identity,
+    quantise=quantise,
+  )
+
+
+class Decoder(NamedTuple):
+  """A decoder as data and pure functions.
+
+  Attributes:
+    init: key -> parameters. The key is consumed.
+    decode: (parameters, latents [N, h, w, c]) -> images [N, H, W, C] float32, about [-1, 1].
+  """
+
+  init: Callable[[Array], Params]
+  decode: Callable[[Params, Array], Array]
+
+
+def decoder(
+  codec: Codec,
+  observation_shape: tuple[int, int, int],
+  *,
+  channels: Sequence[int],
+  downsample: Sequence[bool],
+  lowering: str,
+  dtype: Any,
+) -> Decoder:
+  """A decoder that mirrors the learned encoder; arguments as in `learned`."""
+  network = DecoderNetwork(observation_shape, tuple(channels), tuple(downsample), lowering=lowering, dtype=dtype)
+  return Decoder(
+    init=lambda key: blocks.init_params(network, key, jnp.zeros((1, *codec.latent_shape))),
+    decode=lambda params, latents: blocks.apply(network, params, latents),
   )
 
 

@@ -171,27 +171,17 @@ def diffusion(
     return DenoisingNoise(sigma, noise, offset, switch(switching, shared_key, count))
 
   def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise) -> Losses:
-    batch = inputs.shape[0]
-    chex.assert_shape(inputs, (batch, conditioning_frames + targets - 1, *latent_shape))
-    chex.assert_shape(clean, (batch, targets, *latent_shape))
-    chex.assert_shape(actions, (batch, conditioning_frames + targets - 1))
-    chex.assert_shape(mask, (batch, targets))
     clean = jax.lax.stop_gradient(clean)
-    frames = [inputs[:, t] for t in range(inputs.shape[1])]
-    terms = {}
-    for i in range(targets):
-      stop = i + conditioning_frames
-      past = jnp.stack(frames[i:stop], axis=1)
-      noisy = edm.corrupt(
-        clean[:, i], noise.sigma[:, i], noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise
-      )
-      estimated, c_out = estimate(params, noisy, noise.sigma[:, i], past, actions[:, i:stop])
-      error = jnp.mean(jnp.square((estimated - clean[:, i]) / c_out), axis=(1, 2, 3))
-      terms[f"denoising_{i}"] = Term(error / targets, mask[:, i].astype(jnp.float32))
-      if i + 1 < targets:
-        feedback = jax.lax.stop_gradient(codec.quantise(estimated))
-        frames[stop] = jnp.where(noise.use_estimate, feedback, frames[stop])
-    return Losses(terms, {"used_estimates": noise.use_estimate.astype(jnp.float32)})
+
+    def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
+      sigma = noise.sigma[:, i]
+      noisy = edm.corrupt(clean[:, i], sigma, noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise)
+      estimated, c_out = estimate(params, noisy, sigma, past, past_actions)
+      return jnp.mean(jnp.square((estimated - clean[:, i]) / c_out), axis=(1, 2, 3)), estimated
+
+    return autoregressive_losses(
+      error, codec, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
+    )
 
   def sample_noise(keys: Array, num_frames: int) -> SampleNoise:
     def draw(key: Array) -> SampleNoise:
@@ -213,3 +203,110 @@ def diffusion(
     )
 
   return Dynamics(init, training_noise, losses, sample_noise, sample)
+
+
+def regression(
+  codec: Codec,
+  *,
+  num_actions: int,
+  channels: Sequence[int],
+  depths: Sequence[int],
+  attention: Sequence[bool],
+  conditioning_width: int,
+  conditioning_frames: int,
+  targets: int,
+  switching: str,
+  sigma_data: float,
+  lowering: str,
+  dtype: Any,
+) -> Dynamics:
+  """Direct regression of the next latent, with the denoiser's network and targets but no noise.
+
+  The network predicts the change from the last latent, in units of `sigma_data`; its place for the noisy frame holds
+  the last latent and its noise level is constant. The loss is the mean squared error in those units.
+
+  Args: as in `diffusion`.
+  """
+  network = InnerNetwork(
+    num_actions=num_actions,
+    channels=tuple(channels),
+    depths=tuple(depths),
+    attention=tuple(attention),
+    conditioning_width=conditioning_width,
+    lowering=lowering,
+    dtype=dtype,
+  )
+  latent_shape = codec.latent_shape
+
+  def init(key: Array) -> Params:
+    past = jnp.zeros((1, conditioning_frames, *latent_shape))
+    actions = jnp.zeros((1, conditioning_frames), jnp.int32)
+    return blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
+
+  def estimate(params: Params, past: Array, actions: Array) -> Array:
+    scaled = past / sigma_data
+    change = blocks.apply(network, params, scaled[:, -1], jnp.zeros((past.shape[0],)), scaled, actions)
+    return codec.clamp(past[:, -1] + sigma_data * change)
+
+  def training_noise(keys: Array, shared_key: Array, count: Array) -> Array:
+    del keys
+    return switch(switching, shared_key, count)
+
+  def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, use_estimate: Array) -> Losses:
+    clean = jax.lax.stop_gradient(clean)
+
+    def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
+      estimated = estimate(params, past, past_actions)
+      return jnp.mean(jnp.square((estimated - clean[:, i]) / sigma_data), axis=(1, 2, 3)), estimated
+
+    return autoregressive_losses(
+      error, codec, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
+    )
+
+  def sample_noise(keys: Array, num_frames: int) -> Array:
+    return jnp.zeros((num_frames, keys.shape[0]))  # Nothing is drawn; the shape tells a scan how long it is.
+
+  def sample(params: Params, past: Array, actions: Array, noise: Array) -> Array:
+    del noise
+    return codec.quantise(estimate(params, past, actions))
+
+  return Dynamics(init, training_noise, losses, sample_noise, sample)
+
+
+def autoregressive_losses(
+  error: Callable[[int, Array, Array], tuple[Array, Array]],
+  codec: Codec,
+  inputs: Array,
+  clean: Array,
+  actions: Array,
+  mask: Array,
+  use_estimate: Array,
+  *,
+  conditioning_frames: int,
+) -> Losses:
+  """Trains n successive targets, each conditioned on the L frames before it.
+
+  Args:
+    error: (target i, past [B, L, h, w, c], actions [B, L]) -> (error [B], clamped estimate [B, h, w, c]).
+    codec: how an estimate becomes a latent.
+    inputs: [B, L + n - 1, h, w, c].
+    clean: [B, n, h, w, c] targets; only their shape is looked at here.
+    actions: [B, L + n - 1].
+    mask: [B, n] bool; false where a target is padding.
+    use_estimate: [] bool; whether the estimates of earlier targets stand in for their latents, without gradient.
+    conditioning_frames: L.
+  """
+  batch, targets, *latent_shape = clean.shape
+  chex.assert_shape(inputs, (batch, conditioning_frames + targets - 1, *latent_shape))
+  chex.assert_shape(actions, (batch, conditioning_frames + targets - 1))
+  chex.assert_shape(mask, (batch, targets))
+  frames = [inputs[:, t] for t in range(inputs.shape[1])]
+  terms = {}
+  for i in range(targets):
+    stop = i + conditioning_frames
+    value, estimated = error(i, jnp.stack(frames[i:stop], axis=1), actions[:, i:stop])
+    terms[f"denoising_{i}"] = Term(value / targets, mask[:, i].astype(jnp.float32))
+    if i + 1 < targets:
+      feedback = jax.lax.stop_gradient(codec.quantise(estimated))
+      frames[stop] = jnp.where(use_estimate, feedback, frames[stop])
+  return Losses(terms, {"used_estimates": use_estimate.astype(jnp.float32)})

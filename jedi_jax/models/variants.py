@@ -1,13 +1,15 @@
 """Variants: which codec and dynamics make a world model, and what each loss trains. The only reader of `variant`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jedi_jax import types
 from jedi_jax.config import Config
+from jedi_jax.errors import UserError
 from jedi_jax.models import behavior as behavior_lib
 from jedi_jax.models import codecs, imagination
 from jedi_jax.models import dynamics as dynamics_lib
@@ -28,6 +30,7 @@ class Phase(NamedTuple):
     final_frames: whether the true final frame of an episode may be drawn as a segment's last.
     losses: (all parameters, `Segment`, keys [B], key that the batch shares, update count []) -> `Losses`. Losses are
       differentiated with respect to `components` alone.
+    after: what becomes of all parameters after each update.
   """
 
   name: str
@@ -36,6 +39,7 @@ class Phase(NamedTuple):
   beyond_end: bool
   final_frames: bool
   losses: Callable[[dict[str, Params], Segment, Array, Array, Array], Losses]
+  after: Callable[[dict[str, Params]], dict[str, Params]] = lambda params: params
 
 
 class Model(NamedTuple):
@@ -62,34 +66,62 @@ class Model(NamedTuple):
   imagine: Callable[[dict[str, Params], Segment, Array, int], Trajectory]
 
 
+class Variant(NamedTuple):
+  """What a variant is made of.
+
+  Attributes:
+    codec: builds the codec.
+    dynamics: builds the dynamics on the codec's latents.
+    denoiser_trains: which components the dynamics' loss (and a reconstruction) trains.
+    reward_end_trains: which components the reward / end loss trains.
+    decodes: whether a decoder reconstructs frames; its loss is part of the dynamics' phase.
+    dynamics_trains_encoder: whether the dynamics' own loss reaches the encoder; a reconstruction always does.
+  """
+
+  codec: Callable[["_Context"], codecs.Codec]
+  dynamics: Callable[["_Context", codecs.Codec], dynamics_lib.Dynamics]
+  denoiser_trains: tuple[str, ...] = ("encoder", "denoiser")
+  reward_end_trains: tuple[str, ...] = ("encoder", "reward_end")
+  decodes: bool = False
+  dynamics_trains_encoder: bool = True
+
+
+class _Context(NamedTuple):
+  config: Config
+  spec: EnvSpec
+  lowering: str
+  dtype: Any
+
+
 def build(config: Config, spec: EnvSpec) -> Model:
   """Builds the model that a configuration describes, for an environment.
 
   Raises:
     UserError: where sizes do not fit (see `config.validate` for most).
   """
-  dtype = jnp.dtype(config.precision.compute_dtype)
-  lowering = resolve_convolution(config.precision.convolution)
-  codec = codecs.learned(
-    spec.observation_shape,
-    channels=config.encoder.channels,
-    downsample=config.encoder.downsample,
-    clamp=config.encoder.clamp,
-    clamp_estimate=config.denoiser.clamp_estimate,
-    lowering=lowering,
-    dtype=dtype,
+  context = _Context(
+    config, spec, resolve_convolution(config.precision.convolution), jnp.dtype(config.precision.compute_dtype)
   )
+  variant = VARIANTS[config.variant]
+  codec = variant.codec(context)
+  if min(codec.latent_shape) < 1:
+    raise UserError(
+      f"encoder.downsample pools frames of {spec.observation_shape[:2]} to latents of {codec.latent_shape}: pool less"
+    )
   return compose(
     spec,
     codec,
-    _diffusion(config, spec, codec, lowering, dtype),
-    _reward_end(config, spec, codec, lowering, dtype),
-    _actor_critic(config, spec, codec, lowering, dtype),
+    variant.dynamics(context, codec),
+    _reward_end(context, codec),
+    _actor_critic(context, codec),
     conditioning_frames=config.denoiser.conditioning_frames,
     targets=config.denoiser.targets,
     horizon=config.actor_critic.horizon,
-    denoiser_components=("encoder", "denoiser"),
-    reward_end_components=("encoder", "reward_end"),
+    denoiser_trains=variant.denoiser_trains,
+    reward_end_trains=variant.reward_end_trains,
+    decoder=_decoder(context, codec) if variant.decodes else None,
+    dynamics_trains_encoder=variant.dynamics_trains_encoder,
+    target_decay=config.encoder.target_decay,
   )
 
 
@@ -103,8 +135,11 @@ def compose(
   conditioning_frames: int,
   targets: int,
   horizon: int,
-  denoiser_components: tuple[str, ...],
-  reward_end_components: tuple[str, ...],
+  denoiser_trains: tuple[str, ...] = ("encoder", "denoiser"),
+  reward_end_trains: tuple[str, ...] = ("encoder", "reward_end"),
+  decoder: codecs.Decoder | None = None,
+  dynamics_trains_encoder: bool = True,
+  target_decay: float = 0.0,
 ) -> Model:
   """Composes a model from its parts.
 
@@ -117,20 +152,31 @@ def compose(
     conditioning_frames: L.
     targets: n, targets of one denoising segment.
     horizon: H, imagined steps of one actor-critic update.
-    denoiser_components: what the dynamics' loss trains; with 'encoder' its gradient reaches the encoder through the
-      conditioning latents.
-    reward_end_components: what the reward / end loss trains.
+    denoiser_trains: what the dynamics' loss trains; with 'encoder' its gradient reaches the encoder through the
+      conditioning latents. 'decoder' belongs here too.
+    reward_end_trains: what the reward / end loss trains.
+    decoder: if given, its reconstruction of the conditioning frames is part of the dynamics' loss.
+    dynamics_trains_encoder: whether the dynamics' own loss reaches the encoder; the reconstruction does anyway.
+    target_decay: if positive, targets come from an exponential moving average of the encoder with this decay an
+      update, a component 'target_encoder'.
   """
   length = conditioning_frames
 
   def init(key: Array) -> dict[str, Params]:
     keys = jax.random.split(key, 4)
-    return {
+    params = {
       "encoder": codec.init(keys[0]),
       "denoiser": dynamics.init(keys[1]),
       "reward_end": reward_end.init(keys[2]),
       "actor_critic": behavior.init(keys[3]),
     }
+    if decoder is not None:
+      params["decoder"] = decoder.init(jax.random.fold_in(key, 4))
+    if target_decay:
+      params["target_encoder"] = jax.tree.map(
+        jnp.copy, params["encoder"]
+      )  # A copy: leaves that alias cannot be donated.
+    return params
 
   def encode(params: dict[str, Params], observations: Array, mask: Array) -> Array:
     return codecs.encode_frames(codec, params["encoder"], observations, mask)
@@ -138,15 +184,27 @@ def compose(
   def denoiser_losses(
     params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
   ) -> Losses:
-    # The last frame is a target only: it is encoded apart, so that nothing is kept for a gradient that stops.
     inputs = encode(params, segment.observations[:, :-1], segment.mask[:, :-1])
-    last = encode(jax.lax.stop_gradient(params), segment.observations[:, -1:], segment.mask[:, -1:])
-    clean = jax.lax.stop_gradient(jnp.concatenate([inputs[:, length:], last], axis=1))
-    noise = dynamics.training_noise(keys, shared_key, count)
+    if target_decay:
+      target_params = {"encoder": params["target_encoder"]}
+      clean = encode(target_params, segment.observations[:, length:], segment.mask[:, length:])
+    else:
+      # The last frame is a target only: it is encoded apart, so that nothing is kept for a gradient that stops.
+      last = encode(jax.lax.stop_gradient(params), segment.observations[:, -1:], segment.mask[:, -1:])
+      clean = jnp.concatenate([inputs[:, length:], last], axis=1)
     losses = dynamics.losses(
-      params["denoiser"], inputs, clean, segment.actions[:, :-1], segment.mask[:, length:], noise
+      params["denoiser"],
+      inputs if dynamics_trains_encoder else jax.lax.stop_gradient(inputs),
+      jax.lax.stop_gradient(clean),
+      segment.actions[:, :-1],
+      segment.mask[:, length:],
+      dynamics.training_noise(keys, shared_key, count),
     )
-    return losses._replace(metrics={**losses.metrics, **latent_statistics(inputs, segment.mask[:, :-1], codec.limit)})
+    terms = dict(losses.terms)
+    if decoder is not None:
+      terms["reconstruction"] = reconstruction(decoder, params["decoder"], inputs, segment)
+    statistics = latent_statistics(inputs, segment.mask[:, :-1], codec.limit)
+    return Losses(terms, {**losses.metrics, **statistics})
 
   def reward_end_losses(
     params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
@@ -186,9 +244,15 @@ def compose(
     logits, values, state = behavior.apply(params["actor_critic"], latents, state)
     return logits[:, 0], values[:, 0], state
 
+  def average(params: dict[str, Params]) -> dict[str, Params]:
+    if not target_decay:
+      return params
+    target = optax.incremental_update(params["encoder"], params["target_encoder"], 1.0 - target_decay)
+    return {**params, "target_encoder": target}
+
   phases = (
-    Phase("denoiser", denoiser_components, length + targets, False, True, denoiser_losses),
-    Phase("reward_end", reward_end_components, length + horizon, True, True, reward_end_losses),
+    Phase("denoiser", denoiser_trains, length + targets, False, True, denoiser_losses, average),
+    Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, average),
     Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
   )
   return Model(spec, codec.latent_shape, init, phases, encode, behavior.initial_state, policy, imagine)
@@ -219,6 +283,15 @@ def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types
   }
 
 
+def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segment: Segment) -> types.Term:
+  """Squared error of the decoded latents [B, T, h, w, c] against the first T frames of the segment, a frame each."""
+  batch, time = latents.shape[:2]
+  images = codecs.scale_pixels(segment.observations[:, :time])
+  decoded = decoder.decode(params, latents.reshape(batch * time, *latents.shape[2:])).reshape(images.shape)
+  error = jnp.mean(jnp.square(decoded - images), axis=(2, 3, 4))
+  return types.Term(error, segment.mask[:, :time].astype(jnp.float32))
+
+
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
   """Counts the trained numbers of each component; fixed random frequencies are not counted."""
 
@@ -229,20 +302,58 @@ def count_parameters(params: dict[str, Params]) -> dict[str, int]:
   return {name: size(tree) for name, tree in params.items()}
 
 
-def _diffusion(config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any) -> dynamics_lib.Dynamics:
-  c, s = config.denoiser, config.sampler
+def _learned(context: _Context) -> codecs.Codec:
+  c = context.config.encoder
+  return codecs.learned(
+    context.spec.observation_shape,
+    channels=c.channels,
+    downsample=c.downsample,
+    clamp=c.clamp,
+    clamp_estimate=context.config.denoiser.clamp_estimate,
+    lowering=context.lowering,
+    dtype=context.dtype,
+  )
+
+
+def _identity(context: _Context) -> codecs.Codec:
+  return codecs.identity(context.spec.observation_shape)
+
+
+def _decoder(context: _Context, codec: codecs.Codec) -> codecs.Decoder:
+  c = context.config.encoder
+  return codecs.decoder(
+    codec,
+    context.spec.observation_shape,
+    channels=c.channels,
+    downsample=c.downsample,
+    lowering=context.lowering,
+    dtype=context.dtype,
+  )
+
+
+def _network(context: _Context) -> dict[str, Any]:
+  """What every dynamics is told of its network and targets."""
+  c = context.config.denoiser
+  return {
+    "num_actions": context.spec.num_actions,
+    "channels": c.channels,
+    "depths": c.depths,
+    "attention": c.attention,
+    "conditioning_width": c.conditioning_width,
+    "conditioning_frames": c.conditioning_frames,
+    "targets": c.targets,
+    "switching": c.switching,
+    "sigma_data": c.sigma_data,
+    "lowering": context.lowering,
+    "dtype": context.dtype,
+  }
+
+
+def _diffusion(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
+  c, s = context.config.denoiser, context.config.sampler
   sigmas = sampler.karras_sigmas(s.num_steps, sigma_min=s.sigma_min, sigma_max=s.sigma_max, rho=s.rho)
   return dynamics_lib.diffusion(
     codec,
-    num_actions=spec.num_actions,
-    channels=c.channels,
-    depths=c.depths,
-    attention=c.attention,
-    conditioning_width=c.conditioning_width,
-    conditioning_frames=c.conditioning_frames,
-    targets=c.targets,
-    switching=c.switching,
-    sigma_data=c.sigma_data,
     offset_noise=c.offset_noise,
     sigma_log_mean=c.sigma_log_mean,
     sigma_log_std=c.sigma_log_std,
@@ -252,36 +363,35 @@ def _diffusion(config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str
     sampler_gammas=sampler.churn_gammas(sigmas, churn=s.churn, churn_min=s.churn_min, churn_max=s.churn_max),
     sampler_order=s.order,
     churn_noise=s.churn_noise,
-    lowering=lowering,
-    dtype=dtype,
+    **_network(context),
   )
 
 
-def _reward_end(
-  config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any
-) -> reward_end_lib.RewardEnd:
-  c = config.reward_end
+def _regression(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
+  return dynamics_lib.regression(codec, **_network(context))
+
+
+def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.RewardEnd:
+  c = context.config.reward_end
   return reward_end_lib.reward_end_model(
     codec.latent_shape,
-    num_actions=spec.num_actions,
+    num_actions=context.spec.num_actions,
     channels=c.channels,
     depths=c.depths,
     attention=c.attention,
     downsample=c.downsample,
     conditioning_width=c.conditioning_width,
     lstm_width=c.lstm_width,
-    lowering=lowering,
-    dtype=dtype,
+    lowering=context.lowering,
+    dtype=context.dtype,
   )
 
 
-def _actor_critic(
-  config: Config, spec: EnvSpec, codec: codecs.Codec, lowering: str, dtype: Any
-) -> behavior_lib.Behavior:
-  c = config.actor_critic
+def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavior:
+  c = context.config.actor_critic
   return behavior_lib.actor_critic(
     codec.latent_shape,
-    num_actions=spec.num_actions,
+    num_actions=context.spec.num_actions,
     channels=c.channels,
     downsample=c.downsample,
     lstm_width=c.lstm_width,
@@ -289,6 +399,30 @@ def _actor_critic(
     lambda_=c.lambda_,
     entropy_weight=c.entropy_weight,
     value_weight=c.value_weight,
-    lowering=lowering,
-    dtype=dtype,
+    lowering=context.lowering,
+    dtype=context.dtype,
   )
+
+
+VARIANTS: Mapping[str, Variant] = {
+  # The paper's model.
+  "jedi": Variant(_learned, _diffusion),
+  # The pixel baseline, DIAMOND.
+  "diamond": Variant(_identity, _diffusion, denoiser_trains=("denoiser",), reward_end_trains=("reward_end",)),
+  # A latent space that only reconstruction shapes, as in Horizon Imagination.
+  "autoencoder": Variant(
+    _learned,
+    _diffusion,
+    denoiser_trains=("encoder", "decoder", "denoiser"),
+    reward_end_trains=("reward_end",),
+    decodes=True,
+    dynamics_trains_encoder=False,
+  ),
+  # The next latent by regression instead of diffusion.
+  "mse": Variant(_learned, _regression),
+  # Only rewards and ends shape the latent space.
+  "no_diffusion_gradient": Variant(_learned, _diffusion, denoiser_trains=("denoiser",)),
+  # Reconstruction shapes the latent space as well.
+  "decoder_gradient": Variant(_learned, _diffusion, denoiser_trains=("encoder", "decoder", "denoiser"), decodes=True),
+}
+"""Every variant by name; `config.VARIANTS` holds what each changes in the settings."""

@@ -189,7 +189,10 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Residual self-attention over all positions: [B, H, W, C] -> [B, H, W, C]; the identity at initialisation."""
+  """Self-attention over all positions, added to the normalised input: [B, H, W, C] -> [B, H, W, C].
+
+  The residual path starts behind the group norm, as in DIAMOND's code, so at initialisation this is the norm alone.
+  """
 
   dtype: Any = jnp.float32
 
@@ -197,8 +200,8 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Array) -> Array:
     batch, height, width, channels = x.shape
     heads = max(1, channels // HEAD_WIDTH)
-    h = group_norm(channels, dtype=self.dtype, name="norm")(x)
-    h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(h)
+    x = group_norm(channels, dtype=self.dtype, name="norm")(x)
+    h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(x)
     query, key, value = (
       part.reshape(batch, height * width, heads, channels // heads) for part in jnp.split(h, 3, axis=-1)
     )

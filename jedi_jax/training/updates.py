@@ -124,7 +124,7 @@ def make_update(
     metrics = parallel.reduce_metrics(metrics)
     metrics["grad_norm"] = jnp.linalg.norm(flat)
     state = state.replace(
-      params={**state.params, **optax.apply_updates(trained, steps)},
+      params=phase.after({**state.params, **optax.apply_updates(trained, steps)}),
       optimizers={**state.optimizers, phase.name: optimizer_state},
       updates={**state.updates, phase.name: count + 1},
     )

@@ -1,0 +1,44 @@
+"""The decoder from latents to frames, for the variants that reconstruct."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jedi_jax.nn import blocks
+
+Array = jax.Array
+
+
+class DecoderNetwork(nn.Module):
+  """The encoder's stages backwards, with nearest-neighbour up-sampling where it pools: [N, h, w, c] -> [N, H, W, C].
+
+  Attributes:
+    image_shape: (H, W, C); the last up-sampling is cropped or repeated at the edge to it.
+    channels: channels of the encoder's stages, first to last.
+    downsample: whether a stage of the encoder pools.
+    lowering: see `blocks.conv3x3`.
+    dtype: of the activations.
+  """
+
+  image_shape: tuple[int, int, int]
+  channels: Sequence[int]
+  downsample: Sequence[bool]
+  lowering: str = "lax"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, latents: Array) -> Array:
+    x = blocks.Conv3x3(self.channels[-1], lowering=self.lowering, dtype=self.dtype, name="conv_in")(latents)
+    for stage in reversed(range(len(self.channels))):
+      x = blocks.upsample_nearest(x) if self.downsample[stage] else x
+      features = self.channels[max(0, stage - 1)]
+      x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
+    height, width, channels = self.image_shape
+    # Pooling drops an odd last row or column.
+    x = jnp.pad(x, ((0, 0), (0, max(0, height - x.shape[1])), (0, max(0, width - x.shape[2])), (0, 0)), mode="edge")
+    x = nn.silu(blocks.group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
+    x = blocks.Conv3x3(channels, lowering=self.lowering, dtype=self.dtype, name="conv_out")(x)
+    return x[:, :height, :width].astype(jnp.float32)
