@@ -3,7 +3,7 @@
 from jedi_jax.agent import Agent, load_agent
 from jedi_jax.config import Config, make_config
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import Model, build, compose
+from jedi_jax.models.variants import Model, build, compose, count_parameters
 from jedi_jax.training.loop import evaluate, train
 from jedi_jax.types import EnvSpec, Segment, Trajectory
 from jedi_jax.version import __version__
@@ -19,6 +19,7 @@ __all__ = [
   "__version__",
   "build",
   "compose",
+  "count_parameters",
   "evaluate",
   "load_agent",
   "make_config",

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jedi_jax import checkpoint, envs, workdir
 from jedi_jax import config as config_lib
+from jedi_jax.agent import Agent
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.interop.torch_file import load_arrays
+from jedi_jax.models.variants import build
 from jedi_jax.types import EnvSpec
 
 
@@ -35,6 +38,36 @@ def rules(config: Config, spec: EnvSpec) -> list[Rule]:
     *_reward_end_rules(config, spec),
     *_actor_critic_rules(config, spec),
   ]
+
+
+def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str | os.PathLike[str]) -> Agent:
+  """Makes the directory of a run from DIAMOND's checkpoint file; programs can then evaluate it.
+
+  Args:
+    path: the `.pt` file; nothing in it is executed.
+    env: name of the environment that it was trained on.
+    directory: made if it does not exist.
+
+  Returns:
+    The agent.
+
+  Raises:
+    UserError: if the file is not DIAMOND's, does not fit the environment, or the directory holds another run.
+  """
+  arrays = load(path)
+  config, spec = infer(arrays, env=env)
+  expected = envs.spec(env)
+  if spec != expected:
+    raise UserError(
+      f"{path} is of {spec.num_actions} actions and frames {spec.observation_shape}, but {env} has "
+      f"{expected.num_actions} and {expected.observation_shape}: name the environment that it was trained on"
+    )
+  params = import_params(arrays, config, spec)
+  run = workdir.prepare(directory, config, spec)
+  checkpoints = checkpoint.Checkpoints(run.checkpoints / "latest", keep=1)
+  checkpoints.save(0, params=params)
+  checkpoints.close()
+  return Agent(build(config, spec), params, config)
 
 
 def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpec) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""Which parameters each variant's losses reach, through the very functions that the updates differentiate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax import config as config_lib
+from jedi_jax import envs
+from jedi_jax.models import variants
+from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.types import Segment
+
+TINY = {
+  "encoder.channels": (4, 4),
+  "encoder.downsample": (True, True),
+  "denoiser.conditioning_width": 8,
+  "denoiser.conditioning_frames": 2,
+  "actor_critic.horizon": 2,
+}
+
+# Components that have a gradient from the dynamics' phase, and from the reward / end phase.
+ROUTES = {
+  "jedi": ({"encoder", "denoiser"}, {"encoder", "reward_end"}),
+  "diamond": ({"denoiser"}, {"reward_end"}),
+  "autoencoder": ({"encoder", "decoder", "denoiser"}, {"reward_end"}),
+  "mse": ({"encoder", "denoiser"}, {"encoder", "reward_end"}),
+  "no_diffusion_gradient": ({"denoiser"}, {"encoder", "reward_end"}),
+  "decoder_gradient": ({"encoder", "decoder", "denoiser"}, {"encoder", "reward_end"}),
+}
+
+
+def make(variant: str, **overrides):
+  config = config_lib.make_config(env="catch", variant=variant, preset="debug", overrides={**TINY, **overrides})
+  model = variants.build(config, envs.spec("catch"))
+  params = model.init(jax.random.key(0))
+  # Zero-initialised layers would hide a route.
+  leaves, structure = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noise = [0.1 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+  return model, jax.tree.map(jnp.add, params, jax.tree.unflatten(structure, noise))
+
+
+def segment(length: int) -> Segment:
+  rng = np.random.default_rng(0)
+  return Segment(
+    observations=jnp.asarray(rng.integers(0, 256, (3, length, 24, 24, 3)), jnp.uint8),
+    actions=jnp.asarray(rng.integers(0, 3, (3, length)), jnp.int32),
+    rewards=jnp.asarray(rng.integers(-1, 2, (3, length)), jnp.float32),
+    ends=jnp.asarray(rng.random((3, length)) < 0.2),
+    mask=jnp.ones((3, length), bool),
+  )
+
+
+def summed_loss(phase: variants.Phase, params, only: str | None = None):
+  keys = jax.random.split(jax.random.key(2), 3)
+  terms = phase.losses(params, segment(phase.length), keys, jax.random.key(3), jnp.int32(0)).terms
+  return sum(jnp.sum(t.values * t.weights) for name, t in terms.items() if only is None or name.startswith(only))
+
+
+def gradients(phase: variants.Phase, params, only: str | None = None):
+  """Gradients of a phase's loss (of one kind of its terms) with respect to everything, components or not."""
+  return jax.jit(jax.grad(lambda params: summed_loss(phase, params, only)))(params)
+
+
+def is_reached(tree) -> bool:
+  return any(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("variant", ROUTES)
+def test_routes(variant):
+  assert ROUTES.keys() == config_lib.VARIANTS.keys() == variants.VARIANTS.keys()
+  model, params = make(variant)
+  for phase, expected in zip(model.phases[:2], ROUTES[variant], strict=True):
+    assert set(phase.components) == expected
+    reached = gradients(phase, params)
+    for component in expected:
+      assert is_reached(reached[component]), (phase.name, component)
+    assert not is_reached(reached["actor_critic"])
+  assert model.phases[2].components == ("actor_critic",)
+
+
+def test_autoencoder_keeps_the_denoising_loss_out_of_the_encoder():
+  model, params = make("autoencoder")
+  denoising = gradients(model.phases[0], params, only="denoising")
+  assert is_reached(denoising["denoiser"])
+  assert not is_reached(denoising["encoder"])
+  reconstruction = gradients(model.phases[0], params, only="reconstruction")
+  assert is_reached(reconstruction["encoder"])
+  assert is_reached(reconstruction["decoder"])
+  assert not is_reached(reconstruction["denoiser"])
+
+
+def test_decoder_gradient_sends_both_losses_into_the_encoder():
+  model, params = make("decoder_gradient")
+  for term in ("denoising", "reconstruction"):
+    assert is_reached(gradients(model.phases[0], params, only=term)["encoder"])
+
+
+def test_moving_average_gives_the_targets_and_follows_the_encoder():
+  model, params = make("jedi", **{"encoder.target_decay": 0.75})
+  phase = model.phases[0]
+  reached = gradients(phase, params)
+  assert is_reached(reached["encoder"])
+  assert not is_reached(reached["target_encoder"])
+  moved = {**params, "target_encoder": jax.tree.map(lambda x: 1.5 * x, params["target_encoder"])}
+  assert float(summed_loss(phase, params)) != float(summed_loss(phase, moved))
+  after = phase.after(params)
+  for old, new, online in zip(
+    *(jax.tree.leaves(tree) for tree in (params["target_encoder"], after["target_encoder"], params["encoder"])),
+    strict=True,
+  ):
+    np.testing.assert_allclose(new, 0.75 * old + 0.25 * online, rtol=1e-6, atol=1e-6)
+  assert after["encoder"] is params["encoder"]
+
+
+def test_without_moving_average_there_is_no_copy():
+  model, params = make("jedi")
+  assert "target_encoder" not in params
+  assert model.phases[0].after(params) is params
+
+
+def test_regression_starts_from_the_last_latent():
+  """With a network that gives 0 the estimate is the last latent, so the error is the change of the latent."""
+  model, _ = make("mse")
+  params = model.init(jax.random.key(0))
+  bias = params["denoiser"]["conv_out"]["bias"]
+  params["denoiser"]["conv_out"]["bias"] = jnp.zeros_like(bias)
+  phase = model.phases[0]
+  batch = segment(phase.length)
+  latents = model.encode(params, batch.observations, batch.mask)
+  keys = jax.random.split(jax.random.key(0), 3)
+  terms = phase.losses(params, batch, keys, jax.random.key(0), jnp.int32(0)).terms
+  change = (soft_clamp(latents[:, 1], 3.0) - latents[:, 2]) / 0.5
+  np.testing.assert_allclose(terms["denoising_0"].values, jnp.mean(jnp.square(change), axis=(1, 2, 3)) / 2, rtol=1e-4)
