@@ -1,6 +1,6 @@
 """Variants: which codec and dynamics make a world model, and what each loss trains. The only reader of `variant`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jedi_jax import types
 from jedi_jax.config import Config
+from jedi_jax.errors import UserError
 from jedi_jax.models import behavior as behavior_lib
 from jedi_jax.models import codecs, imagination
 from jedi_jax.models import dynamics as dynamics_lib
@@ -68,6 +69,7 @@ def build(config: Config, spec: EnvSpec) -> Model:
   Raises:
     UserError: where sizes do not fit (see `config.validate` for most).
   """
+  _check_pooling("encoder.downsample", config.encoder.downsample, spec)
   dtype = jnp.dtype(config.precision.compute_dtype)
   lowering = resolve_convolution(config.precision.convolution)
   codec = codecs.learned(
@@ -91,6 +93,11 @@ def build(config: Config, spec: EnvSpec) -> Model:
     denoiser_components=("encoder", "denoiser"),
     reward_end_components=("encoder", "reward_end"),
   )
+
+
+def _check_pooling(name: str, downsample: Sequence[bool], spec: EnvSpec) -> None:
+  if min(spec.observation_shape[:2]) >> sum(downsample) < 1:
+    raise UserError(f"{name} halves frames of {spec.observation_shape[:2]} {sum(downsample)} times: halve less often")
 
 
 def compose(
@@ -162,8 +169,8 @@ def compose(
     starts = real[:, length - 1].astype(jnp.float32)
     earned = jnp.sum((jnp.sign(rewards) * real)[:, length - 1 :], axis=1)
     metrics = {
-      "replay_return": jnp.sum(earned * starts) / jnp.maximum(jnp.sum(starts), 1.0),
-      "replay_end_rate": jnp.sum(ends * real) / jnp.maximum(jnp.sum(real), 1.0),
+      "replay_return": types.Term(earned, starts),
+      "replay_end_rate": types.Term(ends.astype(jnp.float32), real.astype(jnp.float32)),
     }
     return losses._replace(metrics={**losses.metrics, **metrics})
 
@@ -194,7 +201,7 @@ def compose(
   return Model(spec, codec.latent_shape, init, phases, encode, behavior.initial_state, policy, imagine)
 
 
-def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types.Metrics:
+def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[str, Array | types.Term]:
   """Describes the latents of real frames, in sums from which `telemetry.latent_summary` makes its figures.
 
   Args:
@@ -213,10 +220,7 @@ def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types
   if limit is None:
     return {"latent_gram": gram}
   clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
-  return {
-    "latent_gram": gram,
-    "latent_clamped": jnp.sum(clamped * weights) / jnp.maximum(jnp.sum(weights), 1.0),
-  }
+  return {"latent_gram": gram, "latent_clamped": types.Term(clamped, weights)}
 
 
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:

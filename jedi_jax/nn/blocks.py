@@ -169,6 +169,7 @@ def group_norm(channels: int, *, dtype: Any, name: str, affine: bool = True) -> 
     epsilon=GROUP_NORM_EPSILON,
     use_bias=affine,
     use_scale=affine,
+    use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large.
     dtype=dtype,
     name=name,
   )
@@ -189,7 +190,10 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class SelfAttention(nn.Module):
-  """Residual self-attention over all positions: [B, H, W, C] -> [B, H, W, C]; the identity at initialisation."""
+  """Self-attention over all positions, added to the normalised input: [B, H, W, C] -> [B, H, W, C].
+
+  The residual path starts behind the group norm, as in DIAMOND's code, so at initialisation this is the norm alone.
+  """
 
   dtype: Any = jnp.float32
 
@@ -197,8 +201,8 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Array) -> Array:
     batch, height, width, channels = x.shape
     heads = max(1, channels // HEAD_WIDTH)
-    h = group_norm(channels, dtype=self.dtype, name="norm")(x)
-    h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(h)
+    x = group_norm(channels, dtype=self.dtype, name="norm")(x)
+    h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(x)
     query, key, value = (
       part.reshape(batch, height * width, heads, channels // heads) for part in jnp.split(h, 3, axis=-1)
     )
@@ -216,7 +220,7 @@ class FourierFeatures(nn.Module):
   def __call__(self, x: Array) -> Array:
     # Drawn once and never trained; the gradient stops, and no decay reaches it.
     frequencies = lax.stop_gradient(self.param("frequencies", nn.initializers.normal(1.0), (1, self.width // 2)))
-    angles = 2 * jnp.pi * x[:, None] @ frequencies
+    angles = 2 * jnp.pi * x[:, None] * frequencies  # Not a matrix product, which a GPU would round to TF32.
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
