@@ -81,6 +81,8 @@ class Agent:
     Raises:
       UserError: for observations of another shape or dtype.
     """
+    if not hasattr(observations, "dtype"):
+      observations = np.asarray(observations)
     shape = self.model.spec.observation_shape
     if np.ndim(observations) != 4 or np.shape(observations)[1:] != shape:
       raise UserError(

@@ -482,9 +482,7 @@ def make_config(
   Raises:
     UserError: for an unknown name or path (with the nearest ones), a value of the wrong type or an impossible value.
   """
-  for kind, name, known in (("variant", variant, VARIANTS), ("preset", preset, PRESETS)):
-    if name not in known:
-      raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
+  _check_names(variant, preset)
   if not isinstance(overrides, Mapping):
     overrides = dict(_split_override(text) for text in overrides)
   values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
@@ -591,13 +589,16 @@ def validate(config: Config) -> None:
     value: Any = config
     for name in path.split("."):
       value = getattr(value, name)
-    _check_bounds(path, _convert(path, value, field.type), field.metadata)
+    converted = _convert(path, value, field.type)
+    if repr(converted) != repr(value):  # A text, a list for a tuple or an integer for a float.
+      raise UserError(f"{path}={value!r} is not of its declared type: write {converted!r}")
+    _check_bounds(path, value, field.metadata)
   envs.validate(config.env.name)
-  if config.variant not in VARIANTS:
-    raise UserError(f"unknown variant {config.variant!r}{nearest(config.variant, VARIANTS)}")
+  _check_names(config.variant, config.preset)
+
+  flat = flatten(to_dict(config))
 
   def same_length(first: str, second: str) -> None:
-    flat = flatten(to_dict(config))
     a, b = flat[first], flat[second]
     if len(a) != len(b):
       raise UserError(f"{first} has {len(a)} entries and {second} has {len(b)}: give both the same length")
@@ -641,14 +642,14 @@ def validate(config: Config) -> None:
     )
   if config.denoiser.conditioning_width % 2:
     raise UserError(f"denoiser.conditioning_width={config.denoiser.conditioning_width} is odd: make it even")
-  for path, least, largest in (
-    ("denoiser.sigma", config.denoiser.sigma_min, config.denoiser.sigma_max),
-    ("sampler.sigma", config.sampler.sigma_min, config.sampler.sigma_max),
-    ("sampler.churn", config.sampler.churn_min, config.sampler.churn_max),
-    ("collect.first_epoch_steps", config.collect.first_epoch_min_steps, config.collect.first_epoch_max_steps),
+  for low, high in (
+    ("denoiser.sigma_min", "denoiser.sigma_max"),
+    ("sampler.sigma_min", "sampler.sigma_max"),
+    ("sampler.churn_min", "sampler.churn_max"),
+    ("collect.first_epoch_min_steps", "collect.first_epoch_max_steps"),
   ):
-    if least > largest:
-      raise UserError(f"{path}: the minimum {least} exceeds the maximum {largest}")
+    if float(flat[low]) > float(flat[high]):
+      raise UserError(f"{low}={flat[low]} exceeds {high}={flat[high]}: lower the one or raise the other")
   total = sum(config.replay.age_weights)
   if abs(total - 1) > 1e-6:
     raise UserError(f"replay.age_weights sum to {total}: make them sum to 1")
@@ -665,6 +666,12 @@ def validate(config: Config) -> None:
   room = (config.replay.capacity + config.replay.final_frames) // config.env.num_envs
   if room < frames:
     raise UserError(f"replay.capacity leaves {room} frames a stream, less than one segment of {frames}: raise it")
+
+
+def _check_names(variant: str, preset: str) -> None:
+  for kind, name, known in (("variant", variant, VARIANTS), ("preset", preset, PRESETS)):
+    if name not in known:
+      raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
 
 
 def _split_override(text: str) -> tuple[str, str]:
@@ -710,7 +717,10 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
       raise wrong() from None
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    try:
+      value = float(value)
+    except OverflowError:
+      raise wrong() from None
   if type(value) is not kind:
     raise wrong()
   return value

@@ -109,18 +109,21 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
     raise ValueError(f"a chunk of {length} slots does not fit a ring of {slots}")
   state = _forget(state, state.written + chunk.count - slots)
 
-  # Entries of the table that the slots belong to. Episodes that begin are numbered in order of time, then stream.
+  # Entries of the table that the slots belong to. Episodes that begin are numbered in order of time, then stream; time
+  # counts steps, not slots, of which final frames take extra ones.
   offsets = jnp.arange(length)
   real = offsets[None] < chunk.count[:, None]
-  first = chunk.first & real
-  order = jnp.cumsum(first.T.reshape(-1).astype(jnp.int32)).reshape(length, streams).T
+  first, final = chunk.first & real, chunk.final & real
+  stream = jnp.broadcast_to(jnp.arange(streams)[:, None], real.shape)
+  time = offsets[None] - (jnp.cumsum(final, axis=1) - final)
+  begins = jnp.zeros((length, streams), jnp.int32).at[jnp.where(first, time, length), stream].set(1, mode="drop")
+  order = jnp.cumsum(begins.reshape(-1)).reshape(length, streams)[time, stream]
   begun = jnp.where(first, state.num_episodes + order - 1, -1)
   entry = jnp.maximum(jax.lax.cummax(begun, axis=1), state.open_episode[:, None])
   nowhere = state.episode_steps.shape[0]
   step = real & ~chunk.final
   number = state.written[:, None] + offsets[None]
   opened = jnp.where(first, entry, nowhere)
-  stream = jnp.broadcast_to(jnp.arange(streams)[:, None], number.shape)
   position = jnp.where(real, number % slots, slots)  # Padding falls outside and is dropped.
 
   def write(ring: Array, values: Array | np.ndarray) -> Array:

@@ -33,13 +33,14 @@ def run(main: Callable[[], None], description: str) -> None:
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
+    if any(word in ("-h", "-help", "--help", "--helpfull") for word in argv[1:]):
+      # absl's own help flag would print while it is parsed, and exit with 1.
+      print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.module_help(sys.modules['__main__'])}")
+      sys.exit(0)
     try:
       rest = flags.FLAGS(argv, known_only=False)
     except flags.Error as error:
       _refuse(" ".join(str(error).split()))
-    if flags.FLAGS["help"].value or flags.FLAGS["helpfull"].value:
-      print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.module_help(sys.modules['__main__'])}")
-      sys.exit(0)
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at level INFO.
     if len(rest) > 1:

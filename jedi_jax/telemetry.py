@@ -28,9 +28,9 @@ class MetricsWriter:
 
   def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
     if jsonl.exists():
-      kept = [line for line in jsonl.read_text().splitlines(keepends=True) if _epoch_of(line) <= last_epoch]
+      lines = jsonl.read_text(errors="replace").splitlines()
       temporary = jsonl.with_name(f".{jsonl.name}.tmp")
-      temporary.write_text("".join(kept))
+      temporary.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) <= last_epoch))
       temporary.replace(jsonl)
     self._file = jsonl.open("a")
     self._events = SummaryWriter(str(tensorboard), purge_step=last_epoch + 1)

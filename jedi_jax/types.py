@@ -113,11 +113,12 @@ class Losses(NamedTuple):
 
   Attributes:
     terms: named `Term`s; the loss is the sum of their weighted means.
-    metrics: see `Metrics`; no gradient flows through them.
+    metrics: what else is worth knowing, by name: a `Term` is averaged by its weights over the global batch, a matrix
+      of counts is added up, a scalar is the same for every part of the batch. No gradient flows through them.
   """
 
   terms: Mapping[str, Term]
-  metrics: Metrics
+  metrics: Mapping[str, Term | Array]
 
 
 class LstmState(NamedTuple):

@@ -176,7 +176,9 @@ def _levels(
   shape: Mapping[str, tuple[int, ...]], pattern: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
   """Depths, channels and attention of the levels whose blocks are named by `pattern`."""
-  depths, channels, attention = [], [], []
+  depths: list[int] = []
+  channels: list[int] = []
+  attention: list[bool] = []
   while pattern.format(len(depths), 0) + "conv1.weight" in shape:
     level, depth = len(depths), 0
     while pattern.format(level, depth) + "conv1.weight" in shape:

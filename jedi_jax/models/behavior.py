@@ -103,15 +103,14 @@ def actor_critic(
       "value": Term(value_weight * jnp.square(values - returns), alive),
       "entropy": Term(-entropy_weight * entropy, alive),
     }
-    steps = jnp.sum(alive)
     return Losses(
       terms,
       {
-        "policy_entropy": jnp.sum(entropy * alive) / steps,
-        "value_mean": jnp.sum(values * alive) / steps,
-        "lambda_return": jnp.sum(returns * alive) / steps,
-        "imagined_return": jnp.mean(jnp.sum(rewards * alive, axis=1)),
-        "imagined_end_rate": jnp.sum(trajectory.ends * alive) / steps,
+        "policy_entropy": Term(entropy, alive),
+        "value_mean": Term(values, alive),
+        "lambda_return": Term(returns, alive),
+        "imagined_return": Term(jnp.sum(rewards * alive, axis=1), jnp.ones(len(alive))),
+        "imagined_end_rate": Term(trajectory.ends.astype(jnp.float32), alive),
       },
     )
 

@@ -1,6 +1,6 @@
 """Variants: which codec and dynamics make a world model, and what each loss trains. The only reader of `variant`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,10 +104,6 @@ def build(config: Config, spec: EnvSpec) -> Model:
   )
   variant = VARIANTS[config.variant]
   codec = variant.codec(context)
-  if min(codec.latent_shape) < 1:
-    raise UserError(
-      f"encoder.downsample pools frames of {spec.observation_shape[:2]} to latents of {codec.latent_shape}: pool less"
-    )
   return compose(
     spec,
     codec,
@@ -220,8 +216,8 @@ def compose(
     starts = real[:, length - 1].astype(jnp.float32)
     earned = jnp.sum((jnp.sign(rewards) * real)[:, length - 1 :], axis=1)
     metrics = {
-      "replay_return": jnp.sum(earned * starts) / jnp.maximum(jnp.sum(starts), 1.0),
-      "replay_end_rate": jnp.sum(ends * real) / jnp.maximum(jnp.sum(real), 1.0),
+      "replay_return": types.Term(earned, starts),
+      "replay_end_rate": types.Term(ends.astype(jnp.float32), real.astype(jnp.float32)),
     }
     return losses._replace(metrics={**losses.metrics, **metrics})
 
@@ -258,7 +254,7 @@ def compose(
   return Model(spec, codec.latent_shape, init, phases, encode, behavior.initial_state, policy, imagine)
 
 
-def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types.Metrics:
+def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[str, Array | types.Term]:
   """Describes the latents of real frames, in sums from which `telemetry.latent_summary` makes its figures.
 
   Args:
@@ -277,10 +273,7 @@ def latent_statistics(latents: Array, mask: Array, limit: float | None) -> types
   if limit is None:
     return {"latent_gram": gram}
   clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
-  return {
-    "latent_gram": gram,
-    "latent_clamped": jnp.sum(clamped * weights) / jnp.maximum(jnp.sum(weights), 1.0),
-  }
+  return {"latent_gram": gram, "latent_clamped": types.Term(clamped, weights)}
 
 
 def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segment: Segment) -> types.Term:
@@ -304,6 +297,7 @@ def count_parameters(params: dict[str, Params]) -> dict[str, int]:
 
 def _learned(context: _Context) -> codecs.Codec:
   c = context.config.encoder
+  _check_pooling("encoder.downsample", c.downsample, context.spec.observation_shape)
   return codecs.learned(
     context.spec.observation_shape,
     channels=c.channels,
@@ -313,6 +307,11 @@ def _learned(context: _Context) -> codecs.Codec:
     lowering=context.lowering,
     dtype=context.dtype,
   )
+
+
+def _check_pooling(name: str, downsample: Sequence[bool], shape: tuple[int, int, int]) -> None:
+  if min(shape[:2]) >> sum(downsample) < 1:
+    raise UserError(f"{name} halves {shape[0]} x {shape[1]} {sum(downsample)} times: halve less often")
 
 
 def _identity(context: _Context) -> codecs.Codec:
@@ -389,6 +388,7 @@ def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.Reward
 
 def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavior:
   c = context.config.actor_critic
+  _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape)
   return behavior_lib.actor_critic(
     codec.latent_shape,
     num_actions=context.spec.num_actions,

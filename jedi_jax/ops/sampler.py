@@ -50,7 +50,7 @@ def sample(
   Returns:
     [B, ...] the sample.
   """
-  gammas = gammas or (0.0,) * (len(sigmas) - 1)
+  gammas = (0.0,) * (len(sigmas) - 1) if gammas is None else gammas
   batch = noise.shape[0]
   x = noise
   for step, (sigma, next_sigma, gamma) in enumerate(zip(sigmas[:-1], sigmas[1:], gammas, strict=True)):
@@ -60,9 +60,13 @@ def sample(
         raise ValueError("churn needs churn_noise")
       x = x + churn_noise[step] * (raised**2 - sigma**2) ** 0.5
     # DIAMOND tells the denoiser the level before churn; its public samples depend on it.
-    slope = (x - denoise(x, jnp.full((batch,), sigma, x.dtype))) / raised
+    estimate = denoise(x, jnp.full((batch,), sigma, x.dtype))
+    if next_sigma == 0:
+      x = estimate  # What a step of Euler to level 0 comes to, without its rounding.
+      continue
+    slope = (x - estimate) / raised
     change = next_sigma - raised
-    if order == 2 and next_sigma > 0:
+    if order == 2:
       ahead = x + slope * change
       slope_ahead = (ahead - denoise(ahead, jnp.full((batch,), next_sigma, x.dtype))) / next_sigma
       slope = (slope + slope_ahead) / 2

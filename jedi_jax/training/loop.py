@@ -68,11 +68,12 @@ def train(
   say = say or telemetry.Progress()
   devices.check_batch(config.training.batch_size)
   spec = envs.spec(config.env.name)
+  model = build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
   run = workdir.prepare(directory, config, spec, overwrite=overwrite)
   if run.result.exists():
     say.say(f"{run.path} is complete; --overwrite starts it anew")
     return workdir.read_json(run.result)
-  trainer = Trainer(run, devices, say)
+  trainer = Trainer(run, model, devices, say)
   try:
     return trainer.run_to_end()
   finally:
@@ -84,15 +85,16 @@ class Trainer:
 
   Args:
     run: its directory and configuration.
+    model: what the configuration describes.
     devices: on which to train.
     say: where progress is told.
   """
 
-  def __init__(self, run: workdir.Workdir, devices: Devices, say: telemetry.Progress):
+  def __init__(self, run: workdir.Workdir, model: Model, devices: Devices, say: telemetry.Progress):
     self._run, self._devices, self._say = run, devices, say
     config, spec = run.config, run.spec
     self._config = config
-    self._model = build(config, spec)
+    self._model = model
     self._optimizers = make_optimizers(config)
     self._epoch: Any = epoch_lib.distribute(
       epoch_lib.make_epoch(

@@ -3,7 +3,7 @@
 `jax.pmap` is in maintenance mode; all of its uses are here. A distributed array has a leading axis over devices.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedi_jax.errors import UserError
-from jedi_jax.types import Array
+from jedi_jax.types import Array, Term
 
 AXIS = "devices"
 
@@ -34,8 +34,8 @@ class Devices:
       UserError: if there are fewer.
     """
     available = jax.local_devices()
-    if count > len(available):
-      raise UserError(f"{count} devices are asked for and {len(available)} are here: lower --devices")
+    if not 0 <= count <= len(available):
+      raise UserError(f"{count} devices are asked for and {len(available)} are here: take 0 (all) to {len(available)}")
     return cls(available[:count] if count else None)
 
   @property
@@ -104,6 +104,18 @@ def total(tree: Any) -> Any:
   return jax.lax.psum(tree, AXIS)
 
 
-def reduce_metrics(metrics: Any) -> Any:
-  """Averages scalars and adds matrices (counts) over devices."""
-  return {name: mean(x) if jnp.ndim(x) == 0 else total(x) for name, x in metrics.items()}
+def weighted_mean(term: Term) -> Array:
+  """Returns the weighted mean of a term over the whole batch, 0 without any weight."""
+  weight = total(jnp.sum(term.weights))
+  return total(jnp.sum(term.values * term.weights)) / jnp.maximum(weight, 1e-8)
+
+
+def reduce_metrics(metrics: Mapping[str, Array | Term]) -> dict[str, Array]:
+  """Averages terms by their weights and scalars plainly, and adds matrices (counts), over devices."""
+
+  def reduce(x: Array | Term) -> Array:
+    if isinstance(x, Term):
+      return weighted_mean(x)
+    return mean(x) if jnp.ndim(x) == 0 else total(x)
+
+  return {name: reduce(x) for name, x in metrics.items()}

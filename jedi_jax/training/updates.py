@@ -109,7 +109,7 @@ def make_update(
       final_frames=phase.final_frames,
     )
 
-    def loss(trained: dict[str, Any]) -> tuple[Array, Metrics]:
+    def loss(trained: dict[str, Any]) -> tuple[Array, dict[str, Term | Array]]:
       losses = phase.losses({**state.params, **trained}, segment, keys[:, 1], shared_key, count)
       value, means = weighted_loss(losses.terms)
       named = {f"loss_{name}": mean for name, mean in means.items()}
@@ -121,13 +121,13 @@ def make_update(
     flat = parallel.mean(flat)  # One all-reduce of one vector.
     gradient = unravel(flat)
     steps, optimizer_state = optimizer.update(gradient, state.optimizers[phase.name], trained)
-    metrics = parallel.reduce_metrics(metrics)
-    metrics["grad_norm"] = jnp.linalg.norm(flat)
+    reduced = parallel.reduce_metrics(metrics)
+    reduced["grad_norm"] = jnp.linalg.norm(flat)
     state = state.replace(
       params=phase.after({**state.params, **optax.apply_updates(trained, steps)}),
       optimizers={**state.optimizers, phase.name: optimizer_state},
       updates={**state.updates, phase.name: count + 1},
     )
-    return state, metrics
+    return state, reduced
 
   return update
