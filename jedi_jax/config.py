@@ -484,7 +484,7 @@ def make_config(
   """
   _check_names(variant, preset)
   if not isinstance(overrides, Mapping):
-    overrides = dict(_split_override(text) for text in overrides)
+    overrides = dict(split_override(text) for text in overrides)
   values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
   values |= {"variant": variant, "preset": preset, "seed": seed, "env.name": env}
   return override(Config(), {**values, **overrides})
@@ -674,7 +674,12 @@ def _check_names(variant: str, preset: str) -> None:
       raise UserError(f"unknown {kind} {name!r}{nearest(name, known)}")
 
 
-def _split_override(text: str) -> tuple[str, str]:
+def split_override(text: str) -> tuple[str, str]:
+  """Splits 'path=value'.
+
+  Raises:
+    UserError: if the text is not of that form.
+  """
   path, separator, value = text.partition("=")
   if not separator or not path:
     raise UserError(f"override {text!r} is not of the form path=value, such as actor_critic.horizon=10")

@@ -65,8 +65,8 @@ class VectorEnv(Protocol):
     """Number of actions and observation shape."""
 
   @property
-  def frames_per_step(self) -> int:
-    """Frames of the underlying game that one step advances (4 for Atari, 1 for Catch)."""
+  def frames(self) -> int:
+    """Frames of the underlying game that all steps so far took, over all environments (4 a step for plain Atari)."""
 
   def reset(self) -> np.ndarray:
     """Starts all games; called once. Returns observations [N, H, W, C] uint8."""

@@ -1,4 +1,7 @@
-"""Atari games, preprocessed as DIAMOND does: 64x64 RGB, four frames a step, up to 30 no-ops at the start of a game."""
+"""Atari games, preprocessed as DIAMOND does: 64x64 RGB, four frames a step, up to 30 no-ops at the start of a game.
+
+On request a step takes a random number of frames instead ("stochastic Atari").
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +10,8 @@ import envpool
 import numpy as np
 from envpool.registration import registry as _envpool_registry
 
-from jedi_jax.envs.base import Outcome, PooledEnv, open_pool
+from jedi_jax.envs import skipping
+from jedi_jax.envs.base import Outcome, Pool, PooledEnv, open_pool
 from jedi_jax.types import EnvSpec
 
 FRAMES_PER_STEP = 4
@@ -31,6 +35,14 @@ _CONFIG: Mapping[str, Any] = {
   "full_action_space": False,
 }
 
+# Whole frames, one by one, for the steps that `SkippingPool` puts together.
+_FRAME_BY_FRAME = {
+  **_CONFIG,
+  "img_height": skipping.SCREEN[0],
+  "img_width": skipping.SCREEN[1],
+  "frame_skip": 1,
+}
+
 
 def games() -> tuple[str, ...]:
   """All Atari games that EnvPool offers, sorted, in its spelling (`Breakout`, `MsPacman`)."""
@@ -50,7 +62,7 @@ class AtariEnv(PooledEnv):
   """N copies of an Atari game; see `jedi_jax.types.VectorEnv` and `PooledEnv`.
 
   Observations are [N, 64, 64, 3] uint8 RGB; a step is four frames with the action held, of which the last two are
-  pooled; rewards are raw. The same seed and the same actions give the same games.
+  pooled; rewards are raw. The same seed and the same actions give the same games, random skips included.
 
   Args:
     game: one of `games()`; `jedi_jax.envs.make` checks it.
@@ -60,6 +72,8 @@ class AtariEnv(PooledEnv):
       training only: evaluation plays whole games.
     max_episode_steps: steps after which a game is truncated; None means 27,000 (108,000 frames).
     num_threads: emulator threads; 0 leaves the choice to EnvPool.
+    skip: (low, high): a step takes a number of frames drawn uniformly from low to high, for every step and environment
+      anew; see `SkippingPool`. (4, 4) gives the same games as None, which stands for four.
 
   Raises:
     UserError: a number is out of its range.
@@ -76,15 +90,17 @@ class AtariEnv(PooledEnv):
     life_loss_ends: bool,
     max_episode_steps: int | None = None,
     num_threads: int = 0,
+    skip: tuple[int, int] | None = None,
   ) -> None:
-    pool = open_pool(
-      f"{game}-v5",
-      num_envs=num_envs,
-      seed=seed,
-      num_threads=num_threads,
-      max_episode_steps=MAX_EPISODE_STEPS if max_episode_steps is None else max_episode_steps,
-      **_CONFIG,
-    )
+    limit = MAX_EPISODE_STEPS if max_episode_steps is None else max_episode_steps
+    common: dict[str, Any] = {"num_envs": num_envs, "seed": seed, "num_threads": num_threads}
+    pool: Pool
+    if skip is None:
+      pool = open_pool(f"{game}-v5", max_episode_steps=limit, **common, **_CONFIG)
+    else:
+      frames = open_pool(f"{game}-v5", max_episode_steps=skipping.NO_LIMIT, **common, **_FRAME_BY_FRAME)
+      pool = skipping.SkippingPool(frames, num_envs=num_envs, seed=seed, skip=skip, max_episode_steps=limit)
+      self.frames_per_step = skip[1]
     super().__init__(pool, num_envs=num_envs, spec=game_spec(game))
     self._life_loss_ends = life_loss_ends
     self._fewest_lives = np.zeros(num_envs, np.int32)

@@ -17,6 +17,7 @@ class Pool(Protocol):
   """The part of EnvPool's gymnasium interface that is used here, in synchronous mode.
 
   `info` holds one array an attribute, its rows in the order of the observations; `info["env_id"]` tells whose they are.
+  A pool whose steps differ in length says in `info["frames"]` of a step how many frames each took.
   """
 
   def reset(self, env_id: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
@@ -29,9 +30,18 @@ class Pool(Protocol):
     """Frees what the pool holds beyond its memory."""
 
 
+class PartialPool(Pool, Protocol):
+  """A `Pool` that can step some of its environments, as EnvPool's own do."""
+
+  def step(
+    self, action: np.ndarray, env_id: np.ndarray | None = None
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Mapping[str, Any]]:
+    """Steps the environments `env_id` [K] int32, all N if None; the arrays returned have as many rows."""
+
+
 def open_pool(
   task: str, *, num_envs: int, seed: int, num_threads: int, max_episode_steps: int | None, **options: Any
-) -> Pool:
+) -> PartialPool:
   """Makes an EnvPool.
 
   Args:
@@ -56,11 +66,20 @@ def open_pool(
   if num_threads < 0:
     raise UserError(f"num_threads is {num_threads}; it must be 0 (chosen by EnvPool) or more")
   if max_episode_steps is not None:
-    if max_episode_steps < 1:
-      raise UserError(f"max_episode_steps is {max_episode_steps}; it must be at least 1")
+    check_max_episode_steps(max_episode_steps)
     options["max_episode_steps"] = max_episode_steps
   pool = envpool.make_gymnasium(task, num_envs=num_envs, seed=seed, num_threads=num_threads, **options)
-  return cast(Pool, pool)
+  return cast(PartialPool, pool)
+
+
+def check_max_episode_steps(max_episode_steps: int) -> None:
+  """Checks a time limit.
+
+  Raises:
+    UserError: it is not positive.
+  """
+  if max_episode_steps < 1:
+    raise UserError(f"max_episode_steps is {max_episode_steps}; it must be at least 1")
 
 
 class Outcome(NamedTuple):
@@ -96,11 +115,13 @@ class PooledEnv(abc.ABC):
   """
 
   frames_per_step: int = 1
+  """Frames of the game that a step takes; the most, where steps differ. To count frames, use `frames`."""
 
   def __init__(self, pool: Pool, *, num_envs: int, spec: EnvSpec) -> None:
     self._pool: Pool | None = pool
     self._num_envs = num_envs
     self._spec = spec
+    self._frames = 0
 
   @property
   def num_envs(self) -> int:
@@ -111,6 +132,14 @@ class PooledEnv(abc.ABC):
   def spec(self) -> EnvSpec:
     """Number of actions and observation shape."""
     return self._spec
+
+  @property
+  def frames(self) -> int:
+    """Frames of the game that all steps so far took, summed over the N environments; not what a reset plays.
+
+    A step in which a game ends counts whole, though the emulator stops there; so does everyone who multiplies steps.
+    """
+    return self._frames
 
   def reset(self) -> np.ndarray:
     """Begins a new game in every environment; must come before the first `step`.
@@ -139,6 +168,7 @@ class PooledEnv(abc.ABC):
     """
     raw, reward, terminated, truncated, info = self._open_pool().step(self._checked(actions))
     order, info = _by_env(info)
+    self._frames += int(info["frames"].sum()) if "frames" in info else self._num_envs * self.frames_per_step
     next_observation = self._images(raw[order], np.arange(self._num_envs))
     outcome = self._outcome(reward[order], (terminated | truncated)[order], info)
 

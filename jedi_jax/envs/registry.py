@@ -1,18 +1,24 @@
-"""Environments by name: `catch` and `atari/<Game>`."""
+"""Environments by name: `catch`, `atari/<Game>` and `atari/<Game>?skip=<low>-<high>`.
+
+The last is the game with a random number of frames a step, drawn uniformly from low to high; without it there are
+four.
+"""
 
 import functools
+import re
 
-from jedi_jax.envs import atari, catch
+from jedi_jax.envs import atari, catch, skipping
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.types import EnvSpec, VectorEnv
 
 _CATCH = "catch"
 _ATARI = "atari/"
+_SKIP = re.compile(r"skip=([0-9]{1,4})-([0-9]{1,4})")
 
 
 @functools.cache
 def names() -> tuple[str, ...]:
-  """All environments: `catch`, then `atari/<Game>` in alphabetical order."""
+  """All environments: `catch`, then `atari/<Game>` in alphabetical order. Every game takes `?skip=` besides."""
   return (_CATCH, *(_ATARI + game for game in atari.games()))
 
 
@@ -20,13 +26,12 @@ def validate(name: str) -> None:
   """Checks that there is an environment of this name.
 
   Args:
-    name: such as `atari/Breakout`; case matters.
+    name: such as `atari/Breakout` or `atari/Breakout?skip=2-6`; case matters.
 
   Raises:
-    UserError: there is none; the message suggests the nearest names.
+    UserError: there is none; the message suggests the nearest names or says what is wrong with the skip.
   """
-  if name not in names():
-    raise UserError(f"unknown environment {name!r}{nearest(str(name), names())}")
+  _parse(name)
 
 
 @functools.cache
@@ -34,7 +39,7 @@ def spec(name: str) -> EnvSpec:
   """Number of actions and observation shape of an environment, without starting any.
 
   Args:
-    name: one of `names()`.
+    name: see `validate`.
 
   Returns:
     The spec that the environments of `make` have.
@@ -42,8 +47,8 @@ def spec(name: str) -> EnvSpec:
   Raises:
     UserError: there is no such environment.
   """
-  validate(name)
-  return catch.SPEC if name == _CATCH else atari.game_spec(name.removeprefix(_ATARI))
+  game, _ = _parse(name)
+  return catch.SPEC if game is None else atari.game_spec(game)
 
 
 def make(
@@ -58,10 +63,10 @@ def make(
   """Makes N copies of an environment.
 
   Args:
-    name: one of `names()`.
+    name: see `validate`.
     num_envs: N >= 1.
-    seed: environment i is seeded with `seed + i`, for good; `seed` in [0, 2**31 - N]. Keep the ranges of training and
-      evaluation apart.
+    seed: environment i is seeded with `seed + i`, for good, its random skips too; `seed` in [0, 2**31 - N]. Keep the
+      ranges of training and evaluation apart.
     life_loss_ends: whether a lost life ends the training episode though the game goes on (Atari; without effect on
       Catch). True in training, false in evaluation, which plays whole games.
     max_episode_steps: steps after which a game is truncated; None means the game's own: 27,000 for Atari (108,000
@@ -74,14 +79,37 @@ def make(
   Raises:
     UserError: there is no such environment, or a number is out of its range.
   """
-  validate(name)
-  if name == _CATCH:
+  game, skip = _parse(name)
+  if game is None:
     return catch.CatchEnv(num_envs=num_envs, seed=seed, max_episode_steps=max_episode_steps, num_threads=num_threads)
   return atari.AtariEnv(
-    name.removeprefix(_ATARI),
+    game,
     num_envs=num_envs,
     seed=seed,
     life_loss_ends=life_loss_ends,
     max_episode_steps=max_episode_steps,
     num_threads=num_threads,
+    skip=skip,
   )
+
+
+def _parse(name: str) -> tuple[str | None, tuple[int, int] | None]:
+  """Atari game, None for Catch, and range of its random skip, None for the fixed one; see `validate`."""
+  base, question, query = str(name).partition("?")
+  if base not in names():
+    raise UserError(f"unknown environment {name!r}{nearest(base, names())}")
+  game = None if base == _CATCH else base.removeprefix(_ATARI)
+  if not question:
+    return game, None
+  if game is None:
+    raise UserError(f"environment {name!r}: {base} takes no options; write {base!r}")
+  match = _SKIP.fullmatch(query)
+  if match is None:
+    example = f"{base}?skip=2-6"
+    raise UserError(f"environment {name!r}: {query!r} is no range of frames a step; write it like {example!r}")
+  low, high = int(match[1]), int(match[2])
+  try:
+    skipping.check_skip(low, high)
+  except UserError as error:
+    raise UserError(f"environment {name!r}: {error}") from None
+  return game, (low, high)

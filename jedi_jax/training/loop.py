@@ -188,7 +188,7 @@ class Trainer:
     steps = self._collector.env_steps
     values: dict[str, Any] = {
       "env_steps": steps,
-      "frames": steps * self._env.frames_per_step,
+      "frames": self._env.frames,
       **figures,
       "time/collect_seconds": collection_seconds,
       "time/epoch_seconds": seconds,
@@ -302,7 +302,7 @@ class Trainer:
       "preset": self._config.preset,
       "seed": self._config.seed,
       "env_steps": steps,
-      "frames": steps * self._env.frames_per_step,
+      "frames": self._env.frames,
       "updates": self._updates_done(),
       **describe_results(self._config.env.name, results),
       "seconds": seconds,
