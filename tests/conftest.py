@@ -1,0 +1,216 @@
+"""What all tests share: four host devices, one compilation cache, and one tiny configuration compiled once."""
+
+# ruff: noqa: E402 - the environment must be set before JAX is first imported; subprocesses inherit it.
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jedi_jax_tests_xla_")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+HOST_DEVICES = "--xla_force_host_platform_device_count"
+if HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HOST_DEVICES}=4".strip()
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jedi_jax import config as config_lib
+from jedi_jax import replay as replay_lib
+from jedi_jax import telemetry
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.models.variants import build
+from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training import loop
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.state import make_init
+from jedi_jax.training.updates import make_optimizers
+
+_TINY_NETWORKS = {
+  "encoder.channels": (4, 4),
+  "encoder.downsample": (True, True),
+  "denoiser.channels": (4,),
+  "denoiser.conditioning_width": 8,
+  "denoiser.conditioning_frames": 2,
+  "sampler.num_steps": 2,
+  "reward_end.channels": (4,),
+  "reward_end.lstm_width": 8,
+  "actor_critic.lstm_width": 8,
+  "actor_critic.horizon": 2,
+}
+"""The smallest sizes that still have every part."""
+
+_TINY = {
+  **_TINY_NETWORKS,
+  # Steps large enough to tell parameters apart; an epsilon that keeps rounding errors from becoming whole steps.
+  **{f"{part}.optimizer.learning_rate": 1e-2 for part in ("denoiser", "reward_end", "actor_critic")},
+  **{f"{part}.optimizer.epsilon": 1e-3 for part in ("denoiser", "reward_end", "actor_critic")},
+  **{f"{part}.optimizer.warmup_updates": 2 for part in ("denoiser", "reward_end", "actor_critic")},
+  "env.num_envs": 2,
+  "collect.total_steps": 70,
+  # Catch rewards the 9th and the 18th step of each game: 2 rewards in 20 or 30 steps of two games, 4 in 40.
+  "collect.first_epoch_min_steps": 20,
+  "collect.first_epoch_max_steps": 50,
+  "collect.first_epoch_rewards": 3,
+  "collect.steps_per_epoch": 10,
+  "evaluation.episodes": 3,
+  "evaluation.interval_epochs": 1,
+  "checkpoint.interval_epochs": 2,
+}
+"""Five epochs: 40, 50, 60 and 70 environment steps, and one more without any."""
+
+
+def pytest_configure(config):
+  # Compiling is nearly all that these tests cost. A learning test, run by hand, gets the optimised programs.
+  if config.option.markexpr == "not slow":
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.
+    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+
+
+def pytest_unconfigure():
+  if _CACHE:
+    shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+class Tiny:
+  """The tiny configuration on Catch, built once; its epoch is traced and compiled once for each number of devices."""
+
+  networks = _TINY_NETWORKS
+  overrides = _TINY
+  epochs = 5
+  first_steps = 40
+
+  def __init__(self):
+    self.config = config_lib.make_config(env="catch", preset="debug", overrides=_TINY)
+    self.model = build(self.config, SPEC)
+    self.optimizers = make_optimizers(self.config)
+    self.init = jax.jit(make_init(self.model, self.optimizers))
+    self._epochs = {}
+
+  def devices(self, count=1):
+    assert len(jax.local_devices()) >= count, "the tests force four host devices before JAX starts"
+    return Devices.take(count)
+
+  def epoch(self, count=1):
+    """(distributed state, distributed replay, counts) -> the same and sums; fails if it is traced again."""
+    if count not in self._epochs:
+      epoch = epoch_lib.make_epoch(
+        self.model,
+        self.optimizers,
+        batch_size=self.config.training.batch_size,
+        age_weights=self.config.replay.age_weights,
+      )
+      self._epochs[count] = epoch_lib.distribute(chex.assert_max_traces(epoch, n=1), self.devices(count))
+    return self._epochs[count]
+
+  def state(self, seed=0, devices=1):
+    return self.devices(devices).replicate(self.init(jax.random.key(seed)))
+
+  def replay(self, devices=1):
+    """A replay of the shapes of a run, filled with episodes of noise."""
+    return self.devices(devices).replicate(noise_replay(self.config))
+
+
+def noise_replay(config):
+  """Two streams of episodes of 5 to 9 steps whose frames, actions and rewards are noise."""
+  generator = np.random.default_rng(0)
+  slots = (config.replay.capacity + config.replay.final_frames) // config.env.num_envs
+  state = replay_lib.init(
+    num_streams=config.env.num_envs,
+    slots_per_stream=max(slots, loop.CHUNK_SLOTS),
+    observation_shape=SPEC.observation_shape,
+  )
+  streams = config.env.num_envs
+  writer = replay_lib.ChunkWriter(num_streams=streams, size=loop.CHUNK_SLOTS, observation_shape=SPEC.observation_shape)
+  left = np.asarray([5, 7])
+  frames = generator.integers(256, size=(streams, *SPEC.observation_shape), dtype=np.uint8)
+  while not writer.is_full:
+    left -= 1
+    following = generator.integers(256, size=frames.shape, dtype=np.uint8)
+    rewards = generator.integers(-1, 2, size=streams).astype(np.float32)
+    ends = left == 0
+    writer.add(frames, generator.integers(3, size=streams), rewards, ends, np.zeros(streams, bool), following)
+    frames = following
+    left = np.where(ends, generator.integers(5, 10, size=streams), left)
+  return jax.jit(replay_lib.add)(state, writer.flush())
+
+
+@pytest.fixture(scope="session")
+def tiny():
+  return Tiny()
+
+
+class Quiet(telemetry.Progress):
+  """Progress that is remembered."""
+
+  def __init__(self):
+    self.lines = []
+
+  def say(self, text):
+    self.lines.append(text)
+
+  def show(self, task, done, total, detail=""):
+    pass
+
+
+@pytest.fixture(scope="session")
+def train_tiny(tiny):
+  """Trains the tiny configuration: (directory, devices=1, config=None) -> what `train` returns.
+
+  The epoch is the shared one, so that only the first run traces and compiles it; a run by the command line (see
+  test_programs) and the one on Atari compile theirs.
+  """
+
+  def run(directory, devices=1, config=None, say=None):
+    def shared(trainer):
+      trainer._epoch = tiny.epoch(devices)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop.Trainer, "_compile", shared)
+      return loop.train(config or tiny.config, directory, devices=tiny.devices(devices), say=say or Quiet())
+
+  return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(train_tiny, tmp_path_factory):
+  """The directory of a run that went straight to its end; read it, do not change it."""
+  directory = tmp_path_factory.mktemp("runs") / "straight"
+  train_tiny(directory)
+  return directory
+
+
+@pytest.fixture(scope="session")
+def timeless():
+  """Reads the records of a metrics.jsonl without what a clock says."""
+
+  def read(path: pathlib.Path):
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+      {name: value for name, value in record.items() if not name.startswith("time/") and "per_second" not in name}
+      for record in records
+    ]
+
+  return read
+
+
+@pytest.fixture(scope="session")
+def snapshot():
+  """Reads every file below a directory: names to bytes."""
+
+  def read(directory: pathlib.Path):
+    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+  return read
+
+
+@pytest.fixture
+def quiet():
+  """Progress that is remembered in `lines`."""
+  return Quiet()

@@ -1,0 +1,136 @@
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax.models import behavior as behavior_lib
+from jedi_jax.models import codecs, variants
+from jedi_jax.models import dynamics as dynamics_lib
+from jedi_jax.models import reward_end as reward_end_lib
+from jedi_jax.types import EnvSpec, Segment
+
+DENOISER = {
+  "num_actions": 3,
+  "channels": (8,),
+  "depths": (0,),
+  "attention": (False,),
+  "conditioning_width": 8,
+  "conditioning_frames": 2,
+  "targets": 2,
+  "switching": "random",
+  "sigma_data": 0.5,
+  "offset_noise": 0.3,
+  "sigma_log_mean": -0.4,
+  "sigma_log_std": 1.2,
+  "sigma_min": 2e-3,
+  "sigma_max": 20.0,
+  "sampler_sigmas": (5.0, 0.5, 0.0),
+  "sampler_gammas": (0.0, 0.0),
+  "sampler_order": 1,
+  "churn_noise": 1.0,
+  "lowering": "matmul_gradient",
+  "dtype": jnp.float32,
+}
+
+
+class World(NamedTuple):
+  """A tiny world model, its parts, and parameters of which none is zero."""
+
+  codec: codecs.Codec
+  dynamics: dynamics_lib.Dynamics
+  reward_end: reward_end_lib.RewardEnd
+  behavior: behavior_lib.Behavior
+  model: variants.Model
+  params: dict
+
+
+@pytest.fixture(scope="session")
+def jit():
+  """Compiles without LLVM's optimisations: compiling is nearly all that these tests take."""
+  return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@pytest.fixture(scope="session")
+def random_params():
+  """From an `init` to parameters of which none is zero; gains are near 1."""
+
+  def draw(init):
+    rng = np.random.default_rng(0)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, leaf: jnp.asarray((path[-1].key == "scale") + 0.3 * rng.standard_normal(leaf.shape), jnp.float32),
+      jax.eval_shape(init, jax.random.key(0)),
+    )
+
+  return draw
+
+
+@pytest.fixture(scope="session")
+def make_dynamics():
+  """From a codec and what differs from `DENOISER` to dynamics."""
+  return lambda codec, **changes: dynamics_lib.diffusion(codec, **{**DENOISER, **changes})
+
+
+@pytest.fixture(scope="session")
+def world(random_params, make_dynamics):
+  spec = EnvSpec(num_actions=3, observation_shape=(16, 16, 3))
+  common = {"lowering": "matmul_gradient", "dtype": jnp.float32}
+  codec = codecs.learned(
+    (16, 16, 3), channels=(4, 4), downsample=(True, True), clamp=3.0, clamp_estimate=True, **common
+  )
+  dynamics = make_dynamics(codec)
+  reward_end = reward_end_lib.reward_end_model(
+    codec.latent_shape,
+    num_actions=3,
+    channels=(4,),
+    depths=(1,),
+    attention=(False,),
+    downsample=False,
+    conditioning_width=4,
+    lstm_width=5,
+    **common,
+  )
+  behavior = behavior_lib.actor_critic(
+    codec.latent_shape,
+    num_actions=3,
+    channels=(),
+    downsample=(),
+    lstm_width=5,
+    gamma=0.9,
+    lambda_=0.8,
+    entropy_weight=0.01,
+    value_weight=0.5,
+    **common,
+  )
+  model = variants.compose(
+    spec,
+    codec,
+    dynamics,
+    reward_end,
+    behavior,
+    conditioning_frames=2,
+    targets=2,
+    horizon=3,
+    denoiser_components=("encoder", "denoiser"),
+    reward_end_components=("encoder", "reward_end"),
+  )
+  return World(codec, dynamics, reward_end, behavior, model, random_params(model.init))
+
+
+@pytest.fixture(scope="session")
+def make_segment():
+  """From shape and mask to a segment of random content, also where it is padding."""
+
+  def make(batch, length, mask=None, seed=0):
+    rng = np.random.default_rng(seed)
+    return Segment(
+      observations=jnp.asarray(rng.integers(0, 256, (batch, length, 16, 16, 3)), jnp.uint8),
+      actions=jnp.asarray(rng.integers(0, 3, (batch, length)), jnp.int32),
+      rewards=jnp.asarray(rng.integers(-3, 4, (batch, length)), jnp.float32),
+      ends=jnp.asarray(rng.random((batch, length)) < 0.3),
+      mask=jnp.ones((batch, length), bool) if mask is None else jnp.asarray(mask, bool),
+    )
+
+  return make

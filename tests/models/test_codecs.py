@@ -1,0 +1,70 @@
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax.models import codecs
+
+
+@pytest.fixture(scope="module")
+def encode_frames(world, jit):
+  return jit(functools.partial(codecs.encode_frames, world.codec))
+
+
+def test_pixels_are_scaled_to_plus_minus_one():
+  scaled = codecs.scale_pixels(jnp.asarray([0, 51, 255], jnp.uint8))
+  assert scaled.dtype == jnp.float32
+  np.testing.assert_allclose(scaled, [-1, -0.6, 1], atol=1e-6)
+
+
+def test_padding_becomes_the_zero_latent_and_frames_are_encoded_one_by_one(world, make_segment, encode_frames, jit):
+  segment = make_segment(2, 3, mask=[[False, True, True], [True, True, False]])
+  params = world.params["encoder"]
+  latents = encode_frames(params, segment.observations, segment.mask)
+  assert latents.shape == (2, 3, *world.codec.latent_shape)
+  assert latents.dtype == jnp.float32
+  np.testing.assert_array_equal(latents[0, 0], 0)
+  np.testing.assert_array_equal(latents[1, 2], 0)
+  images = segment.observations[1].astype(jnp.float32) / 255 * 2 - 1
+  np.testing.assert_allclose(latents[1, :2], jit(world.codec.encode)(params, images)[:2], rtol=1e-4, atol=1e-5)
+
+
+def test_latents_stay_within_the_clamp(world, make_segment, encode_frames):
+  segment = make_segment(2, 2)
+  params = {**world.params["encoder"]}
+  params["stage_1"] = {**params["stage_1"], "conv": {**params["stage_1"]["conv"], "bias": jnp.full((4,), 50.0)}}
+  latents = encode_frames(params, segment.observations, segment.mask)
+  assert world.codec.limit == 3.0
+  np.testing.assert_allclose(latents, 3.0, atol=1e-3)
+  assert np.max(latents) <= 3.0
+
+
+@pytest.mark.parametrize(
+  ("clamp", "clamp_estimate", "estimate"), [(3.0, True, 3 * np.tanh(2)), (3.0, False, 6.0), (0.0, True, 6.0)]
+)
+def test_estimates_are_clamped_if_wanted(clamp, clamp_estimate, estimate):
+  codec = codecs.learned(
+    (8, 8, 3),
+    channels=(4,),
+    downsample=(True,),
+    clamp=clamp,
+    clamp_estimate=clamp_estimate,
+    lowering="lax",
+    dtype=jnp.float32,
+  )
+  assert codec.latent_shape == (4, 4, 4)
+  assert codec.limit == (clamp or None)
+  np.testing.assert_allclose(codec.clamp(jnp.asarray(6.0)), estimate, rtol=1e-6)
+  np.testing.assert_allclose(codec.quantise(jnp.asarray(6.0)), 6.0)
+
+
+def test_frames_of_a_wrong_type_or_shape_are_refused(world, make_segment):
+  segment, params = make_segment(2, 3), world.params["encoder"]
+  for observations, mask in (
+    (segment.observations.astype(jnp.float32), segment.mask),
+    (segment.observations[:, 0], segment.mask),
+    (segment.observations, segment.mask[:, 1:]),
+  ):
+    with pytest.raises(AssertionError):
+      codecs.encode_frames(world.codec, params, observations, mask)

@@ -1,0 +1,215 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax.nn import blocks
+from jedi_jax.nn.actor_critic import ActorCriticNetwork
+from jedi_jax.nn.denoiser import InnerNetwork
+from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.nn.reward_end import RewardEndNetwork
+from jedi_jax.types import LstmState
+
+B, T, L, A = 2, 3, 2, 4
+SHAPE = (4, 4, 2)
+LSTM = 6
+
+# Compiling is nearly all that these tests take, and the tiny networks gain nothing from LLVM's optimisations.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def normal(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), jnp.float32)
+
+
+def inner(dtype=jnp.float32):
+  network = InnerNetwork(A, (8,), (1,), (False,), conditioning_width=8, dtype=dtype)
+  arguments = (normal(B, *SHAPE), normal(B), normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 3]]))
+  return network, arguments
+
+
+def reward_end(dtype=jnp.float32, downsample=False):
+  network = RewardEndNetwork(A, (8, 8), (1, 0), (False, False), downsample, 8, LSTM, dtype=dtype)
+  actions = jnp.asarray([[0, 1, 2], [3, 2, 1]])
+  frames, following = normal(B, T, *SHAPE), normal(B, T, *SHAPE, seed=1)
+  return network, (frames, actions, following, LstmState(normal(B, LSTM), normal(B, LSTM, seed=1)))
+
+
+def actor_critic(dtype=jnp.float32, channels=(), downsample=()):
+  network = ActorCriticNetwork(A, channels, downsample, LSTM, dtype=dtype)
+  return network, (normal(B, T, *SHAPE), LstmState(normal(B, LSTM), normal(B, LSTM, seed=1)))
+
+
+def stack(dtype=jnp.float32):
+  return blocks.ConvStack((4, 4), (True, False), dtype=dtype), (normal(B, *SHAPE),)
+
+
+NETWORKS = {"inner": inner, "reward_end": reward_end, "actor_critic": actor_critic, "stack": stack}
+
+
+@functools.cache
+def compiled(name):
+  """A network's function, parameters of which none is zero, and arguments."""
+  network, arguments = NETWORKS[name]()
+  shapes = jax.eval_shape(network.init, jax.random.key(0), *arguments)
+  params = jax.tree.map(lambda leaf: 0.3 * normal(*leaf.shape), shapes)
+  return jit(network.apply), params, arguments
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_is_for_activations_only(name):
+  network, arguments = NETWORKS[name](dtype=jnp.bfloat16)
+  params = jax.eval_shape(network.init, jax.random.key(0), *arguments)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+  output, state = jax.eval_shape(
+    lambda params: network.apply(params, *arguments, capture_intermediates=True, mutable=["intermediates"]), params
+  )
+  # Latents are cast by the codec, everything else by its network.
+  if name != "stack":
+    assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype(jnp.float32)}
+  inside = {
+    jax.tree_util.keystr(path): leaf.dtype
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state["intermediates"])
+    if any(layer in jax.tree_util.keystr(path) for layer in ("conv", "norm", "attention", "skip"))
+  }
+  assert (name == "actor_critic") == (not inside)  # This one is an LSTM and two linear heads only.
+  assert set(inside.values()) <= {jnp.dtype(jnp.bfloat16)}, inside
+
+
+def test_the_inner_network_starts_at_its_bias():
+  network, arguments = inner()
+  output, params = jit(network.init_with_output)(jax.random.key(0), *arguments)
+  assert output.shape == (B, *SHAPE)
+  assert output.dtype == jnp.float32
+  bias = params["params"]["conv_out"]["bias"]
+  np.testing.assert_allclose(output, np.broadcast_to(bias, output.shape), atol=1e-7)
+
+
+def test_the_inner_network_depends_on_all_that_it_is_given_and_on_its_order():
+  apply, params, (noisy, c_noise, past, actions) = compiled("inner")
+  base = apply(params, noisy, c_noise, past, actions)
+  for changed in (
+    (noisy + 0.1, c_noise, past, actions),
+    (noisy, c_noise + 0.1, past, actions),
+    (noisy, c_noise, past.at[:, 0].add(0.1), actions),
+    (noisy, c_noise, past[:, ::-1], actions),
+    (noisy, c_noise, past, actions[:, ::-1]),
+  ):
+    difference = np.abs(apply(params, *changed) - base).reshape(B, -1).max(axis=1)
+    assert (difference > 1e-4).all()
+  # One example's neighbours do not matter.
+  alone = apply(params, noisy.at[1].add(1.0), c_noise.at[1].add(1.0), past.at[1].add(1.0), actions.at[1].set(0))
+  np.testing.assert_allclose(alone[0], base[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_inner_network_stacks_the_frames_oldest_first_and_the_noisy_one_last():
+  # Only the first convolution's weights of one frame differ from zero, so only that frame can matter.
+  apply, params, (noisy, c_noise, past, actions) = compiled("inner")
+  kernel = params["params"]["conv_in"]["kernel"]
+  assert kernel.shape == (3, 3, (L + 1) * SHAPE[2], 8)
+  channels = SHAPE[2]
+  for frame in range(L + 1):
+    at = slice(frame * channels, (frame + 1) * channels)
+    only = jnp.zeros_like(kernel).at[:, :, at].set(kernel[:, :, at])
+    changed = {"params": {**params["params"], "conv_in": {**params["params"]["conv_in"], "kernel": only}}}
+    base = apply(changed, noisy, c_noise, past, actions)
+    for other in range(L + 1):
+      moved = (
+        (noisy + 1.0, past) if other == L else (noisy, past.at[:, other].add(jnp.arange(4.0)[None, :, None, None]))
+      )
+      differs = not np.allclose(apply(changed, moved[0], c_noise, moved[1], actions), base, atol=1e-5)
+      assert differs == (other == frame)
+
+
+@pytest.mark.parametrize("downsample", [False, True])
+def test_the_reward_end_network_gives_logits_over_time(downsample):
+  network, arguments = reward_end(downsample=downsample)
+  (rewards, ends, state), variables = jax.eval_shape(lambda: network.init_with_output(jax.random.key(0), *arguments))
+  assert rewards.shape == (B, T, 3)
+  assert ends.shape == (B, T, 2)
+  assert state.hidden.shape == state.cell.shape == (B, LSTM)
+  side = 2 if downsample else 4  # Two levels: one halving.
+  assert variables["params"]["lstm"]["kernel_ih"].shape == (side * side * 8, 4 * LSTM)
+
+
+def test_the_reward_end_network_runs_step_by_step_and_never_looks_ahead():
+  apply, params, (frames, actions, following, state) = compiled("reward_end")
+  rewards, ends, after = apply(params, frames, actions, following, state)
+  for t in range(T):
+    at = slice(t, t + 1)
+    reward, end, state = apply(params, frames[:, at], actions[:, at], following[:, at], state)
+    np.testing.assert_allclose(reward[:, 0], rewards[:, t], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(end[:, 0], ends[:, t], rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(state.hidden, after.hidden, rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(state.cell, after.cell, rtol=1e-3, atol=1e-4)
+
+
+def test_the_reward_end_network_depends_on_action_and_both_frames():
+  apply, params, (frames, actions, following, state) = compiled("reward_end")
+  base, _, _ = apply(params, frames, actions, following, state)
+  for changed in ((following, actions, frames), (frames, (actions + 1) % A, following)):
+    assert np.abs(apply(params, *changed, state)[0] - base).max() > 1e-3
+
+
+@pytest.mark.parametrize("stages", [((), ()), ((4, 4), (True, False))])
+def test_the_actor_critic_starts_uniform_and_worthless(stages):
+  network, arguments = actor_critic(channels=stages[0], downsample=stages[1])
+  (logits, values, after), params = jit(network.init_with_output)(jax.random.key(0), *arguments)
+  np.testing.assert_array_equal(logits, np.zeros((B, T, A)))
+  np.testing.assert_array_equal(values, np.zeros((B, T)))
+  assert {x.dtype for x in (logits, values, *after)} == {jnp.dtype(jnp.float32)}
+  assert ("encoder" in params["params"]) == bool(stages[0])
+  assert params["params"]["lstm"]["kernel_ih"].shape[0] == (2 * 2 * 4 if stages[0] else 4 * 4 * 2)
+
+
+def test_the_actor_critic_runs_step_by_step_and_forgets_on_demand():
+  apply, params, (frames, state) = compiled("actor_critic")
+  logits, values, after = apply(params, frames, state)
+  current = state
+  for t in range(T):
+    logit, value, current = apply(params, frames[:, t : t + 1], current)
+    np.testing.assert_allclose(logit[:, 0], logits[:, t], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(value[:, 0], values[:, t], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(current.hidden, after.hidden, rtol=1e-4, atol=1e-5)
+  # Forgetting after frame 1 makes frame 2 the first.
+  keep = jnp.asarray([[1.0, 0.0, 1.0]] * B)
+  forgetful, _, _ = apply(params, frames, state, keep)
+  fresh, _, _ = apply(params, frames[:, 2:], blocks.zero_lstm_state(B, LSTM))
+  np.testing.assert_allclose(forgetful[:, :2], logits[:, :2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(forgetful[:, 2], fresh[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_shapes_are_refused():
+  key = jax.random.key(0)
+  network, (noisy, c_noise, past, actions) = inner()
+  for wrong in (
+    (noisy, c_noise, past[:, :, :2], actions),
+    (noisy, c_noise, past, actions[:, :1]),
+    (noisy, c_noise, past[:1], actions),
+  ):
+    with pytest.raises(AssertionError):
+      jax.eval_shape(network.init, key, *wrong)
+  network, (frames, actions, following, state) = reward_end()
+  for wrong in ((frames[:, 0], actions, following, state), (frames, actions[:, 1:], following, state)):
+    with pytest.raises(AssertionError):
+      jax.eval_shape(network.init, key, *wrong)
+  with pytest.raises(AssertionError):
+    jax.eval_shape(network.init, key, frames, actions, following[:, 1:], state)
+  network, (frames, state) = actor_critic()
+  with pytest.raises(AssertionError):
+    jax.eval_shape(network.init, key, frames[:, 0], state)
+
+
+def test_a_soft_clamp_is_odd_bounded_monotone_and_the_identity_near_zero():
+  z = jnp.linspace(-30, 30, 601)
+  clamped = np.asarray(soft_clamp(z, 3.0))
+  assert (np.abs(clamped) <= 3).all()
+  assert (np.diff(clamped) > -1e-6).all()
+  np.testing.assert_allclose(clamped, -clamped[::-1], atol=1e-5)
+  np.testing.assert_allclose(jax.grad(lambda z: soft_clamp(z, 3.0))(0.0), 1)
+  # tanh(1) at z = s; twice is not once.
+  np.testing.assert_allclose(soft_clamp(jnp.asarray(3.0), 3.0), 3 * np.tanh(1), rtol=1e-6)
+  assert soft_clamp(soft_clamp(jnp.asarray(3.0), 3.0), 3.0) < 3 * np.tanh(1)
+  np.testing.assert_array_equal(soft_clamp(z, 0.0), z)

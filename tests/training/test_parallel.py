@@ -1,0 +1,112 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax.errors import UserError
+from jedi_jax.training import parallel
+from jedi_jax.training.parallel import Devices
+from jedi_jax.types import Term
+
+
+def tree():
+  shared = jnp.arange(6.0).reshape(2, 3)
+  return {"a": shared, "b": (shared, np.int32(7)), "c": np.array([True, False]), "d": np.zeros((0, 2), np.uint8)}
+
+
+def test_this_process_has_four_host_devices():
+  assert Devices().count == 4
+  assert Devices.take(0).count == 4
+  assert [Devices.take(n).count for n in (1, 2, 4)] == [1, 2, 4]
+  assert Devices.take(2).devices == tuple(jax.local_devices()[:2])
+
+
+def test_too_many_devices_are_refused():
+  with pytest.raises(UserError, match="5 devices are asked for and 4 are here"):
+    Devices.take(5)
+
+
+def test_a_negative_number_of_devices_is_refused():
+  with pytest.raises(UserError):
+    Devices.take(-1)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_replicate_first_and_to_host(count):
+  devices = Devices.take(count)
+  spread = devices.replicate(tree())
+  for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(tree()), strict=True):
+    assert x.shape == (count, *np.shape(y))
+    assert x.dtype == np.asarray(y).dtype
+    assert {shard.device for shard in x.addressable_shards} == set(devices.devices)
+    for shard in x.addressable_shards:
+      np.testing.assert_array_equal(shard.data[0], y)
+  for x, y in zip(jax.tree.leaves(devices.first(spread)), jax.tree.leaves(tree()), strict=True):
+    assert x.shape == (1, *np.shape(y))
+    assert x.devices() == {devices.devices[0]}
+    np.testing.assert_array_equal(x[0], y)
+  host = devices.to_host(spread)
+  assert jax.tree.structure(host) == jax.tree.structure(tree())
+  for x, y in zip(jax.tree.leaves(host), jax.tree.leaves(tree()), strict=True):
+    assert isinstance(x, np.ndarray)
+    assert x.dtype == np.asarray(y).dtype
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_leaves_that_alias_can_be_donated_and_host_copies_survive(count):
+  devices = Devices.take(count)
+  shared = np.arange(4096, dtype=np.float32)
+  spread = devices.replicate({"a": shared, "b": shared})
+  host = devices.to_host(spread)
+  double = devices.map(lambda tree: jax.tree.map(lambda x: 2.0 * x + 1.0, tree), donate=(0,))
+  after = double(double(spread))
+  assert all(x.is_deleted() for x in jax.tree.leaves(spread))
+  np.testing.assert_array_equal(host["a"], np.arange(4096))
+  np.testing.assert_array_equal(host["b"], np.arange(4096))
+  np.testing.assert_array_equal(shared, np.arange(4096))
+  np.testing.assert_array_equal(devices.to_host(after)["b"], 4.0 * np.arange(4096) + 3.0)
+  host["a"][:] = 0.0  # And it is the caller's own.
+  np.testing.assert_array_equal(devices.to_host(after)["a"], 4.0 * np.arange(4096) + 3.0)
+
+
+def test_check_batch():
+  devices = Devices.take(4)
+  devices.check_batch(8)
+  with pytest.raises(UserError, match=r"training\.batch_size=6 is not divisible by 4 devices") as caught:
+    devices.check_batch(6)
+  assert "\n" not in str(caught.value)
+  Devices.take(1).check_batch(7)
+
+
+def test_terms_are_averaged_by_their_weights_over_all_devices():
+  values, weights = np.arange(8.0, dtype=np.float32).reshape(4, 2), np.float32([[1, 0], [0, 0], [1, 1], [3, 0]])
+
+  def function(values, weights):
+    empty = Term(values, jnp.zeros_like(weights))
+    return parallel.reduce_metrics({"ratio": Term(values, weights), "empty": empty})
+
+  got = Devices.take(4).map(function)(values, weights)
+  np.testing.assert_allclose(got["ratio"], np.full(4, (0 + 4 + 5 + 3 * 6) / 6), rtol=1e-6)
+  np.testing.assert_array_equal(got["empty"], np.zeros(4))
+
+
+def test_collectives_between_devices():
+  devices = Devices.take(4)
+
+  def function(x, shared):
+    share = parallel.local_share(shared)
+    return {
+      "share": share,
+      "mean": parallel.mean(x),
+      "total": parallel.total(x),
+      **parallel.reduce_metrics({"scalar": x, "matrix": jnp.full((2, 2), x)}),
+    }
+
+  x = jnp.arange(4.0)
+  got = devices.map(function, in_axes=(0, None))(x, np.arange(8))
+  np.testing.assert_array_equal(got["share"], [[0, 1], [2, 3], [4, 5], [6, 7]])
+  np.testing.assert_array_equal(got["mean"], np.full(4, 1.5))
+  np.testing.assert_array_equal(got["total"], np.full(4, 6.0))
+  np.testing.assert_array_equal(got["scalar"], np.full(4, 1.5))
+  np.testing.assert_array_equal(got["matrix"], np.full((4, 2, 2), 6.0))
