@@ -55,7 +55,7 @@ class Agent:
 
   def __init__(self, model: Model, params: dict[str, Any], config: Config | None = None):
     self.model = model
-    self.params = params
+    self.params = jax.device_put(params)  # Once, not with every call.
     self.config = config
     self._act = jax.jit(make_act(model))
 

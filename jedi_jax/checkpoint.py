@@ -123,7 +123,10 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
 def _flatten(tree: Any) -> Mapping[str, Any]:
   """Returns the leaves by path, in the tree's order."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {"/".join(_key_name(key) for key in path) or "value": leaf for path, leaf in leaves}
+  flat = {"/".join(_key_name(key) for key in path) or "value": leaf for path, leaf in leaves}
+  if len(flat) != len(leaves):
+    raise ValueError("two leaves have the same path")
+  return flat
 
 
 def _key_name(key: Any) -> str:

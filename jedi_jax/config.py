@@ -12,7 +12,6 @@ The defaults are preset `paper`. `make_config` builds a configuration from a var
 ops, nn and losses take plain arguments.
 """
 
-import ast
 import dataclasses
 import json
 import math
@@ -65,7 +64,13 @@ def documented(cls: type[T]) -> type[T]:
     if "tag" in field.metadata:
       lines.append(f"  {field.name}: {field.metadata['doc']} Default {field.default!r} [{field.metadata['tag']}].")
     else:
-      lines.append(f"  {field.name}: see `{getattr(field.type, '__name__', field.type)}`.")
+      given: Any = field.default
+      changed = [
+        f"{inner.name}={getattr(given, inner.name)!r}"
+        for inner in dataclasses.fields(given)
+        if getattr(given, inner.name) != inner.default
+      ]
+      lines.append(f"  {field.name}: `{type(given).__name__}`" + (f" with {', '.join(changed)}." if changed else "."))
   cls.__doc__ = f"{cls.__doc__}\n\nAttributes:\n" + "\n".join(lines)
   return cls
 
@@ -76,7 +81,7 @@ class EnvConfig:
   """The environment that is learned."""
 
   name: str = setting("atari/Breakout", "O", "'atari/<Game>' for any Atari game of EnvPool, or 'catch'.")
-  num_envs: int = setting(1, "D", "Environments that collect, each its own stream of replay.", low=1)
+  num_envs: int = setting(1, "D", "Environments that collect, each its own stream of replay.", low=1, high=1024)
   life_loss_ends: bool = setting(True, "D", "Whether losing a life ends a training episode; the game goes on.")
   max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps (108,000 frames).", low=1)
 
@@ -196,7 +201,7 @@ class ActorCriticConfig:
 class CollectConfig:
   """Collection from the real environment; a step is one agent step (4 frames of Atari)."""
 
-  total_steps: int = setting(100_000, "C", "Environment steps in all (400,000 frames of Atari).", low=1)
+  total_steps: int = setting(100_000, "C", "Environment steps in all (400,000 frames of Atari).", low=1, high=10**9)
   steps_per_epoch: int = setting(100, "D", "Environment steps an epoch, over all environments.", low=1)
   first_epoch_min_steps: int = setting(5_000, "D", "Environment steps before the first update, at least.", low=1)
   first_epoch_max_steps: int = setting(10_000, "D", "Environment steps before the first update, at most.", low=1)
@@ -209,8 +214,10 @@ class CollectConfig:
 class ReplayConfig:
   """The ring of frames on the device."""
 
-  capacity: int = setting(100_000, "D", "Frames kept, over all environments.", low=2)
-  final_frames: int = setting(10_000, "O", "Room kept besides for the true final frames of episodes.", low=0)
+  capacity: int = setting(100_000, "D", "Frames kept, over all environments.", low=2, high=10**8)
+  final_frames: int = setting(
+    10_000, "O", "Room kept besides for the true final frames of episodes.", low=0, high=10**8
+  )
   age_weights: tuple[float, ...] = setting(
     (0.1, 0.1, 0.1, 0.7), "D", "Probability of each group of episodes, oldest first; they sum to 1.", low=0
   )
@@ -221,9 +228,9 @@ class ReplayConfig:
 class Updates:
   """A number of updates of each component."""
 
-  denoiser: int = setting(400, "D", "Updates of the denoiser.", low=0)
-  reward_end: int = setting(400, "D", "Updates of the reward / end model.", low=0)
-  actor_critic: int = setting(400, "D", "Updates of the actor-critic.", low=0)
+  denoiser: int = setting(400, "D", "Updates of the denoiser.", low=0, high=10**9)
+  reward_end: int = setting(400, "D", "Updates of the reward / end model.", low=0, high=10**9)
+  actor_critic: int = setting(400, "D", "Updates of the actor-critic.", low=0, high=10**9)
 
 
 @documented
@@ -718,8 +725,8 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
         raise wrong()
       return text.lower() == "true"
     try:
-      value = float(text) if kind is float else ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+      value = float(text) if kind is float else int(text)
+    except ValueError:
       raise wrong() from None
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     try:

@@ -65,7 +65,7 @@ class Progress:
 
   Args:
     stream: where to write.
-    interval: seconds between plain lines of one task.
+    interval: seconds between plain lines.
   """
 
   def __init__(self, stream: TextIO | None = None, *, interval: float = 30.0):
@@ -97,7 +97,7 @@ class Progress:
 
   def _clear(self) -> None:
     if self._open:
-      self._stream.write("\r" + " " * 100 + "\r")
+      self._stream.write("\r\x1b[K")  # Clears the line, however wide.
       self._open = False
 
 

@@ -84,7 +84,12 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         f"{path} holds a run of another configuration ({'; '.join(different)}): "
         "take another --workdir, or start anew with --overwrite"
       )
-    return Workdir(path, config, old.spec)
+    if old.spec != spec:
+      raise UserError(
+        f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
+        "use the EnvPool version that it was started with, or start anew with --overwrite"
+      )
+    return old
   write_json(
     path / "config.json",
     {
@@ -108,7 +113,7 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     data = json.loads(file.read_text())
     shape = data["spec"]["observation_shape"]
     spec = EnvSpec(int(data["spec"]["num_actions"]), (int(shape[0]), int(shape[1]), int(shape[2])))
-    tree = data["config"]
+    tree = dict(data["config"])
   except FileNotFoundError:
     raise UserError(f"{path} holds no run: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

@@ -285,7 +285,6 @@ def test_an_integer_too_large_for_a_float_is_refused():
   refused({"denoiser.sigma_max": 10**400}, "denoiser.sigma_max")
 
 
-@pytest.mark.xfail(strict=True, reason="ast.literal_eval prints a SyntaxWarning of its own before the error")
 def test_a_wrong_integer_is_one_line_on_standard_error():
   with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")

@@ -28,6 +28,9 @@ ALLOWED = {
   "checkpoint.py": {"errors"},
   "workdir.py": {"types", "errors", "config", "version"},
   "agent.py": {"types", "errors", "config", "models", "evaluation", "checkpoint", "workdir"},
+  # Checkpoints of others: arrays into parameters and a run's directory, no training.
+  "interop": {"types", "errors", "config", "envs", "models", "checkpoint", "workdir", "agent", "interop"},
+  "interop/torch_file.py": {"errors"},
   "training": ANYTHING,
   # The parts of training that know neither files nor environments.
   "training/parallel.py": {"types", "errors"},
@@ -45,7 +48,7 @@ IMPORTERS = {
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),
-  "torch": set(),
+  "torch": {"interop/torch_file.py"},
 }
 
 # The only readers of some names, wherever they come from.

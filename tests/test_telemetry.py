@@ -206,9 +206,6 @@ def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-@pytest.mark.xfail(
-  strict=True, reason="_clear writes 100 blanks: that wraps on 80 columns, and leaves the rest of a long line on 200"
-)
 def test_progress_clears_exactly_its_line(monkeypatch, columns):
   stream = terminal(monkeypatch, columns)
   progress = Progress(stream)

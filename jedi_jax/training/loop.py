@@ -264,7 +264,7 @@ class Trainer:
   def _evaluate(self, *, episodes: int, purpose: int) -> list[EpisodeResult]:
     c = self._config
     agent = self._evaluator
-    agent.params = self._devices.to_host(self._state.params)
+    agent.params = jax.device_put(self._devices.to_host(self._state.params))
     num_envs = min(c.evaluation.num_envs, episodes)
     seed = _env_seed(c.seed, purpose, self._progress.epoch)
     return evaluate(
@@ -283,7 +283,7 @@ class Trainer:
     mean = float(np.mean([result.return_ for result in results]))
     if mean > self._progress.best:
       self._progress = self._progress._replace(best=mean)
-      self._best.save(self._progress.epoch, params=self._evaluator.params)
+      self._best.save(self._progress.epoch, params=self._devices.to_host(self._state.params))
     return {
       "evaluation/return": mean,
       "evaluation/length": float(np.mean([result.length for result in results])),

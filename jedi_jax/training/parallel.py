@@ -35,7 +35,9 @@ class Devices:
     """
     available = jax.local_devices()
     if not 0 <= count <= len(available):
-      raise UserError(f"{count} devices are asked for and {len(available)} are here: take 0 (all) to {len(available)}")
+      raise UserError(
+        f"{count} devices are asked for and {len(available)} are here: take --devices=0 (all) to {len(available)}"
+      )
     return cls(available[:count] if count else None)
 
   @property

@@ -252,7 +252,6 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_overwritten(tmp_pa
   assert snapshot(directory) == before
 
 
-@pytest.mark.xfail(strict=True, reason="a latent pooled to nothing divides by zero", raises=ZeroDivisionError)
 def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
   changes = {"actor_critic.channels": (8,) * 3, "actor_critic.downsample": (True,) * 3}  # Latents are 3 x 3.
   config = make_config(env="catch", preset="debug", overrides=changes)
