@@ -73,7 +73,7 @@ class Progress:
     self._live = self._stream.isatty()
     self._interval = interval
     self._last = -math.inf
-    self._open = False
+    self._shown = 0  # Width of the line that is being rewritten.
 
   def say(self, text: str) -> None:
     """Writes a line that stays."""
@@ -90,15 +90,15 @@ class Progress:
       line = f"[{'#' * filled}{'.' * (20 - filled)}] {text}"
       self._stream.write("\r" + line[: width - 1].ljust(width - 1))
       self._stream.flush()
-      self._open = True
+      self._shown = width - 1
     elif time.monotonic() - self._last >= self._interval:
       self._last = time.monotonic()
       print(text, file=self._stream, flush=True)
 
   def _clear(self) -> None:
-    if self._open:
-      self._stream.write("\r\x1b[K")  # Clears the line, however wide.
-      self._open = False
+    if self._shown:
+      self._stream.write("\r" + " " * self._shown + "\r")
+      self._shown = 0
 
 
 def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> Values:

@@ -113,7 +113,9 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     data = json.loads(file.read_text())
     shape = data["spec"]["observation_shape"]
     spec = EnvSpec(int(data["spec"]["num_actions"]), (int(shape[0]), int(shape[1]), int(shape[2])))
-    tree = dict(data["config"])
+    tree = data["config"]
+    if not isinstance(tree, dict):
+      raise TypeError(f"config is a {type(tree).__name__}")
   except FileNotFoundError:
     raise UserError(f"{path} holds no run: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

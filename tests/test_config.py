@@ -53,7 +53,7 @@ def test_record_docstrings_list_their_settings():
 
 
 def test_presets_only_name_settings():
-  for values in (*PRESETS.values(), *VARIANTS.values()):
+  for values in (*PRESETS.values(), *VARIANTS.values(), *config_lib.VARIANT_PRESETS.values()):
     assert set(values) <= set(SETTINGS)
 
 
@@ -63,7 +63,7 @@ def test_presets_only_name_settings():
 def test_presets_are_valid_and_take_effect(env, preset, variant):
   config = make_config(env=env, preset=preset, variant=variant, seed=5)
   assert (config.env.name, config.preset, config.variant, config.seed) == (env, preset, variant, 5)
-  changed = {**VARIANTS[variant], **PRESETS[preset]}
+  changed = {**VARIANTS[variant], **PRESETS[preset], **config_lib.VARIANT_PRESETS.get((variant, preset), {})}
   for path, value in changed.items():
     assert get(config, path) == value
   named = {"env.name", "preset", "variant", "seed"}

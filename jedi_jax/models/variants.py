@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jedi_jax import types
-from jedi_jax.config import Config
+from jedi_jax.config import Config, make_config
 from jedi_jax.errors import UserError
 from jedi_jax.models import behavior as behavior_lib
 from jedi_jax.models import codecs, imagination
@@ -70,6 +70,7 @@ class Variant(NamedTuple):
   """What a variant is made of.
 
   Attributes:
+    summary: a line that tells it from the others.
     codec: builds the codec.
     dynamics: builds the dynamics on the codec's latents.
     denoiser_trains: which components the dynamics' loss (and a reconstruction) trains.
@@ -78,6 +79,7 @@ class Variant(NamedTuple):
     dynamics_trains_encoder: whether the dynamics' own loss reaches the encoder; a reconstruction always does.
   """
 
+  summary: str
   codec: Callable[["_Context"], codecs.Codec]
   dynamics: Callable[["_Context", codecs.Codec], dynamics_lib.Dynamics]
   denoiser_trains: tuple[str, ...] = ("encoder", "denoiser")
@@ -405,12 +407,16 @@ def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavi
 
 
 VARIANTS: Mapping[str, Variant] = {
-  # The paper's model.
-  "jedi": Variant(_learned, _diffusion),
-  # The pixel baseline, DIAMOND.
-  "diamond": Variant(_identity, _diffusion, denoiser_trains=("denoiser",), reward_end_trains=("reward_end",)),
-  # A latent space that only reconstruction shapes, as in Horizon Imagination.
+  "jedi": Variant("the paper's model: learned encoder, diffusion", _learned, _diffusion),
+  "diamond": Variant(
+    "the pixel baseline: images, estimates cut to 256 levels, diffusion",
+    _identity,
+    _diffusion,
+    denoiser_trains=("denoiser",),
+    reward_end_trains=("reward_end",),
+  ),
   "autoencoder": Variant(
+    "a latent space that only reconstruction shapes, as in Horizon Imagination; diffusion",
     _learned,
     _diffusion,
     denoiser_trains=("encoder", "decoder", "denoiser"),
@@ -418,11 +424,46 @@ VARIANTS: Mapping[str, Variant] = {
     decodes=True,
     dynamics_trains_encoder=False,
   ),
-  # The next latent by regression instead of diffusion.
-  "mse": Variant(_learned, _regression),
-  # Only rewards and ends shape the latent space.
-  "no_diffusion_gradient": Variant(_learned, _diffusion, denoiser_trains=("denoiser",)),
-  # Reconstruction shapes the latent space as well.
-  "decoder_gradient": Variant(_learned, _diffusion, denoiser_trains=("encoder", "decoder", "denoiser"), decodes=True),
+  "mse": Variant("learned encoder, regression of the next latent", _learned, _regression),
+  "no_diffusion_gradient": Variant(
+    "learned encoder that only rewards and ends shape; diffusion", _learned, _diffusion, denoiser_trains=("denoiser",)
+  ),
+  "decoder_gradient": Variant(
+    "learned encoder that reconstruction shapes as well; diffusion",
+    _learned,
+    _diffusion,
+    denoiser_trains=("encoder", "decoder", "denoiser"),
+    decodes=True,
+  ),
 }
 """Every variant by name; `config.VARIANTS` holds what each changes in the settings."""
+
+
+def table(spec: EnvSpec, *, env: str, preset: str) -> str:
+  """Lists the variants as a Markdown table, with the parameters of each component for an environment and preset."""
+  components = ("encoder", "decoder", "denoiser", "reward_end", "actor_critic")
+  lines = [
+    "| command | codec and dynamics | the encoder learns from | " + " | ".join((*components, "all")) + " |",
+    "|" + "---|" * (len(components) + 4),
+  ]
+  for name, variant in VARIANTS.items():
+    config = make_config(env=env, variant=name, preset=preset)
+    counts = count_parameters(jax.eval_shape(build(config, spec).init, jax.random.key(0)))
+    numbers = (f"{counts[component]:,}" if counts.get(component) else "-" for component in components)
+    lines.append(
+      f"| `--variant={name}` | {variant.summary} | {_route(variant)} | "
+      + " | ".join((*numbers, f"{sum(counts.values()):,}"))
+      + " |"
+    )
+  return "\n".join(lines)
+
+
+def _route(variant: Variant) -> str:
+  """Names the losses whose gradient reaches the encoder."""
+  denoiser = "encoder" in variant.denoiser_trains
+  routes = {
+    "prediction": denoiser and variant.dynamics_trains_encoder,
+    "reward / end": "encoder" in variant.reward_end_trains,
+    "reconstruction": denoiser and variant.decodes,
+  }
+  return " + ".join(name for name, there in routes.items() if there) or "-"

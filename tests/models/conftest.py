@@ -113,8 +113,8 @@ def world(random_params, make_dynamics):
     conditioning_frames=2,
     targets=2,
     horizon=3,
-    denoiser_components=("encoder", "denoiser"),
-    reward_end_components=("encoder", "reward_end"),
+    denoiser_trains=("encoder", "denoiser"),
+    reward_end_trains=("encoder", "reward_end"),
   )
   return World(codec, dynamics, reward_end, behavior, model, random_params(model.init))
 

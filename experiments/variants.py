@@ -1,0 +1,22 @@
+"""Prints the variants as a Markdown table: codec, dynamics, what each loss trains, parameters by component.
+
+python experiments/variants.py --env=atari/Breakout --preset=paper
+"""
+
+from absl import flags
+
+import jedi_jax
+from jedi_jax import runtime
+from jedi_jax.models import variants
+
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; its number of actions counts.")
+_PRESET = flags.DEFINE_string("preset", "paper", "Preset that the parameters are counted for.")
+
+
+def main() -> None:
+  """Prints the table."""
+  print(variants.table(jedi_jax.envs.spec(_ENV.value), env=_ENV.value, preset=_PRESET.value))
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")
