@@ -480,7 +480,7 @@ def make_config(
   """Builds a validated configuration.
 
   Args:
-    env: name of the environment.
+    env: name of the environment; with a random frame skip the sampler's churn is 1 unless overridden.
     variant: a key of `VARIANTS`.
     preset: a key of `PRESETS`.
     seed: non-negative seed.
@@ -494,6 +494,8 @@ def make_config(
     overrides = dict(split_override(text) for text in overrides)
   values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
   values |= {"variant": variant, "preset": preset, "seed": seed, "env.name": env}
+  if envs.is_stochastic(env):
+    values["sampler.churn"] = 1.0  # As in the paper's stochastic-Atari experiment.
   return override(Config(), {**values, **overrides})
 
 

@@ -5,6 +5,6 @@ The modules of this package are the only ones that import envpool; everything el
 
 from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.envs.catch import CatchEnv
-from jedi_jax.envs.registry import make, names, spec, validate
+from jedi_jax.envs.registry import is_stochastic, make, names, spec, validate
 
-__all__ = ["AtariEnv", "CatchEnv", "make", "names", "spec", "validate"]
+__all__ = ["AtariEnv", "CatchEnv", "is_stochastic", "make", "names", "spec", "validate"]

@@ -93,6 +93,16 @@ def make(
   )
 
 
+def is_stochastic(name: str) -> bool:
+  """Whether the frame skip of an environment is random.
+
+  Raises:
+    UserError: there is no such environment.
+  """
+  _, skip = _parse(name)
+  return skip is not None and skip[0] != skip[1]
+
+
 def _parse(name: str) -> tuple[str | None, tuple[int, int] | None]:
   """Atari game, None for Catch, and range of its random skip, None for the fixed one; see `validate`."""
   base, question, query = str(name).partition("?")
