@@ -17,7 +17,7 @@ _NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments that play side by
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of games and actions; apart from those of training.", lower_bound=0)
 _MAX_STEPS = flags.DEFINE_integer(
-  "max_episode_steps", 0, "Time limit in agent steps; 0 for the run's own.", lower_bound=0
+  "max_episode_steps", 27_000, "Time limit of a game in agent steps; the paper's is 27,000.", lower_bound=1
 )
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     episodes=_EPISODES.value,
     num_envs=min(_NUM_ENVS.value, _EPISODES.value),
     seed=loop.evaluation_seed(_SEED.value),
-    max_episode_steps=_MAX_STEPS.value or run.config.evaluation.max_episode_steps,
+    max_episode_steps=_MAX_STEPS.value,
     say=say,
   )
   summary = {
@@ -45,6 +45,7 @@ def main() -> None:
     "variant": run.config.variant,
     "checkpoint": _CHECKPOINT.value,
     "seed": _SEED.value,
+    "max_episode_steps": _MAX_STEPS.value,
     **loop.describe_results(run.config.env.name, results),
   }
   workdir.write_json(run.evaluation, summary)

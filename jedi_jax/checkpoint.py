@@ -64,6 +64,12 @@ class Checkpoints:
     """
     return _restore(self._manager, number, _PARAMS, params), _restore(self._manager, number, _STATE, state)
 
+  def forget_after(self, number: int) -> None:
+    """Removes checkpoints with larger numbers: those of epochs that an interrupted run will repeat."""
+    for later in self._manager.all_steps():
+      if later > number:
+        self._manager.delete(later)
+
   def wait(self) -> None:
     """Returns when nothing is being saved."""
     self._manager.wait_until_finished()
@@ -100,7 +106,6 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
   where = f"checkpoint {number} in {manager.directory}"
   wanted = _flatten(target)
   try:
-    # A checkpoint may hold more than is asked for; what is asked for must be there, in the same shape.
     saved = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
   except Exception as error:  # Orbax and its storage raise many kinds.
     reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -127,6 +127,9 @@ class DenoiserConfig:
   conditioning_width: int = setting(256, "D", "Width of the embedding of noise level and past actions.", low=2)
   conditioning_frames: int = setting(4, "C", "Past frames L that a prediction is conditioned on.", low=1)
   targets: int = setting(2, "D", "Successive targets in a training segment of L + targets frames.", low=1)
+  final_frames: bool = setting(
+    True, "O", "Whether the true final frame of an episode is a target too; DIAMOND leaves it out."
+  )
   switching: str = setting(
     "random",
     "R",
@@ -188,6 +191,9 @@ class ActorCriticConfig:
   )
   downsample: tuple[bool, ...] = setting((), "O", "Whether a stage ends in 2 x 2 max pooling.")
   lstm_width: int = setting(512, "O", "Width of the LSTM.", low=1)
+  forget_padding: bool = setting(
+    True, "O", "Whether the burn-in starts with an empty state behind padding, as real episodes do; not in DIAMOND."
+  )
   horizon: int = setting(15, "R", "Imagined steps H.", low=1)
   gamma: float = setting(0.985, "R", "Discount.", low=0, high=1)
   lambda_: float = setting(0.95, "R", "Mixing of the lambda-returns.", low=0, high=1)
@@ -324,6 +330,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.depths": (2, 2, 2, 2),
     "denoiser.attention": (False, False, False, False),
     "denoiser.switching": "always_denoiser",
+    "denoiser.final_frames": False,
+    "actor_critic.forget_padding": False,
     "denoiser.offset_noise": 0.3,
     "denoiser.sigma_data": 0.5,
     "reward_end.downsample": True,

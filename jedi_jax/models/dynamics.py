@@ -105,7 +105,9 @@ def diffusion(
   """An EDM denoiser of latents, trained on its own estimates or the codec's latents, sampled in a few steps.
 
   With D = clamp(c_skip z + c_out F) the loss of a target z' is mean ||(D - z') / c_out||^2: EDM's loss on F where
-  there is no clamp, and still minimal at D = z' where there is one.
+  there is no clamp, and still minimal at D = z' where there is one. The soft clamp is not the identity, so F then has
+  to undo it: where c_out is small (no offset noise, low sigma) and latents are large, F leaves the unit range that the
+  preconditioning is made for. With offset noise 0.3 and latents below 1 it does not.
 
   Args:
     codec: gives the latent's shape and what estimates go through.

@@ -62,12 +62,11 @@ def imagine(
   mask: Array,
   noise: ImaginationNoise,
   *,
-  unroll: int = 1,
+  forget_padding: bool = True,
 ) -> Trajectory:
   """Imagines T steps under the policy. No gradient flows back.
 
-  Both LSTMs are burned in on the past frames. The reward / end model runs over padding too, as it does in training;
-  the policy forgets padding, because a real episode begins with an empty state.
+  Both LSTMs are burned in on the past frames. The reward / end model runs over padding too, as it does in training.
 
   Args:
     dynamics: the dynamics.
@@ -78,7 +77,7 @@ def imagine(
     past_actions: [B, L - 1] int32; the actions between them.
     mask: [B, L] bool; false where a frame is padding; the last one must be real.
     noise: the random numbers.
-    unroll: steps of the scan that are compiled together.
+    forget_padding: whether the policy's burn-in forgets padding, because a real episode begins with an empty state.
 
   Returns:
     `Trajectory`; after the first imagined end the remaining steps have `alive` 0.
@@ -93,9 +92,8 @@ def imagine(
     _, _, reward_end_state = reward_end.predict(
       params["reward_end"], past[:, :-1], past_actions, past[:, 1:], reward_end_state
     )
-    _, _, policy_state = behavior.apply(
-      params["actor_critic"], past[:, :-1], policy_state, mask[:, :-1].astype(jnp.float32)
-    )
+    keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
+    _, _, policy_state = behavior.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
 
   def step(carry: _Carry, draws: ImaginationNoise) -> tuple[_Carry, tuple[Array, ...]]:
     current = carry.past[:, -1:]
@@ -118,7 +116,7 @@ def imagine(
     return after, (following, action, reward, end, carry.alive)
 
   start = _Carry(past, past_actions, reward_end_state, policy_state, jnp.ones((batch,)))
-  _, outputs = jax.lax.scan(step, start, noise, unroll=unroll)
+  _, outputs = jax.lax.scan(step, start, noise)
   latents, actions, rewards, ends, alive = (jnp.moveaxis(x, 0, 1) for x in outputs)
   return Trajectory(
     latents=jnp.concatenate([past[:, -1:], latents], axis=1),

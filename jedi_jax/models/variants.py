@@ -120,6 +120,8 @@ def build(config: Config, spec: EnvSpec) -> Model:
     decoder=_decoder(context, codec) if variant.decodes else None,
     dynamics_trains_encoder=variant.dynamics_trains_encoder,
     target_decay=config.encoder.target_decay,
+    final_frames=config.denoiser.final_frames,
+    forget_padding=config.actor_critic.forget_padding,
   )
 
 
@@ -138,6 +140,8 @@ def compose(
   decoder: codecs.Decoder | None = None,
   dynamics_trains_encoder: bool = True,
   target_decay: float = 0.0,
+  final_frames: bool = True,
+  forget_padding: bool = True,
 ) -> Model:
   """Composes a model from its parts.
 
@@ -157,6 +161,8 @@ def compose(
     dynamics_trains_encoder: whether the dynamics' own loss reaches the encoder; the reconstruction does anyway.
     target_decay: if positive, targets come from an exponential moving average of the encoder with this decay an
       update, a component 'target_encoder'.
+    final_frames: whether the true final frames of episodes are targets too.
+    forget_padding: see `imagination.imagine`.
   """
   length = conditioning_frames
 
@@ -227,7 +233,15 @@ def compose(
     noise = imagination.draw_noise(dynamics, keys, horizon=steps, num_actions=spec.num_actions)
     latents = encode(jax.lax.stop_gradient(params), segment.observations, segment.mask)
     return imagination.imagine(
-      dynamics, reward_end, behavior, params, latents, segment.actions[:, :-1], segment.mask, noise
+      dynamics,
+      reward_end,
+      behavior,
+      params,
+      latents,
+      segment.actions[:, :-1],
+      segment.mask,
+      noise,
+      forget_padding=forget_padding,
     )
 
   def actor_critic_losses(
@@ -249,7 +263,7 @@ def compose(
     return {**params, "target_encoder": target}
 
   phases = (
-    Phase("denoiser", denoiser_trains, length + targets, False, True, denoiser_losses, average),
+    Phase("denoiser", denoiser_trains, length + targets, False, final_frames, denoiser_losses, average),
     Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, average),
     Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
   )

@@ -374,7 +374,6 @@ class Lstm(nn.Module):
   """
 
   width: int
-  unroll: int = 1
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -415,7 +414,7 @@ class Lstm(nn.Module):
       state, hidden = step(state, (projected[:, 0], None if keep is None else keep[:, 0]))
       return hidden[:, None], state
     by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (projected, keep))
-    state, hiddens = lax.scan(step, state, by_time, unroll=self.unroll)
+    state, hiddens = lax.scan(step, state, by_time)
     return jnp.moveaxis(hiddens, 0, 1), state
 
 

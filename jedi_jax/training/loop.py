@@ -31,7 +31,8 @@ class Progress(NamedTuple):
   Attributes:
     epoch: epochs done.
     total_epochs: epochs in all; known after the first collection.
-    seconds: training time so far, over all sessions, without compilation.
+    seconds: wall time of epochs and evaluations so far, over all sessions; without the epoch's compilation and
+      without saving.
     best: best mean return of an evaluation during training, -inf before the first.
   """
 
@@ -127,6 +128,7 @@ class Trainer:
       self._replay = devices.replicate(_empty_replay(config, spec))
     else:
       self._restore(number, jax.eval_shape(init, key))
+      self._best.forget_after(number)
     self._metrics = telemetry.MetricsWriter(run.metrics, run.tensorboard, last_epoch=self._progress.epoch)
 
   def close(self) -> None:
@@ -142,10 +144,14 @@ class Trainer:
     self._compile()
     config = self._config
     while self._progress.epoch == 0 or self._progress.epoch < self._progress.total_epochs:
+      start = time.monotonic()
       values = self._run_epoch()
       epoch = self._progress.epoch
       if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
         values |= self._evaluate_and_keep_best()
+      seconds = self._progress.seconds + time.monotonic() - start
+      self._progress = self._progress._replace(seconds=seconds)
+      values["time/total_seconds"] = seconds
       self._metrics.write(epoch, values)
       self._say.say(self._epoch_line(values))
       if epoch % config.checkpoint.interval_epochs == 0 or epoch == self._progress.total_epochs:
@@ -184,7 +190,7 @@ class Trainer:
     updates = training.first_updates if first else training.updates
     figures = self._update(updates, split=epoch % training.time_phases_every == 0)
     seconds = time.monotonic() - start
-    self._progress = self._progress._replace(epoch=epoch, seconds=self._progress.seconds + seconds)
+    self._progress = self._progress._replace(epoch=epoch)
     steps = self._collector.env_steps
     values: dict[str, Any] = {
       "env_steps": steps,
@@ -192,7 +198,6 @@ class Trainer:
       **figures,
       "time/collect_seconds": collection_seconds,
       "time/epoch_seconds": seconds,
-      "time/total_seconds": self._progress.seconds,
     }
     if collected.steps:
       values["collect/steps"] = collected.steps
@@ -305,6 +310,7 @@ class Trainer:
       "frames": self._env.frames,
       "updates": self._updates_done(),
       **describe_results(self._config.env.name, results),
+      "max_episode_steps": self._config.evaluation.max_episode_steps,
       "seconds": seconds,
     }
     self._latest.wait()  # A run with a result has its last checkpoint.
@@ -422,6 +428,7 @@ def describe_results(env_name: str, results: list[EpisodeResult]) -> dict[str, A
   return {
     "episode_returns": returns,
     "episode_lengths": [result.length for result in results],
+    "episodes_truncated": sum(result.truncated for result in results),
     "mean_return": mean,
     "human_normalized_score": human_normalized_score(env_name, mean),
   }
