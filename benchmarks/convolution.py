@@ -17,8 +17,8 @@ from absl import flags
 from jedi_jax import runtime
 from jedi_jax.nn.blocks import conv3x3
 
-_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed calls.", lower_bound=1)
-_LOOP = flags.DEFINE_integer("loop", 4, "Iterations of the compiled loop in a call.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
+_LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in a call.", lower_bound=1)
 
 # Batch, height = width, channels in, channels out: the encoder's first levels and the denoiser's.
 SHAPES = ((32, 8, 160, 160), (80, 64, 3, 16), (80, 64, 16, 16), (32, 64, 32, 32))

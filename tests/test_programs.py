@@ -69,7 +69,7 @@ def test_evaluate(run, snapshot):
   summary = json.loads((directory / "evaluation.json").read_text())
   assert set(summary) == {
     "env", "variant", "checkpoint", "seed", "episode_returns", "episode_lengths", "mean_return",
-    "human_normalized_score",
+    "human_normalized_score", "episodes_truncated", "max_episode_steps",
   }  # fmt: skip
   assert (summary["env"], summary["checkpoint"], summary["seed"]) == ("catch", "best", 3)
   assert summary["episode_lengths"] == [9] * 5

@@ -67,7 +67,7 @@ def test_result(finished_run):
   got = result(finished_run)
   assert set(got) == {
     "env", "variant", "preset", "seed", "env_steps", "frames", "updates", "episode_returns", "episode_lengths",
-    "mean_return", "human_normalized_score", "seconds",
+    "episodes_truncated", "max_episode_steps", "mean_return", "human_normalized_score", "seconds",
   }  # fmt: skip
   assert (got["env"], got["variant"], got["preset"], got["seed"]) == ("catch", "jedi", "debug", 0)
   assert got["env_steps"] == got["frames"] == 70
@@ -75,6 +75,7 @@ def test_result(finished_run):
   assert len(got["episode_returns"]) == 3
   assert set(got["episode_returns"]) <= {-1.0, 1.0}
   assert got["episode_lengths"] == [9, 9, 9]
+  assert got["episodes_truncated"] == 0
   assert got["mean_return"] == pytest.approx(np.mean(got["episode_returns"]))
   assert got["human_normalized_score"] is None
   assert got["seconds"] > 0
@@ -293,6 +294,7 @@ def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):
   assert got["frames"] == 4 * 30
   assert got["updates"] == dict.fromkeys(PHASES, 4 + 2)
   assert got["episode_lengths"] == [20, 20]
+  assert (got["episodes_truncated"], got["max_episode_steps"]) == (2, 20)
   assert isinstance(got["human_normalized_score"], float)
   records = timeless(tmp_path / "run" / "metrics.jsonl")
   assert [(r["env_steps"], r["frames"]) for r in records] == [(20, 80), (30, 120)]
