@@ -58,8 +58,8 @@ def dense(features: int, fan_in: int, *, name: str, dtype: Any, use_bias: bool =
 def resolve_convolution(lowering: str) -> str:
   """Replaces 'auto' by the lowering of 3 x 3 convolutions that suits the default backend.
 
-  XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 20 to 50 times slower than as a
-  matrix product (see docs/performance.md); its GPU and TPU backends do not.
+  XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 9 to 53 times slower than as
+  matrix products (see docs/performance.md); its GPU and TPU backends do not.
   """
   if lowering != "auto":
     return lowering
