@@ -90,6 +90,8 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         "use the EnvPool version that it was started with, or start anew with --overwrite"
       )
     return old
+  if (path / "checkpoints").exists():
+    raise UserError(f"{path} has checkpoints but no config.json to tell whose: take another --workdir, or --overwrite")
   write_json(
     path / "config.json",
     {

@@ -172,3 +172,11 @@ def test_json_files_are_written_whole(tmp_path):
   path.write_text("{")
   refused(lambda: workdir.read_json(path), str(path))
   refused(lambda: workdir.read_json(pathlib.Path(tmp_path / "none.json")), "none.json")
+
+
+def test_checkpoints_without_a_configuration_are_refused_and_kept(tmp_path, snapshot):
+  (tmp_path / "checkpoints" / "latest").mkdir(parents=True)
+  (tmp_path / "checkpoints" / "latest" / "7").write_text("precious")
+  before = snapshot(tmp_path)
+  refused(lambda: workdir.prepare(tmp_path, CONFIG, SPEC), "checkpoints", "--overwrite")
+  assert snapshot(tmp_path) == before

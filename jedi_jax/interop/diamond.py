@@ -5,11 +5,14 @@ convolutions OIHW and HWIO, linear layers (out, in) and (in, out), and inputs of
 """
 
 import itertools
+import math
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jedi_jax import checkpoint, envs, workdir
@@ -46,14 +49,18 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
   Args:
     path: the `.pt` file; nothing in it is executed.
     env: name of the environment that it was trained on.
-    directory: made if it does not exist.
+    directory: made if it does not exist; written to only when everything else has been checked.
 
   Returns:
     The agent.
 
   Raises:
-    UserError: if the file is not DIAMOND's, does not fit the environment, or the directory holds another run.
+    UserError: if the file is not DIAMOND's, does not fit the environment, or the directory already holds a run.
   """
+  target = pathlib.Path(directory).expanduser().absolute()
+  for name in ("config.json", "checkpoints"):
+    if (target / name).exists():
+      raise UserError(f"{target} already holds a run ({name}): take another directory")
   arrays = load(path)
   config, spec = infer(arrays, env=env)
   expected = envs.spec(env)
@@ -63,11 +70,12 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
       f"{expected.num_actions} and {expected.observation_shape}: name the environment that it was trained on"
     )
   params = import_params(arrays, config, spec)
+  model = build(config, spec)
   run = workdir.prepare(directory, config, spec)
   checkpoints = checkpoint.Checkpoints(run.checkpoints / "latest", keep=1)
   checkpoints.save(0, params=params)
   checkpoints.close()
-  return Agent(build(config, spec), params, config)
+  return Agent(model, params, config)
 
 
 def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpec) -> dict[str, Any]:
@@ -79,32 +87,36 @@ def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpe
     spec: the environment.
 
   Raises:
-    UserError: naming the first array that is missing, unknown or of another shape.
+    UserError: naming the first array that is missing, unknown, of another shape or not of numbers; or if DIAMOND has
+      no model of this configuration.
   """
-  table = rules(config, spec)
+  table, expected = _counterpart(config, spec)
   known = {rule.name for rule in table}
   for name in arrays:
     if name not in known:
-      raise UserError(f"the checkpoint has an unknown array {name}")
-  params: dict[str, Any] = {"encoder": {}}
+      raise UserError(f"the checkpoint has an unknown array {name[:200]!r}")
+  params: dict[str, Any] = {component: {} for component in expected}
   for rule in table:
     if rule.name not in arrays:
       raise UserError(f"the checkpoint lacks {rule.name}")
+    value = _ours(rule, arrays[rule.name], _at(expected, rule.path).shape)
     node = params
     for key in rule.path[:-1]:
       node = node.setdefault(key, {})
-    node[rule.path[-1]] = np.ascontiguousarray(rule.ours(np.asarray(arrays[rule.name], np.float32)))
+    node[rule.path[-1]] = value
   return params
 
 
 def export_state_dict(params: Mapping[str, Any], config: Config, spec: EnvSpec) -> dict[str, np.ndarray]:
-  """Turns our parameters into DIAMOND's arrays, float32 in PyTorch's layout; the inverse of `import_params`."""
+  """Turns our parameters into DIAMOND's arrays, float32 in PyTorch's layout; the inverse of `import_params`.
+
+  Raises:
+    UserError: if DIAMOND has no model of this configuration.
+  """
+  table, _ = _counterpart(config, spec)
   arrays = {}
-  for rule in rules(config, spec):
-    value: Any = params
-    for key in rule.path:
-      value = value[key]
-    arrays[rule.name] = np.ascontiguousarray(rule.theirs(np.asarray(value, np.float32)))
+  for rule in table:
+    arrays[rule.name] = np.ascontiguousarray(rule.theirs(np.asarray(_at(params, rule.path), np.float32)))
   return arrays
 
 
@@ -132,10 +144,52 @@ def infer(arrays: Mapping[str, np.ndarray], *, env: str) -> tuple[Config, EnvSpe
   """
   try:
     return _infer(arrays, env)
-  except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+  except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
     if isinstance(error, UserError):
       raise
     raise UserError(f"the checkpoint's arrays do not make a DIAMOND model ({error!r})") from None
+
+
+def _counterpart(config: Config, spec: EnvSpec) -> tuple[list[Rule], dict[str, Any]]:
+  """Returns the rules and the shapes of our parameters; refuses configurations whose networks DIAMOND cannot have."""
+  height, width, _ = spec.observation_shape
+  levels = len(config.reward_end.channels)
+  if not config.reward_end.downsample and levels > 1:
+    raise UserError("reward_end.downsample=False has no counterpart in DIAMOND, whose levels always halve the frame")
+  if not config.actor_critic.channels:
+    raise UserError("actor_critic.channels=() has no counterpart in DIAMOND, whose policy always has a convolution")
+  if height != width or height % 2 ** (levels - 1):
+    raise UserError(
+      f"frames of {height} x {width} have no counterpart in DIAMOND with {levels} reward_end.channels: "
+      f"it takes squares of a multiple of {2 ** (levels - 1)}"
+    )
+  table = rules(config, spec)
+  expected = jax.eval_shape(build(config, spec).init, jax.random.key(0))
+  known = {rule.path for rule in table}
+  for path, _ in jax.tree_util.tree_leaves_with_path(expected):
+    names = tuple(key.key for key in path)
+    if names not in known:
+      raise UserError(f"{'/'.join(names)} has no counterpart in DIAMOND: only the parameters of variant=diamond have")
+  return table, expected
+
+
+def _ours(rule: Rule, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Returns DIAMOND's array in our layout, of the given shape."""
+  theirs = rule.theirs(np.broadcast_to(np.float32(0), shape)).shape
+  if np.shape(value) != theirs:
+    raise UserError(f"{rule.name} has shape {np.shape(value)}, expected {theirs}")
+  try:
+    converted = np.asarray(value).astype(np.float32, casting="same_kind")
+    return np.ascontiguousarray(rule.ours(converted))
+  except (TypeError, ValueError):
+    raise UserError(f"{rule.name} is of {np.asarray(value).dtype}, expected numbers") from None
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+  """The leaf at a path of nested dictionaries."""
+  for key in path:
+    tree = tree[key]
+  return tree
 
 
 def _infer(arrays: Mapping[str, np.ndarray], env: str) -> tuple[Config, EnvSpec]:
@@ -201,7 +255,7 @@ def _stages(shape: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tupl
   blocks = {name.split(".")[3] for name in shape if name.startswith("rew_end_model.encoder.blocks.")}
   last_channels = shape[f"rew_end_model.encoder.blocks.{len(blocks) - 1}.resblocks.0.conv1.weight"][0]
   size = round((reward // last_channels) ** 0.5) * 2 ** (len(blocks) - 2)
-  pools = round(np.log2(size / inputs**0.5))
+  pools = round(math.log2(size / inputs**0.5))
   down.append(pools > sum(down))
   return channels, tuple(down)
 

@@ -1,32 +1,43 @@
 """Reads the arrays of a PyTorch `.pt` file without running anything from it.
 
-A `.pt` file is a zip archive of a pickle and raw storages. Where torch is installed its own `weights_only` loader
-reads it; otherwise the unpickler here, which knows ordered dictionaries and tensors and refuses everything else.
+A `.pt` file is a zip archive of a pickle and raw storages. Where a torch is installed whose `weights_only` loader is
+safe, that loader reads it; otherwise the unpickler here, which knows dictionaries and tensors, refuses everything else,
+and bounds the memory that a file can claim.
 """
 
-import collections
-import importlib.util
+import importlib.metadata
 import io
+import math
 import os
 import pathlib
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from jedi_jax.errors import UserError
 
+_SAFE_TORCH = (2, 6)
+"""The `weights_only` loader of earlier versions could be made to run code (CVE-2025-32434)."""
 _DTYPES = {
   "FloatStorage": np.float32,
   "DoubleStorage": np.float64,
   "HalfStorage": np.float16,
   "LongStorage": np.int64,
   "IntStorage": np.int32,
+  "ShortStorage": np.int16,
+  "CharStorage": np.int8,
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
+_MOST_BYTES = 4 << 30
+"""Bound of all members of the archive together, and of all tensors together."""
+_MOST_PICKLE_BYTES = 64 << 20
+_MOST_RATIO = 100
+"""Bound of the compression of one member (torch itself does not compress), beyond a free MiB."""
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -39,18 +50,30 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   if not file.is_file():
     raise UserError(f"{file} is not a file")
   try:
-    data = _load_with_torch(file) if importlib.util.find_spec("torch") else _load(file)
-  except UserError:
-    raise
+    data = _load_with_torch(file) if _torch_is_safe() else _load(file)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from None
   except Exception as error:  # Damaged files fail in many ways, in zipfile, pickle and numpy.
     reason = (str(error).splitlines() or [""])[0][:120]
     raise UserError(f"{file} is not a readable PyTorch file ({type(error).__name__}: {reason})") from None
   if not isinstance(data, Mapping):
     raise UserError(f"{file} holds a {type(data).__name__}, not a dictionary of tensors")
   for name, value in data.items():
-    if not isinstance(name, str) or not isinstance(value, np.ndarray):
-      raise UserError(f"{file} holds {type(value).__name__} at {name!r}, not a tensor")
+    if not isinstance(name, str):
+      raise UserError(f"{file} holds a {type(name).__name__} where the name of a tensor should be")
+    if not isinstance(value, np.ndarray):
+      raise UserError(f"{file} holds a {type(value).__name__.lstrip('_')} at {_short(name)}, not a tensor")
   return dict(data)
+
+
+def _torch_is_safe() -> bool:
+  """Whether torch is installed, in a version whose `weights_only` loader can be trusted; does not import it."""
+  try:
+    version = importlib.metadata.version("torch")
+  except importlib.metadata.PackageNotFoundError:
+    return False
+  match = re.match(r"(\d+)\.(\d+)", version)
+  return match is not None and (int(match.group(1)), int(match.group(2))) >= _SAFE_TORCH
 
 
 def _load_with_torch(file: pathlib.Path) -> Any:
@@ -59,65 +82,164 @@ def _load_with_torch(file: pathlib.Path) -> Any:
   data = torch.load(file, map_location="cpu", weights_only=True)
   if not isinstance(data, Mapping):
     return data
-  return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
+  return {name: value.detach().numpy() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
 
 
 def _load(file: pathlib.Path) -> Any:
   with zipfile.ZipFile(file) as archive:
+    _check_members(archive)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
-      raise UserError(f"{file} is not a PyTorch file: it has no data.pkl")
+      raise UserError("not a PyTorch file: it has no data.pkl" if not pickles else "it has several data.pkl")
     root = pickles[0].removesuffix("data.pkl")
-    return _Unpickler(archive, root).load()
+    if archive.getinfo(pickles[0]).file_size > _MOST_PICKLE_BYTES:
+      raise UserError("its data.pkl is too large for a checkpoint: refused")
+    data = _Unpickler(archive, root).load()
+  if not isinstance(data, Mapping):
+    return data
+  tensors = [value for value in data.values() if isinstance(value, _Tensor)]
+  if sum(math.prod(tensor.size) * tensor.values.itemsize for tensor in tensors) > _MOST_BYTES:
+    raise UserError(f"its tensors take more than {_MOST_BYTES >> 30} GiB: refused")
+  return {name: _array(value) if isinstance(value, _Tensor) else value for name, value in data.items()}
 
 
-class _Storage:
+def _check_members(archive: zipfile.ZipFile) -> None:
+  """Refuses archives that would unpack to far more than they hold."""
+  members = archive.infolist()
+  if sum(member.file_size for member in members) > _MOST_BYTES:
+    raise UserError(f"it unpacks to more than {_MOST_BYTES >> 30} GiB: refused")
+  for member in members:
+    if member.compress_type == zipfile.ZIP_STORED:
+      continue
+    if member.file_size > _MOST_RATIO * member.compress_size + (1 << 20):
+      raise UserError(f"its member {_short(member.filename)} unpacks to {member.file_size} bytes: refused")
+
+
+# What a pickle can name or make below are tuples and objects without a dictionary of attributes, and never a class or a
+# function: the BUILD instruction, which sets attributes, finds nothing that it could change.
+
+
+class _Kind(NamedTuple):
+  """Type of the numbers of a storage, by its name in torch."""
+
+  name: str
+
+
+class _Storage(NamedTuple):
   """Raw numbers of one storage."""
 
-  def __init__(self, values: np.ndarray):
-    self.values = values
+  values: np.ndarray
 
 
-class _Unpickler(pickle.Unpickler):
-  """Knows tensors and ordered dictionaries; every other name in the pickle is refused, so nothing can be called."""
+class _Tensor(NamedTuple):
+  """A tensor within the bounds of its storage, not yet copied out of it."""
+
+  values: np.ndarray
+  offset: int
+  size: tuple[int, ...]
+  stride: tuple[int, ...]
+
+
+class _Dictionary(dict[Any, Any]):
+  """A dictionary that ignores what BUILD sets: torch gives its state dictionaries an attribute `_metadata`."""
+
+  __slots__ = ()
+
+  def __setstate__(self, state: Any) -> None:
+    pass
+
+
+class _MakeDictionary:
+  """Stands for `collections.OrderedDict`."""
+
+  __slots__ = ()
+
+  def __call__(self, *args: Any) -> _Dictionary:
+    return _Dictionary(*args)
+
+
+class _MakeTensor:
+  """Stands for `torch._utils._rebuild_tensor_v2`."""
+
+  __slots__ = ()
+
+  def __call__(self, storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tensor:
+    return _rebuild_tensor(storage, offset, size, stride)
+
+
+class _Unpickler(pickle._Unpickler):
+  """Knows tensors and dictionaries; every other name in the pickle is refused, so nothing can be called.
+
+  It is Python's own unpickler in Python: the one in C fills as much memory as a number in the file asks for.
+  So would the one instruction in Python's that is missing here.
+  """
+
+  dispatch: ClassVar[dict[int, Any]] = {
+    code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+  }
 
   def __init__(self, archive: zipfile.ZipFile, root: str):
     super().__init__(io.BytesIO(archive.read(root + "data.pkl")))
     self._archive, self._root = archive, root
+    self._raw: dict[str, bytes] = {}
+    names = archive.namelist()
+    self._swapped = root + "byteorder" in names and archive.read(root + "byteorder") == b"big"
 
   def find_class(self, module: str, name: str) -> Any:
     if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
+      return _MakeDictionary()
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _rebuild_tensor
+      return _MakeTensor()
     if module == "torch" and name in _DTYPES:
-      return np.dtype(_DTYPES[name])
-    raise UserError(f"the file asks for {module}.{name}, which a checkpoint does not need: refused")
+      return _Kind(name)
+    raise UserError(f"it asks for {_short(f'{module}.{name}')}, which a checkpoint does not need: refused")
 
   def persistent_load(self, pid: Any) -> _Storage:
-    kind, dtype, key, _, count = pid
-    if kind != "storage" or not isinstance(dtype, np.dtype):
-      raise UserError("the file refers to something that is not a storage: refused")
-    raw = self._archive.read(f"{self._root}data/{key}")
-    values = np.frombuffer(raw, dtype)
+    word, kind, key, _, count = pid
+    if word != "storage" or not isinstance(kind, _Kind) or type(key) is not str or not _is_size(count):
+      raise UserError("it refers to something that is not a storage: refused")
+    if key not in self._raw:
+      self._raw[key] = self._archive.read(f"{self._root}data/{key}")
+    dtype = np.dtype(_DTYPES[kind.name]).newbyteorder(">" if self._swapped else "<")
+    values = np.frombuffer(self._raw[key], dtype)
     if len(values) < count:
-      raise UserError(f"storage {key} is cut short: {len(values)} of {count} numbers")
-    return _Storage(values)
+      raise UserError(f"storage {_short(key)} is cut short: {len(values)} of {count} numbers")
+    return _Storage(values[:count])
 
 
-def _rebuild_tensor(
-  storage: _Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any
-) -> np.ndarray:
-  """Rebuilds a tensor, with its bounds checked: strides from a file must not reach outside of the storage."""
-  if not isinstance(storage, _Storage) or len(size) != len(stride):
-    raise UserError("the file describes a tensor that makes no sense")
-  if any(n < 0 for n in size) or any(s < 0 for s in stride) or offset < 0:
-    raise UserError("the file describes a tensor of negative size")
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
+  """Describes a tensor, with its bounds checked: strides from a file must not reach outside of the storage.
+
+  Nor may a tensor have more numbers than its storage, as one that is expanded by strides of 0 would.
+  """
+  if not isinstance(storage, _Storage) or type(size) is not tuple or type(stride) is not tuple:
+    raise UserError("it describes a tensor that makes no sense")
+  if len(size) != len(stride) or not all(_is_size(n) for n in (offset, *size, *stride)):
+    raise UserError("it describes a tensor of negative or senseless size or strides")
   values = storage.values
-  if 0 in size:
-    return np.zeros(size, values.dtype)
-  last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-  if last >= len(values):
-    raise UserError("the file describes a tensor that reaches outside of its storage")
-  strides = tuple(s * values.itemsize for s in stride)
-  return np.lib.stride_tricks.as_strided(values[offset:], size, strides, writeable=False).copy()
+  if 0 not in size:
+    if offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) >= len(values):
+      raise UserError("it describes a tensor that reaches outside of its storage")
+    if math.prod(size) > len(values):
+      raise UserError("it describes a tensor of more numbers than its storage has")
+  return _Tensor(values, offset, size, stride)
+
+
+def _array(tensor: _Tensor) -> np.ndarray:
+  """Copies a tensor out of its storage, into native byte order."""
+  values = tensor.values
+  native = values.dtype.newbyteorder("=")
+  if 0 in tensor.size:
+    return np.zeros(tensor.size, native)
+  strides = tuple(s * values.itemsize for s in tensor.stride)
+  view = np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.size, strides, writeable=False)
+  return view.astype(native, order="C")
+
+
+def _is_size(value: Any) -> bool:
+  return type(value) is int and value >= 0
+
+
+def _short(name: str) -> str:
+  """A name from a file as one line of bounded length."""
+  return repr(name[:100])
