@@ -89,7 +89,7 @@ class Tiny:
   def __init__(self):
     self.config = config_lib.make_config(env="catch", preset="debug", overrides=_TINY)
     self.model = build(self.config, SPEC)
-    self.optimizers = make_optimizers(self.config)
+    self.optimizers = make_optimizers(self.config, self.model.phases)
     self.init = jax.jit(make_init(self.model, self.optimizers))
     self._epochs = {}
 

@@ -31,6 +31,7 @@ class Phase(NamedTuple):
     losses: (all parameters, `Segment`, keys [B], key that the batch shares, update count []) -> `Losses`. Losses are
       differentiated with respect to `components` alone.
     after: what becomes of all parameters after each update.
+    clipped_apart: components whose gradients are clipped by a norm of their own.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Phase(NamedTuple):
   final_frames: bool
   losses: Callable[[dict[str, Params], Segment, Array, Array, Array], Losses]
   after: Callable[[dict[str, Params]], dict[str, Params]] = lambda params: params
+  clipped_apart: tuple[str, ...] = ()
 
 
 class Model(NamedTuple):
@@ -262,8 +264,10 @@ def compose(
     target = optax.incremental_update(params["encoder"], params["target_encoder"], 1.0 - target_decay)
     return {**params, "target_encoder": target}
 
+  # An autoencoder that the dynamics does not train is another model in the same update.
+  apart = () if dynamics_trains_encoder else ("encoder", "decoder")
   phases = (
-    Phase("denoiser", denoiser_trains, length + targets, False, final_frames, denoiser_losses, average),
+    Phase("denoiser", denoiser_trains, length + targets, False, final_frames, denoiser_losses, average, apart),
     Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, average),
     Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
   )

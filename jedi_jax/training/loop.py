@@ -96,7 +96,7 @@ class Trainer:
     config, spec = run.config, run.spec
     self._config = config
     self._model = model
-    self._optimizers = make_optimizers(config)
+    self._optimizers = make_optimizers(config, model.phases)
     self._epoch: Any = epoch_lib.distribute(
       epoch_lib.make_epoch(
         self._model,

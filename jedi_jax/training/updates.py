@@ -1,6 +1,6 @@
 """One update of one component: draw a batch, differentiate the phase's loss, take an optimiser's step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import chex
@@ -19,23 +19,34 @@ from jedi_jax.types import Array, Metrics, Term
 Update = Callable[[TrainState, replay_lib.ReplayState], tuple[TrainState, Metrics]]
 
 
-def make_optimizers(config: Config) -> dict[str, optax.GradientTransformation]:
+def make_optimizers(config: Config, phases: Sequence[Phase]) -> dict[str, optax.GradientTransformation]:
   """Builds the optimiser of every phase."""
   factors = {"encoder": config.encoder.learning_rate_factor}
-  return {
-    "denoiser": make_optimizer(config.denoiser.optimizer, factors),
-    "reward_end": make_optimizer(config.reward_end.optimizer, factors),
-    "actor_critic": make_optimizer(config.actor_critic.optimizer, factors),
+  settings = {
+    "denoiser": config.denoiser.optimizer,
+    "reward_end": config.reward_end.optimizer,
+    "actor_critic": config.actor_critic.optimizer,
   }
+  return {phase.name: make_optimizer(settings[phase.name], factors, phase.clipped_apart) for phase in phases}
 
 
-def make_optimizer(config: OptimizerConfig, factors: Mapping[str, float]) -> optax.GradientTransformation:
+def make_optimizer(
+  config: OptimizerConfig, factors: Mapping[str, float], clipped_apart: Collection[str] = ()
+) -> optax.GradientTransformation:
   """Builds AdamW with clipping by global norm and warm-up, for parameters by component.
 
   Args:
     config: its settings.
     factors: what the steps of some components are multiplied by.
+    clipped_apart: components whose gradients are clipped by a norm of their own, so that the others' do not move them.
   """
+  clip = optax.clip_by_global_norm(config.max_grad_norm)
+  if clipped_apart:
+
+    def labels(params: dict[str, Any]) -> dict[str, str]:
+      return {name: "apart" if name in clipped_apart else "together" for name in params}
+
+    clip = optax.partition({"apart": clip, "together": clip}, labels)
   schedule: Any = config.learning_rate
   if config.warmup_updates:
     schedule = optax.linear_schedule(0.0, config.learning_rate, config.warmup_updates)
@@ -45,7 +56,7 @@ def make_optimizer(config: OptimizerConfig, factors: Mapping[str, float]) -> opt
     return {name: optax.tree_utils.tree_scale(factors.get(name, 1.0), tree) for name, tree in updates.items()}
 
   return optax.chain(
-    optax.clip_by_global_norm(config.max_grad_norm),
+    clip,
     # One flat vector: a few large operations instead of some twenty small ones for each of a hundred arrays.
     optax.flatten(optax.scale_by_adam(eps=config.epsilon)),
     optax.add_decayed_weights(config.weight_decay, mask=decayed),

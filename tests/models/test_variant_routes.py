@@ -133,3 +133,10 @@ def test_regression_starts_from_the_last_latent():
   terms = phase.losses(params, batch, keys, jax.random.key(0), jnp.int32(0)).terms
   change = (soft_clamp(latents[:, 1], 3.0) - latents[:, 2]) / 0.5
   np.testing.assert_allclose(terms["denoising_0"].values, jnp.mean(jnp.square(change), axis=(1, 2, 3)) / 2, rtol=1e-4)
+
+
+def test_only_the_autoencoder_is_clipped_apart():
+  for variant in ROUTES:
+    phases = make(variant)[0].phases
+    assert phases[0].clipped_apart == (("encoder", "decoder") if variant == "autoencoder" else ())
+    assert phases[1].clipped_apart == phases[2].clipped_apart == ()

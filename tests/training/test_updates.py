@@ -6,11 +6,11 @@ import optax
 import pytest
 
 from jedi_jax.config import OptimizerConfig, make_config
-from jedi_jax.models.variants import Phase
+from jedi_jax.models.variants import Phase, build
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import decayed, make_optimizer, make_optimizers, make_update, weighted_loss
-from jedi_jax.types import Losses, Term
+from jedi_jax.types import EnvSpec, Losses, Term
 
 
 def tree(seed, scale=1.0):
@@ -98,7 +98,7 @@ def test_every_component_has_its_optimizer_and_the_encoder_its_factor():
       **{f"{part}.optimizer.weight_decay": 0.0 for part in ("denoiser", "reward_end", "actor_critic")},
     },
   )
-  optimizers = make_optimizers(config)
+  optimizers = make_optimizers(config, build(config, EnvSpec(3, (24, 24, 3))).phases)
   sizes = {}
   for phase, names in (
     ("denoiser", ("encoder", "denoiser")),
@@ -235,3 +235,20 @@ def test_draws_differ_by_run_phase_and_update_and_repeat_otherwise(tiny):
     assert np.any(other["noise"] != base["noise"]), changes
     assert other["shared"] != base["shared"], changes
     assert other["count"] == changes.get("updates", 0)
+
+
+def test_a_component_clipped_apart_does_not_feel_the_others():
+  config = OptimizerConfig(warmup_updates=0, weight_decay=0.0, max_grad_norm=1.0, epsilon=1.0, learning_rate=0.1)
+  optimizer = make_optimizer(config, {}, clipped_apart=("encoder", "decoder"))
+  params = {name: {"kernel": jnp.ones(2)} for name in ("encoder", "decoder", "denoiser")}
+  steps = {}
+  for scale in (1.0, 1000.0):
+    gradient = {name: {"kernel": jnp.asarray([0.3, 0.4])} for name in ("encoder", "decoder")}
+    gradient["denoiser"] = {"kernel": scale * jnp.asarray([0.3, 0.4])}
+    steps[scale], _ = optimizer.update(gradient, optimizer.init(params), params)
+  for name in ("encoder", "decoder"):
+    np.testing.assert_array_equal(steps[1.0][name]["kernel"], steps[1000.0][name]["kernel"])
+  # Norm 500 is cut to 1, so the gradient is (0.6, 0.8); Adam's first step is g / (|g| + epsilon).
+  np.testing.assert_allclose(steps[1000.0]["denoiser"]["kernel"], [-0.06 / 1.6, -0.08 / 1.8], rtol=1e-5)
+  # The norm of encoder and decoder together is sqrt(0.5): nothing to cut.
+  np.testing.assert_allclose(steps[1.0]["encoder"]["kernel"], [-0.03 / 1.3, -0.04 / 1.4], rtol=1e-5)
