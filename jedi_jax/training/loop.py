@@ -31,7 +31,7 @@ class Progress(NamedTuple):
   Attributes:
     epoch: epochs done.
     total_epochs: epochs in all; known after the first collection.
-    seconds: wall time of epochs and evaluations so far, over all sessions; without the epoch's compilation and
+    seconds: wall time of epochs and evaluations so far, resumed or not; without the epoch's compilation and
       without saving.
     best: best mean return of an evaluation during training, -inf before the first.
   """
