@@ -13,13 +13,15 @@ from jedi_jax import config as config_lib
 from jedi_jax import runtime
 from jedi_jax.training.parallel import Devices
 
-_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment: atari/<Game>, or catch.")
+_ENV = flags.DEFINE_string(
+  "env", None, "Environment: atari/<Game>, or catch; if left out the preset's, for most atari/Breakout."
+)
 _VARIANT = flags.DEFINE_string("variant", "jedi", f"World model: {', '.join(config_lib.VARIANTS)}.")
 _PRESET = flags.DEFINE_string(
   "preset",
   "paper",
-  "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns on a CPU in an hour "
-  "or two), cpu (ends within ten minutes on two cores), debug (seconds).",
+  "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns a game on a CPU in "
+  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in twenty minutes), debug (seconds).",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if needed, continued if it holds a run.")

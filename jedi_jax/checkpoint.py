@@ -92,7 +92,9 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   path = pathlib.Path(directory).absolute()
   if not path.is_dir():
     raise UserError(f"there is no checkpoint in {path}")
-  manager = ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(read_only=True))
+  manager = ocp.CheckpointManager(
+    path, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+  )
   try:
     number = manager.latest_step()
     if number is None:

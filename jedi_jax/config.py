@@ -95,6 +95,9 @@ class EncoderConfig:
     (32, 32, 32, 16), "R", "Channels of the stages; the last are the latent's.", low=1
   )
   downsample: tuple[bool, ...] = setting((True, True, True, False), "R", "Whether a stage ends in 2 x 2 max pooling.")
+  patch: int = setting(
+    1, "O", "Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none.", low=1
+  )
   clamp: float = setting(3.0, "R", "Scale s of the soft clamp s tanh(z / s) on latents; 0 for none.", low=0)
   target_decay: float = setting(
     0.0, "R", "Decay an update of the moving average of the encoder that gives the targets; 0 for none.", low=0, high=1
@@ -204,6 +207,20 @@ class ActorCriticConfig:
 
 @documented
 @dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """A decoder that learns beside the agent on detached latents, so that people can look at its dreams.
+
+  It changes nothing else, and a variant that can show its latents anyway has none.
+  """
+
+  strips: int = setting(
+    4, "O", "Segments whose imagined frames TensorBoard shows under the real ones at every evaluation.", low=0, high=64
+  )
+  optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-3, weight_decay=0.0)
+
+
+@documented
+@dataclasses.dataclass(frozen=True)
 class CollectConfig:
   """Collection from the real environment; a step is one agent step (4 frames of Atari)."""
 
@@ -237,6 +254,7 @@ class Updates:
   denoiser: int = setting(400, "D", "Updates of the denoiser.", low=0, high=10**9)
   reward_end: int = setting(400, "D", "Updates of the reward / end model.", low=0, high=10**9)
   actor_critic: int = setting(400, "D", "Updates of the actor-critic.", low=0, high=10**9)
+  probe: int = setting(0, "O", "Updates of the probe decoder; 0 here and there for none.", low=0, high=10**9)
 
 
 @documented
@@ -312,6 +330,7 @@ class Config:
   sampler: SamplerConfig = SamplerConfig()
   reward_end: RewardEndConfig = RewardEndConfig()
   actor_critic: ActorCriticConfig = ActorCriticConfig()
+  probe: ProbeConfig = ProbeConfig()
   collect: CollectConfig = CollectConfig()
   replay: ReplayConfig = ReplayConfig()
   training: TrainingConfig = TrainingConfig()
@@ -346,7 +365,9 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
 """What a variant changes in the `paper` settings. `models/variants.py` composes the parts."""
 
 _SMALL_WORLD = {
-  "encoder.channels": (8, 16, 32, 16),
+  "encoder.patch": 2,  # Half of the time of all updates went into the encoder's first stage.
+  "encoder.channels": (16, 32, 16),
+  "encoder.downsample": (True, True, False),
   "denoiser.channels": (64,),
   "denoiser.conditioning_width": 128,
   "denoiser.optimizer.learning_rate": 3e-4,
@@ -357,6 +378,7 @@ _SMALL_WORLD = {
   "reward_end.lstm_width": 256,
   "reward_end.optimizer.learning_rate": 3e-4,
   "actor_critic.lstm_width": 256,
+  "actor_critic.horizon": 10,
   "actor_critic.optimizer.learning_rate": 3e-4,
 }
 
@@ -370,15 +392,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.first_epoch_min_steps": 2_000,
     "collect.first_epoch_max_steps": 4_000,
     "collect.steps_per_epoch": 200,
+    "actor_critic.entropy_weight": 0.005,
     "replay.capacity": 12_000,
     "replay.final_frames": 2_000,
     "training.batch_size": 16,
     "training.first_updates.denoiser": 1_000,
-    "training.first_updates.reward_end": 1_000,
-    "training.first_updates.actor_critic": 500,
+    "training.first_updates.reward_end": 1_500,
+    "training.first_updates.actor_critic": 300,
+    "training.first_updates.probe": 300,
     "training.updates.denoiser": 100,
     "training.updates.reward_end": 100,
     "training.updates.actor_critic": 100,
+    "training.updates.probe": 50,
     "training.updates_per_call": 300,
     "training.final_epochs": 0,
     "evaluation.episodes": 30,
@@ -401,9 +426,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "training.first_updates.denoiser": 300,
     "training.first_updates.reward_end": 300,
     "training.first_updates.actor_critic": 100,
+    "training.first_updates.probe": 100,
     "training.updates.denoiser": 50,
     "training.updates.reward_end": 50,
     "training.updates.actor_critic": 50,
+    "training.updates.probe": 50,
     "training.updates_per_call": 50,
     "training.final_epochs": 0,
     "training.time_phases_every": 1,
@@ -413,6 +440,46 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.num_envs": 4,
     "evaluation.max_episode_steps": 2_000,
     "checkpoint.interval_epochs": 2,
+  },
+  # Learns Catch within twenty minutes on two CPU cores.
+  "catch": {
+    "env.name": "catch",
+    "encoder.channels": (8, 16, 8),
+    "encoder.downsample": (True, True, False),
+    "denoiser.channels": (32,),
+    "denoiser.conditioning_width": 64,
+    "denoiser.optimizer.learning_rate": 1e-3,
+    "reward_end.channels": (16,),
+    "reward_end.depths": (1,),
+    "reward_end.attention": (False,),
+    "reward_end.conditioning_width": 32,
+    "reward_end.lstm_width": 64,
+    "reward_end.optimizer.learning_rate": 3e-4,
+    "actor_critic.lstm_width": 64,
+    "actor_critic.horizon": 9,  # A game.
+    "actor_critic.optimizer.learning_rate": 1e-3,
+    "env.num_envs": 8,
+    "collect.first_epoch_min_steps": 864,
+    "collect.first_epoch_max_steps": 864,
+    "collect.steps_per_epoch": 72,
+    "collect.total_steps": 3_744,
+    "replay.capacity": 4_000,
+    "replay.final_frames": 600,
+    "training.batch_size": 32,
+    "training.first_updates.denoiser": 600,
+    "training.first_updates.reward_end": 800,
+    "training.first_updates.actor_critic": 0,  # No policy before there are rewards to imagine.
+    "training.first_updates.probe": 200,
+    "training.updates.denoiser": 50,
+    "training.updates.reward_end": 50,
+    "training.updates.actor_critic": 50,
+    "training.updates.probe": 20,
+    "training.updates_per_call": 200,
+    "training.final_epochs": 0,
+    "evaluation.episodes": 100,
+    "evaluation.interval_epochs": 5,
+    "evaluation.interval_episodes": 30,
+    "checkpoint.interval_epochs": 10,
   },
   # Seconds: for tests and for trying things out.
   "debug": {
@@ -447,6 +514,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.num_envs": 2,
     "evaluation.max_episode_steps": 40,
     "checkpoint.interval_epochs": 1,
+    "probe.strips": 0,
   },
 }
 """What a preset changes in the settings of the variant."""
@@ -463,6 +531,16 @@ _SMALL_PIXELS = {
 VARIANT_PRESETS: Mapping[tuple[str, str], Mapping[str, Any]] = {
   ("diamond", "small"): _SMALL_PIXELS,
   ("diamond", "cpu"): _SMALL_PIXELS,
+  ("diamond", "catch"): {
+    "denoiser.channels": (16, 32),
+    "denoiser.depths": (1, 1),
+    "denoiser.attention": (False, False),
+    "reward_end.channels": (8, 16),
+    "reward_end.depths": (1, 1),
+    "reward_end.attention": (False, False),
+    "actor_critic.channels": (8, 16, 16),
+    "actor_critic.downsample": (True, True, True),
+  },
   ("diamond", "debug"): {
     "denoiser.channels": (8, 8),
     "denoiser.depths": (1, 1),
@@ -479,7 +557,7 @@ VARIANT_PRESETS: Mapping[tuple[str, str], Mapping[str, Any]] = {
 
 def make_config(
   *,
-  env: str = "atari/Breakout",
+  env: str | None = None,
   variant: str = "jedi",
   preset: str = "paper",
   seed: int = 0,
@@ -488,7 +566,8 @@ def make_config(
   """Builds a validated configuration.
 
   Args:
-    env: name of the environment; with a random frame skip the sampler's churn is 1 unless overridden.
+    env: name of the environment, the preset's if None; with a random frame skip the sampler's churn is 1 unless
+      overridden.
     variant: a key of `VARIANTS`.
     preset: a key of `PRESETS`.
     seed: non-negative seed.
@@ -501,7 +580,8 @@ def make_config(
   if not isinstance(overrides, Mapping):
     overrides = dict(split_override(text) for text in overrides)
   values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
-  values |= {"variant": variant, "preset": preset, "seed": seed, "env.name": env}
+  values |= {"variant": variant, "preset": preset, "seed": seed}
+  values["env.name"] = env = env or values.get("env.name", EnvConfig.name)
   if envs.is_stochastic(env):
     values["sampler.churn"] = 1.0  # As in the paper's stochastic-Atari experiment.
   return override(Config(), {**values, **overrides})

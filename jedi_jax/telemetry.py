@@ -47,6 +47,11 @@ class MetricsWriter:
         self._events.add_scalar(name, value, epoch)
     self._events.flush()
 
+  def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
+    """Shows an image [H, W, 3] uint8 in TensorBoard."""
+    self._events.add_image(name, image, epoch, dataformats="HWC")
+    self._events.flush()
+
   def close(self) -> None:
     """Closes both."""
     self._file.close()
@@ -118,7 +123,7 @@ def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) 
     for name, value in metrics.items() if count else ():
       array = np.asarray(value, np.float64)
       if name.endswith("_confusion"):
-        figures = _precision_and_recall(name.removesuffix("_confusion"), array)
+        figures = precision_and_recall(name.removesuffix("_confusion"), array)
       elif name == "latent_gram":
         figures = latent_summary(array)
       else:
@@ -127,7 +132,7 @@ def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) 
   return values
 
 
-def _precision_and_recall(name: str, counts: np.ndarray) -> Values:
+def precision_and_recall(name: str, counts: np.ndarray) -> Values:
   """Counts [K, K] of (label, prediction) to precision and recall of each class; absent where nothing was counted."""
   labels = ("-1", "0", "+1") if len(counts) == 3 else ("no", "yes")
   figures = {}

@@ -129,7 +129,7 @@ class LstmState(NamedTuple):
 
 
 class Trajectory(flax.struct.PyTreeNode):
-  """An imagined rollout of B trajectories over T steps, time last but for latents.
+  """An imagined rollout of B trajectories over T steps.
 
   Attributes:
     latents: [B, T + 1, h, w, c] float32; latent t is what action t was chosen on.
@@ -137,6 +137,9 @@ class Trajectory(flax.struct.PyTreeNode):
     rewards: [B, T] float32 in {-1, 0, 1}.
     ends: [B, T] bool; the imagined episode ended with this step.
     alive: [B, T] float32; 1 up to and including the step of the first end, 0 after it.
+    reward_logits: [B, T, 3] float32 of the reward's signs -1, 0, 1; what `rewards` were drawn from.
+    end_logits: [B, T, 2] float32 of going on and ending.
+    values: [B, T] float32; the critic's value of latents 0 to T - 1.
     policy_state: `LstmState` of the actor-critic before step 0.
   """
 
@@ -145,4 +148,7 @@ class Trajectory(flax.struct.PyTreeNode):
   rewards: Array
   ends: Array
   alive: Array
+  reward_logits: Array
+  end_logits: Array
+  values: Array
   policy_state: LstmState

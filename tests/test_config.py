@@ -57,6 +57,11 @@ def test_presets_only_name_settings():
     assert set(values) <= set(SETTINGS)
 
 
+def test_a_preset_may_choose_the_environment():
+  assert make_config(preset="catch").env.name == "catch"
+  assert make_config(preset="small").env.name == make_config().env.name == "atari/Breakout"
+
+
 @pytest.mark.parametrize("env", ENVS)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -64,6 +69,7 @@ def test_presets_are_valid_and_take_effect(env, preset, variant):
   config = make_config(env=env, preset=preset, variant=variant, seed=5)
   assert (config.env.name, config.preset, config.variant, config.seed) == (env, preset, variant, 5)
   changed = {**VARIANTS[variant], **PRESETS[preset], **config_lib.VARIANT_PRESETS.get((variant, preset), {})}
+  changed.pop("env.name", None)  # The one that is given counts.
   for path, value in changed.items():
     assert get(config, path) == value
   named = {"env.name", "preset", "variant", "seed"}

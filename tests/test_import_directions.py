@@ -31,6 +31,21 @@ ALLOWED = {
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
   "interop": {"types", "errors", "config", "envs", "models", "checkpoint", "workdir", "agent", "interop"},
   "interop/torch_file.py": {"errors"},
+  # Looks at agents; the loop uses its pictures.
+  "inspection": {
+    "types",
+    "errors",
+    "config",
+    "envs",
+    "ops",
+    "models",
+    "replay",
+    "telemetry",
+    "agent",
+    "inspection",
+    "training",
+  },
+  "inspection/dreams.py": {"types", "models", "replay"},
   "training": ANYTHING,
   # The parts of training that know neither files nor environments.
   "training/parallel.py": {"types", "errors"},

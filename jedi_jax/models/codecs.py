@@ -23,6 +23,7 @@ class Codec(NamedTuple):
     clamp: smooth map that every estimate of a latent goes through, in the loss too.
     quantise: map that an estimate goes through after `clamp` wherever it is used as a latent; no gradient passes it.
     limit: largest absolute value of a latent, None where there is no bound.
+    decode: latents [N, h, w, c] -> images in [-1, 1], where nothing must be learned for it; None elsewhere.
   """
 
   latent_shape: tuple[int, int, int]
@@ -31,11 +32,17 @@ class Codec(NamedTuple):
   clamp: Callable[[Array], Array]
   quantise: Callable[[Array], Array]
   limit: float | None = None
+  decode: Callable[[Array], Array] | None = None
 
 
 def scale_pixels(observations: Array) -> Array:
   """Maps uint8 in [0, 255] to float32 in [-1, 1]."""
   return observations.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_pixels(images: Array) -> Array:
+  """Undoes `scale_pixels`: float32, cut to [-1, 1], to uint8 in [0, 255]."""
+  return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def encode_frames(codec: Codec, params: Params, observations: Array, mask: Array) -> Array:
@@ -64,6 +71,7 @@ def learned(
   *,
   channels: Sequence[int],
   downsample: Sequence[bool],
+  patch: int,
   clamp: float,
   clamp_estimate: bool,
   lowering: str,
@@ -75,12 +83,13 @@ def learned(
     observation_shape: (H, W, C).
     channels: channels of the stages, the last being the latent's.
     downsample: whether a stage ends in 2 x 2 max pooling.
+    patch: side of the squares of pixels that are stacked on the channels first; it divides H and W.
     clamp: scale of the soft clamp, 0 for none.
     clamp_estimate: whether estimates are clamped as well.
     lowering: see `blocks.conv3x3`.
     dtype: of the activations.
   """
-  network = blocks.ConvStack(tuple(channels), tuple(downsample), lowering=lowering, dtype=dtype)
+  network = blocks.ConvStack(tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
 
   def init(key: Array) -> Params:
     return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
@@ -112,6 +121,7 @@ def identity(observation_shape: tuple[int, int, int]) -> Codec:
     encode=lambda params, images: images,
     clamp=_identity,
     quantise=quantise,
+    decode=_identity,
   )
 
 
@@ -133,11 +143,12 @@ def decoder(
   *,
   channels: Sequence[int],
   downsample: Sequence[bool],
+  patch: int,
   lowering: str,
   dtype: Any,
 ) -> Decoder:
   """A decoder that mirrors the learned encoder; arguments as in `learned`."""
-  network = DecoderNetwork(observation_shape, tuple(channels), tuple(downsample), lowering=lowering, dtype=dtype)
+  network = DecoderNetwork(observation_shape, tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
   return Decoder(
     init=lambda key: blocks.init_params(network, key, jnp.zeros((1, *codec.latent_shape))),
     decode=lambda params, latents: blocks.apply(network, params, latents),

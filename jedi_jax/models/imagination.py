@@ -62,9 +62,10 @@ def imagine(
   mask: Array,
   noise: ImaginationNoise,
   *,
+  actions: Array | None = None,
   forget_padding: bool = True,
 ) -> Trajectory:
-  """Imagines T steps under the policy. No gradient flows back.
+  """Imagines T steps, under the policy or with given actions. No gradient flows back.
 
   Both LSTMs are burned in on the past frames. The reward / end model runs over padding too, as it does in training.
 
@@ -77,12 +78,15 @@ def imagine(
     past_actions: [B, L - 1] int32; the actions between them.
     mask: [B, L] bool; false where a frame is padding; the last one must be real.
     noise: the random numbers.
+    actions: [B, T] int32 to take instead of the policy's.
     forget_padding: whether the policy's burn-in forgets padding, because a real episode begins with an empty state.
 
   Returns:
     `Trajectory`; after the first imagined end the remaining steps have `alive` 0.
   """
   batch, length = past.shape[:2]
+  if actions is not None:
+    chex.assert_shape(actions, (batch, noise.actions.shape[0]))
   chex.assert_shape(past_actions, (batch, length - 1))
   chex.assert_shape(mask, (batch, length))
   params, past = jax.lax.stop_gradient((params, past))
@@ -95,10 +99,11 @@ def imagine(
     keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
     _, _, policy_state = behavior.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
 
-  def step(carry: _Carry, draws: ImaginationNoise) -> tuple[_Carry, tuple[Array, ...]]:
+  def step(carry: _Carry, inputs: tuple[ImaginationNoise, Array | None]) -> tuple[_Carry, tuple[Array, ...]]:
+    draws, given = inputs
     current = carry.past[:, -1:]
-    logits, _, policy_state = behavior.apply(params["actor_critic"], current, carry.policy_state)
-    action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32)
+    logits, values, policy_state = behavior.apply(params["actor_critic"], current, carry.policy_state)
+    action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32) if given is None else given
     actions = jnp.concatenate([carry.past_actions, action[:, None]], axis=1)
     following = dynamics.sample(params["denoiser"], carry.past, actions, draws.frames)
     reward_logits, end_logits, reward_end_state = reward_end.predict(
@@ -113,16 +118,21 @@ def imagine(
       policy_state=policy_state,
       alive=carry.alive * (1.0 - end),
     )
-    return after, (following, action, reward, end, carry.alive)
+    outputs = (following, action, reward, end, carry.alive, reward_logits[:, 0], end_logits[:, 0], values[:, 0])
+    return after, outputs
 
   start = _Carry(past, past_actions, reward_end_state, policy_state, jnp.ones((batch,)))
-  _, outputs = jax.lax.scan(step, start, noise)
-  latents, actions, rewards, ends, alive = (jnp.moveaxis(x, 0, 1) for x in outputs)
+  given = None if actions is None else jnp.moveaxis(actions, 1, 0)
+  _, outputs = jax.lax.scan(step, start, (noise, given))
+  latents, taken, rewards, ends, alive, reward_logits, end_logits, values = (jnp.moveaxis(x, 0, 1) for x in outputs)
   return Trajectory(
     latents=jnp.concatenate([past[:, -1:], latents], axis=1),
-    actions=actions,
+    actions=taken,
     rewards=rewards,
     ends=ends,
     alive=alive,
+    reward_logits=reward_logits,
+    end_logits=end_logits,
+    values=values,
     policy_state=policy_state,
   )

@@ -50,22 +50,33 @@ class Model(NamedTuple):
   Attributes:
     spec: the environment's number of actions and observation shape.
     latent_shape: (h, w, c).
+    conditioning_frames: L.
     init: key -> parameters by component. The key is consumed.
     phases: the updates of one epoch, in order.
     encode: (parameters, observations [B, T, H, W, C] uint8, mask [B, T] bool) -> latents [B, T, h, w, c].
     initial_state: batch size -> state of the policy at the start of an episode.
     policy: (parameters, observations [B, H, W, C] uint8, state) -> (logits [B, A], values [B], state).
-    imagine: (parameters, `Segment` of L frames, keys [B], number of steps) -> `Trajectory`.
+    imagine: (parameters, `Segment` of L frames, keys [B], number of steps, actions [B, steps] or None for the
+      policy's) -> `Trajectory`.
+    dynamics: latents to latents.
+    reward_end: latents to rewards and ends.
+    behavior: latents to actions and values.
+    decode: (parameters, latents [B, T, h, w, c]) -> images [B, T, H, W, C] uint8; None where no decoder learns.
   """
 
   spec: EnvSpec
   latent_shape: tuple[int, int, int]
+  conditioning_frames: int
   init: Callable[[Array], dict[str, Params]]
   phases: tuple[Phase, ...]
   encode: Callable[[dict[str, Params], Array, Array], Array]
   initial_state: Callable[[int], LstmState]
   policy: Callable[[dict[str, Params], Array, LstmState], tuple[Array, Array, LstmState]]
-  imagine: Callable[[dict[str, Params], Segment, Array, int], Trajectory]
+  imagine: Callable[..., Trajectory]
+  dynamics: dynamics_lib.Dynamics
+  reward_end: reward_end_lib.RewardEnd
+  behavior: behavior_lib.Behavior
+  decode: Callable[[dict[str, Params], Array], Array] | None
 
 
 class Variant(NamedTuple):
@@ -108,6 +119,8 @@ def build(config: Config, spec: EnvSpec) -> Model:
   )
   variant = VARIANTS[config.variant]
   codec = variant.codec(context)
+  updates = (config.training.first_updates.probe, config.training.updates.probe)
+  probes = any(updates) and codec.decode is None and not variant.decodes
   return compose(
     spec,
     codec,
@@ -120,6 +133,7 @@ def build(config: Config, spec: EnvSpec) -> Model:
     denoiser_trains=variant.denoiser_trains,
     reward_end_trains=variant.reward_end_trains,
     decoder=_decoder(context, codec) if variant.decodes else None,
+    probe=_decoder(context, codec) if probes else None,
     dynamics_trains_encoder=variant.dynamics_trains_encoder,
     target_decay=config.encoder.target_decay,
     final_frames=config.denoiser.final_frames,
@@ -140,6 +154,7 @@ def compose(
   denoiser_trains: tuple[str, ...] = ("encoder", "denoiser"),
   reward_end_trains: tuple[str, ...] = ("encoder", "reward_end"),
   decoder: codecs.Decoder | None = None,
+  probe: codecs.Decoder | None = None,
   dynamics_trains_encoder: bool = True,
   target_decay: float = 0.0,
   final_frames: bool = True,
@@ -160,6 +175,7 @@ def compose(
       conditioning latents. 'decoder' belongs here too.
     reward_end_trains: what the reward / end loss trains.
     decoder: if given, its reconstruction of the conditioning frames is part of the dynamics' loss.
+    probe: if given, a decoder for the eye: a phase of its own trains it on detached latents, after all others.
     dynamics_trains_encoder: whether the dynamics' own loss reaches the encoder; the reconstruction does anyway.
     target_decay: if positive, targets come from an exponential moving average of the encoder with this decay an
       update, a component 'target_encoder'.
@@ -167,6 +183,7 @@ def compose(
     forget_padding: see `imagination.imagine`.
   """
   length = conditioning_frames
+  show = _show(codec, decoder, probe)
 
   def init(key: Array) -> dict[str, Params]:
     keys = jax.random.split(key, 4)
@@ -178,6 +195,8 @@ def compose(
     }
     if decoder is not None:
       params["decoder"] = decoder.init(jax.random.fold_in(key, 4))
+    if probe is not None:
+      params["probe"] = probe.init(jax.random.fold_in(key, 5))
     if target_decay:
       params["target_encoder"] = jax.tree.map(
         jnp.copy, params["encoder"]
@@ -231,7 +250,9 @@ def compose(
     }
     return losses._replace(metrics={**losses.metrics, **metrics})
 
-  def imagine(params: dict[str, Params], segment: Segment, keys: Array, steps: int) -> Trajectory:
+  def imagine(
+    params: dict[str, Params], segment: Segment, keys: Array, steps: int, actions: Array | None = None
+  ) -> Trajectory:
     noise = imagination.draw_noise(dynamics, keys, horizon=steps, num_actions=spec.num_actions)
     latents = encode(jax.lax.stop_gradient(params), segment.observations, segment.mask)
     return imagination.imagine(
@@ -243,6 +264,7 @@ def compose(
       segment.actions[:, :-1],
       segment.mask,
       noise,
+      actions=actions,
       forget_padding=forget_padding,
     )
 
@@ -251,6 +273,18 @@ def compose(
   ) -> Losses:
     del shared_key, count
     return behavior.losses(params["actor_critic"], imagine(params, segment, keys, horizon))
+
+  def probe_losses(params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array) -> Losses:
+    del keys, shared_key, count
+    assert probe is not None
+    latents = jax.lax.stop_gradient(encode(params, segment.observations, segment.mask))
+    return Losses({"reconstruction": reconstruction(probe, params["probe"], latents, segment)}, {})
+
+  def decode(params: dict[str, Params], latents: Array) -> Array:
+    frames = latents.reshape(-1, *codec.latent_shape)
+    assert show is not None
+    images = show(params, frames)
+    return codecs.to_pixels(images).reshape(*latents.shape[:2], *spec.observation_shape)
 
   def policy(params: dict[str, Params], observations: Array, state: LstmState) -> tuple[Array, Array, LstmState]:
     observations = observations[:, None]
@@ -266,12 +300,42 @@ def compose(
 
   # An autoencoder that the dynamics does not train is another model in the same update.
   apart = () if dynamics_trains_encoder else ("encoder", "decoder")
-  phases = (
+  phases: tuple[Phase, ...] = (
     Phase("denoiser", denoiser_trains, length + targets, False, final_frames, denoiser_losses, average, apart),
     Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, average),
     Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
   )
-  return Model(spec, codec.latent_shape, init, phases, encode, behavior.initial_state, policy, imagine)
+  if probe is not None:
+    phases += (Phase("probe", ("probe",), 1, False, True, probe_losses),)
+  return Model(
+    spec,
+    codec.latent_shape,
+    conditioning_frames,
+    init,
+    phases,
+    encode,
+    behavior.initial_state,
+    policy,
+    imagine,
+    dynamics,
+    reward_end,
+    behavior,
+    decode if show is not None else None,
+  )
+
+
+def _show(
+  codec: codecs.Codec, decoder: codecs.Decoder | None, probe: codecs.Decoder | None
+) -> Callable[[dict[str, Params], Array], Array] | None:
+  """Chooses what makes latents visible: nothing learned, the model's own decoder, the probe, or nothing at all."""
+  if codec.decode is not None:
+    decode = codec.decode
+    return lambda params, latents: decode(latents)
+  if decoder is not None:
+    return lambda params, latents: decoder.decode(params["decoder"], latents)
+  if probe is not None:
+    return lambda params, latents: probe.decode(params["probe"], latents)
+  return None
 
 
 def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[str, Array | types.Term]:
@@ -317,11 +381,15 @@ def count_parameters(params: dict[str, Params]) -> dict[str, int]:
 
 def _learned(context: _Context) -> codecs.Codec:
   c = context.config.encoder
-  _check_pooling("encoder.downsample", c.downsample, context.spec.observation_shape)
+  height, width, _ = context.spec.observation_shape
+  if height % c.patch or width % c.patch:
+    raise UserError(f"encoder.patch={c.patch} does not divide the {height} x {width} frames: take a divisor of both")
+  _check_pooling("encoder.downsample", c.downsample, (height // c.patch, width // c.patch))
   return codecs.learned(
     context.spec.observation_shape,
     channels=c.channels,
     downsample=c.downsample,
+    patch=c.patch,
     clamp=c.clamp,
     clamp_estimate=context.config.denoiser.clamp_estimate,
     lowering=context.lowering,
@@ -329,8 +397,8 @@ def _learned(context: _Context) -> codecs.Codec:
   )
 
 
-def _check_pooling(name: str, downsample: Sequence[bool], shape: tuple[int, int, int]) -> None:
-  if min(shape[:2]) >> sum(downsample) < 1:
+def _check_pooling(name: str, downsample: Sequence[bool], shape: tuple[int, int]) -> None:
+  if min(shape) >> sum(downsample) < 1:
     raise UserError(f"{name} halves {shape[0]} x {shape[1]} {sum(downsample)} times: halve less often")
 
 
@@ -345,6 +413,7 @@ def _decoder(context: _Context, codec: codecs.Codec) -> codecs.Decoder:
     context.spec.observation_shape,
     channels=c.channels,
     downsample=c.downsample,
+    patch=c.patch,
     lowering=context.lowering,
     dtype=context.dtype,
   )
@@ -408,7 +477,7 @@ def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.Reward
 
 def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavior:
   c = context.config.actor_critic
-  _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape)
+  _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape[:2])
   return behavior_lib.actor_critic(
     codec.latent_shape,
     num_actions=context.spec.num_actions,

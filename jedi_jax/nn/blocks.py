@@ -235,6 +235,20 @@ def max_pool_2x2(x: Array) -> Array:
   return jnp.maximum(rows[:, :, 0::2], rows[:, :, 1::2])
 
 
+def stack_patches(x: Array, side: int) -> Array:
+  """Stacks the pixels of squares on the channels: [B, H, W, C] -> [B, H / side, W / side, side^2 C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height // side, side, width // side, side, channels)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // side, width // side, side * side * channels)
+
+
+def spread_patches(x: Array, side: int) -> Array:
+  """Undoes `stack_patches`: [B, h, w, side^2 C] -> [B, side h, side w, C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height, width, side, side, channels // side**2)
+  return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * height, side * width, channels // side**2)
+
+
 def upsample_nearest(x: Array) -> Array:
   """Repeats every position twice in height and width: [B, H, W, C] -> [B, 2 H, 2 W, C]."""
   batch, height, width, channels = x.shape
@@ -262,16 +276,19 @@ class SmallResidualBlock(nn.Module):
 class ConvStack(nn.Module):
   """Convolution, then stages of one small residual block, each optionally followed by 2 x 2 max pooling.
 
-  [B, H, W, I] -> [B, H / 2^n, W / 2^n, channels[-1]], n the number of stages that pool.
+  [B, H, W, I] -> [B, H / (p 2^n), W / (p 2^n), channels[-1]], n the number of stages that pool, p the side of the
+  patches that are stacked first.
   """
 
   channels: Sequence[int]
   downsample: Sequence[bool]
+  patch: int = 1
   lowering: str = "lax"
   dtype: Any = jnp.float32
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
+    x = stack_patches(x, self.patch) if self.patch > 1 else x
     x = Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
     for stage, (features, pool) in enumerate(zip(self.channels, self.downsample, strict=True)):
       x = SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)

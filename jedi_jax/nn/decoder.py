@@ -19,6 +19,7 @@ class DecoderNetwork(nn.Module):
     image_shape: (H, W, C); the last up-sampling is cropped or repeated at the edge to it.
     channels: channels of the encoder's stages, first to last.
     downsample: whether a stage of the encoder pools.
+    patch: side of the encoder's patches.
     lowering: see `blocks.conv3x3`.
     dtype: of the activations.
   """
@@ -26,6 +27,7 @@ class DecoderNetwork(nn.Module):
   image_shape: tuple[int, int, int]
   channels: Sequence[int]
   downsample: Sequence[bool]
+  patch: int = 1
   lowering: str = "lax"
   dtype: Any = jnp.float32
 
@@ -37,8 +39,9 @@ class DecoderNetwork(nn.Module):
       features = self.channels[max(0, stage - 1)]
       x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
     height, width, channels = self.image_shape
+    rows, columns = height // self.patch, width // self.patch
     # Pooling drops an odd last row or column.
-    x = jnp.pad(x, ((0, 0), (0, max(0, height - x.shape[1])), (0, max(0, width - x.shape[2])), (0, 0)), mode="edge")
+    x = jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, max(0, columns - x.shape[2])), (0, 0)), mode="edge")
     x = nn.silu(blocks.group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
-    x = blocks.Conv3x3(channels, lowering=self.lowering, dtype=self.dtype, name="conv_out")(x)
-    return x[:, :height, :width].astype(jnp.float32)
+    x = blocks.Conv3x3(channels * self.patch**2, lowering=self.lowering, dtype=self.dtype, name="conv_out")(x)
+    return blocks.spread_patches(x[:, :rows, :columns], self.patch).astype(jnp.float32)

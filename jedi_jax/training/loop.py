@@ -14,6 +14,7 @@ from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
 from jedi_jax.config import Config, Updates
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, run_episodes
+from jedi_jax.inspection import dreams
 from jedi_jax.models.variants import Model, build, count_parameters
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training.collector import CHUNK_SLOTS, Collected, Collector
@@ -22,7 +23,7 @@ from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec, VectorEnv
 
-_TRAINING, _COLLECTION, _EVALUATION, _FINAL, _SEPARATE = range(5)
+_TRAINING, _COLLECTION, _EVALUATION, _FINAL, _SEPARATE, _DREAMS = range(6)
 
 
 class Progress(NamedTuple):
@@ -107,6 +108,7 @@ class Trainer:
       devices,
     )
     self._add = devices.map(replay_lib.add, in_axes=(0, None), donate=(0,))
+    self._strips = _make_strips(config, model)
     self._evaluator = Agent(self._model, {}, config)
     self._env = envs.make(
       config.env.name,
@@ -172,7 +174,8 @@ class Trainer:
   def _compile(self) -> None:
     self._say.say("compiling the epoch (the result is cached on disk) ...")
     start = time.monotonic()
-    self._epoch = self._epoch.lower(self._state, self._replay, _counts(Updates(0, 0, 0))).compile()
+    nothing = _traced(dict.fromkeys(self._counts(self._config.training.updates), 0))
+    self._epoch = self._epoch.lower(self._state, self._replay, nothing).compile()
     self._say.say(f"compiled in {time.monotonic() - start:.1f} s")
 
   def _run_epoch(self) -> dict[str, Any]:
@@ -187,8 +190,8 @@ class Trainer:
       total = 1 + math.ceil(left / config.collect.steps_per_epoch) + training.final_epochs
       self._progress = self._progress._replace(total_epochs=total)
     epoch = self._progress.epoch + 1
-    updates = training.first_updates if first else training.updates
-    figures = self._update(updates, split=epoch % training.time_phases_every == 0)
+    counts = self._counts(training.first_updates if first else training.updates)
+    figures = self._update(counts, split=epoch % training.time_phases_every == 0)
     seconds = time.monotonic() - start
     self._progress = self._progress._replace(epoch=epoch)
     steps = self._collector.env_steps
@@ -237,25 +240,28 @@ class Trainer:
       )
     return collected
 
-  def _update(self, updates: Updates, *, split: bool) -> dict[str, float]:
+  def _counts(self, updates: Updates) -> dict[str, int]:
+    """Returns the number of updates of each phase that the model has, in order."""
+    return {phase.name: getattr(updates, phase.name) for phase in self._model.phases}
+
+  def _update(self, counts: Mapping[str, int], *, split: bool) -> dict[str, float]:
     """Runs one epoch's updates; returns mean metrics, seconds and rates."""
-    total = _total(updates)
+    total = sum(counts.values())
     sums: dict[str, Any] = {}
-    seconds = dict.fromkeys(_counts(updates), 0.0)
+    seconds = dict.fromkeys(counts, 0.0)
     fused_seconds, done = 0.0, 0
-    for call in plan_calls(updates, limit=self._config.training.updates_per_call, split=split):
+    for call in plan_calls(counts, limit=self._config.training.updates_per_call, split=split):
       start = time.monotonic()
-      self._state, result = self._epoch(self._state, self._replay, _counts(call))
+      self._state, result = self._epoch(self._state, self._replay, _traced(call))
       result = jax.device_get(self._devices.first(result))
       elapsed = time.monotonic() - start
-      phases = [name for name, count in _counts(call).items() if count]
+      phases = [name for name, count in call.items() if count]
       if len(phases) == 1:
         seconds[phases[0]] += elapsed
       fused_seconds += elapsed
       sums = jax.tree.map(np.add, sums, result) if sums else result
-      done += _total(call)
+      done += sum(call.values())
       self._say.show(f"epoch {self._progress.epoch + 1}, updates", done, total, f"({' and '.join(phases)})")
-    counts = {name: int(count) for name, count in _counts(updates).items()}
     values = telemetry.summarise(jax.tree.map(lambda x: x[0], sums), counts)
     values |= {f"updates/{name}": count for name, count in self._updates_done().items()}
     values["time/update_seconds"] = fused_seconds
@@ -266,10 +272,18 @@ class Trainer:
         values[f"time/{name}_updates_per_second"] = counts[name] / spent
     return values
 
-  def _evaluate(self, *, episodes: int, purpose: int) -> list[EpisodeResult]:
+  def _show_dreams(self) -> None:
+    """Writes the strips of real and imagined frames."""
+    if self._strips is not None:
+      epoch = self._progress.epoch
+      key = jax.random.fold_in(jax.random.key(_seed(self._config.seed, _DREAMS)), epoch)
+      share = self._devices.first((self._state.params, self._replay))
+      self._metrics.write_image(epoch, "dreams/real_over_imagined", dreams.tile(self._strips(*share, key)))
+
+  def _evaluate(self, params: dict[str, Any], *, episodes: int, purpose: int) -> list[EpisodeResult]:
     c = self._config
     agent = self._evaluator
-    agent.params = jax.device_put(self._devices.to_host(self._state.params))
+    agent.params = jax.device_put(params)
     num_envs = min(c.evaluation.num_envs, episodes)
     seed = _env_seed(c.seed, purpose, self._progress.epoch)
     return evaluate(
@@ -284,11 +298,13 @@ class Trainer:
 
   def _evaluate_and_keep_best(self) -> dict[str, float]:
     start = time.monotonic()
-    results = self._evaluate(episodes=self._config.evaluation.interval_episodes, purpose=_EVALUATION)
+    params = self._devices.to_host(self._state.params)
+    results = self._evaluate(params, episodes=self._config.evaluation.interval_episodes, purpose=_EVALUATION)
     mean = float(np.mean([result.return_ for result in results]))
     if mean > self._progress.best:
       self._progress = self._progress._replace(best=mean)
-      self._best.save(self._progress.epoch, params=self._devices.to_host(self._state.params))
+      self._best.save(self._progress.epoch, params=params)
+    self._show_dreams()
     return {
       "evaluation/return": mean,
       "evaluation/length": float(np.mean([result.length for result in results])),
@@ -298,7 +314,8 @@ class Trainer:
   def _finish(self) -> dict[str, Any]:
     """The final evaluation and result.json."""
     start = time.monotonic()
-    results = self._evaluate(episodes=self._config.evaluation.episodes, purpose=_FINAL)
+    params = self._devices.to_host(self._state.params)
+    results = self._evaluate(params, episodes=self._config.evaluation.episodes, purpose=_FINAL)
     seconds = self._progress.seconds + time.monotonic() - start
     steps = self._collector.env_steps
     result = {
@@ -434,35 +451,25 @@ def describe_results(env_name: str, results: list[EpisodeResult]) -> dict[str, A
   }
 
 
-def plan_calls(updates: Updates, *, limit: int, split: bool) -> Iterator[Updates]:
-  """Yields the device calls of an epoch.
+def plan_calls(counts: Mapping[str, int], *, limit: int, split: bool) -> Iterator[dict[str, int]]:
+  """Yields the device calls of an epoch, each as updates by phase.
 
   Args:
-    updates: the epoch's.
+    counts: the epoch's updates by phase, in order.
     limit: updates of one call at most.
     split: whether every phase is a call of its own, however few its updates.
   """
-  if _total(updates) <= limit and not split:
-    yield updates
+  if sum(counts.values()) <= limit and not split:
+    yield dict(counts)
     return
-  for name in ("denoiser", "reward_end", "actor_critic"):
-    left = getattr(updates, name)
-    while left > 0:
-      count = min(left, limit)
-      left -= count
-      yield Updates(**{"denoiser": 0, "reward_end": 0, "actor_critic": 0, name: count})
+  nothing = dict.fromkeys(counts, 0)
+  for name, count in counts.items():
+    for done in range(0, count, limit):
+      yield {**nothing, name: min(count - done, limit)}
 
 
-def _counts(updates: Updates) -> dict[str, np.ndarray]:
-  return {
-    "denoiser": np.asarray(updates.denoiser, np.int32),
-    "reward_end": np.asarray(updates.reward_end, np.int32),
-    "actor_critic": np.asarray(updates.actor_critic, np.int32),
-  }
-
-
-def _total(updates: Updates) -> int:
-  return updates.denoiser + updates.reward_end + updates.actor_critic
+def _traced(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+  return {name: np.asarray(count, np.int32) for name, count in counts.items()}
 
 
 def _rarer_rewards(collected: Collected) -> int:
@@ -476,6 +483,19 @@ def _empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
     slots_per_stream=max(slots, CHUNK_SLOTS),
     observation_shape=spec.observation_shape,
   )
+
+
+def _make_strips(config: Config, model: Model) -> Any:
+  """Returns the compiled function (shares of parameters and replay, key) -> strips; None where none are wanted."""
+  if model.decode is None or not config.probe.strips:
+    return None
+  strips = dreams.make_strips(model, count=config.probe.strips, steps=config.actor_critic.horizon)
+
+  def strips_of_share(params: Any, replay: Any, key: Any) -> Any:
+    params, replay = jax.tree.map(lambda x: x[0], (params, replay))
+    return strips(params, replay, key)
+
+  return jax.jit(strips_of_share)
 
 
 def _make_collector(config: Config, model: Model, env: VectorEnv) -> Collector:

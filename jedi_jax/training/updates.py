@@ -26,6 +26,7 @@ def make_optimizers(config: Config, phases: Sequence[Phase]) -> dict[str, optax.
     "denoiser": config.denoiser.optimizer,
     "reward_end": config.reward_end.optimizer,
     "actor_critic": config.actor_critic.optimizer,
+    "probe": config.probe.optimizer,
   }
   return {phase.name: make_optimizer(settings[phase.name], factors, phase.clipped_apart) for phase in phases}
 

@@ -48,6 +48,7 @@ def test_estimates_are_clamped_if_wanted(clamp, clamp_estimate, estimate):
     (8, 8, 3),
     channels=(4,),
     downsample=(True,),
+    patch=1,
     clamp=clamp,
     clamp_estimate=clamp_estimate,
     lowering="lax",

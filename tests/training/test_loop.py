@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jedi_jax import checkpoint
-from jedi_jax.config import Updates, make_config, override
+from jedi_jax.config import make_config, override
 from jedi_jax.errors import UserError
 from jedi_jax.training import loop
 from jedi_jax.training.loop import plan_calls
@@ -23,16 +23,16 @@ numbers = st.integers(0, 50)
 @hypothesis.given(numbers, numbers, numbers, st.integers(1, 60), st.booleans())
 @hypothesis.settings(deadline=None, database=None)
 def test_calls_add_up_within_the_limit_and_in_order(denoiser, reward_end, actor_critic, limit, split):
-  updates = Updates(denoiser, reward_end, actor_critic)
-  calls = list(plan_calls(updates, limit=limit, split=split))
-  totals = [call.denoiser + call.reward_end + call.actor_critic for call in calls]
+  counts = dict(zip(PHASES, (denoiser, reward_end, actor_critic), strict=True))
+  calls = list(plan_calls(counts, limit=limit, split=split))
+  totals = [sum(call.values()) for call in calls]
   for name in PHASES:
-    assert sum(getattr(call, name) for call in calls) == getattr(updates, name)
+    assert sum(call[name] for call in calls) == counts[name]
   assert all(total <= limit for total in totals)
   if denoiser + reward_end + actor_critic <= limit and not split:
-    assert calls == [updates]
+    assert calls == [counts]
   else:
-    kinds = [[name for name in PHASES if getattr(call, name)] for call in calls]
+    kinds = [[name for name in PHASES if call[name]] for call in calls]
     assert all(len(kind) == 1 for kind in kinds)
     assert [kind[0] for kind in kinds] == sorted((kind[0] for kind in kinds), key=PHASES.index)
 

@@ -1,0 +1,140 @@
+"""Tells which part of a trained model looks weakest, on real games that it was not trained on.
+
+  python experiments/diagnose.py --workdir=runs/breakout
+
+Plays the run's environment with its own policy, then measures the denoising loss by noise level, the error of
+open-loop imagination with the real actions against copying the last latent, precision and recall of rewards and ends
+on real and on imagined latents, the critic's calibration, and the latents. Prints a summary and writes
+diagnosis.json, and diagnosis.png where matplotlib is installed, to the workdir.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+import jedi_jax
+from jedi_jax import runtime, workdir
+from jedi_jax.inspection import diagnosis, recording
+from jedi_jax.training import loop
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
+_STEPS = flags.DEFINE_integer("steps", 2_000, "Real environment steps to look at.", lower_bound=1)
+_NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments that play side by side.", lower_bound=1)
+_SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of games, actions and noise; apart from those of training.", lower_bound=0
+)
+
+
+def main() -> None:
+  """Reads the flags, measures and reports."""
+  if not _WORKDIR.value:
+    raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
+  runtime.enable_compilation_cache()
+  run = workdir.read(_WORKDIR.value)
+  agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
+  episodes = recording.record(
+    agent,
+    steps=-(-_STEPS.value // _NUM_ENVS.value),
+    num_envs=_NUM_ENVS.value,
+    seed=loop.evaluation_seed(_SEED.value),
+  )
+  figures = diagnosis.diagnose(agent, episodes, seed=_SEED.value, segments=_SEGMENTS.value)
+  about = {
+    "env": run.config.env.name,
+    "variant": run.config.variant,
+    "checkpoint": _CHECKPOINT.value,
+    "seed": _SEED.value,
+    "steps": sum(len(episode.actions) for episode in episodes),
+  }
+  workdir.write_json(run.path / "diagnosis.json", {**about, **figures})
+  print(_summary(figures))
+  _draw(figures, f"{run.config.env.name}, {run.config.variant}", run.path / "diagnosis.png")
+
+
+def _summary(figures: Mapping[str, Any]) -> str:
+  latents, loop_, value = figures["latents"], figures["open_loop"], figures["value"]
+  lines = [
+    f"latents: standard deviation {latents['latent_std']:.3f}, effective rank {latents['latent_rank']:.1f}, "
+    f"largest {latents['largest']:.2f}"
+  ]
+  if "denoising" in figures:
+    d = figures["denoising"]
+    lines += ["", "| sigma | denoising loss | without the network |", "|---|---|---|"]
+    lines += [
+      f"| {s:.3g} | {a:.4f} | {b:.4f} |" for s, a, b in zip(d["sigma"], d["loss"], d["without_network"], strict=True)
+    ]
+  lines += ["", "| step | open-loop error | copying |", "|---|---|---|"]
+  lines += [
+    f"| {i} | {a:.3f} | {b:.3f} |" for i, (a, b) in enumerate(zip(loop_["error"], loop_["copying"], strict=True), 1)
+  ]
+  lines += ["", "| class | examples | precision, recall on real latents | in imagination |", "|---|---|---|---|"]
+  real, imagined = figures["rewards_ends"]["on_real"], figures["rewards_ends"]["in_imagination"]
+  for kind, label in (("reward", "-1"), ("reward", "0"), ("reward", "+1"), ("end", "yes")):
+    cells = (
+      ", ".join("-" if (x := source.get(f"{kind}_{what}_{label}")) is None else f"{x:.2f}" for what in _PAIR)
+      for source in (real, imagined)
+    )
+    lines.append(f"| {kind} {label} | {real[f'{kind}_count_{label}']:.0f} | " + " | ".join(cells) + " |")
+  correlation = "-" if value["correlation"] is None else f"{value['correlation']:.2f}"
+  lines += [
+    "",
+    f"value: correlation with the return {correlation}, bias {value['bias']:+.3f}",
+    "",
+    f"weakest: {figures['weakest']}",
+  ]
+  return "\n".join(lines)
+
+
+_PAIR = ("precision", "recall")
+
+
+def _draw(figures: Mapping[str, Any], title: str, path: pathlib.Path) -> None:
+  try:
+    import matplotlib as mpl
+  except ImportError:
+    print(f"{path.name} is not drawn: matplotlib is missing (pip install 'jedi_jax[plots]')")
+    return
+  mpl.use("Agg")
+  from matplotlib import pyplot as plt
+
+  fig, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+  fig.suptitle(title)
+  ax = axes[0, 0]
+  if "denoising" in figures:
+    d = figures["denoising"]
+    ax.loglog(d["sigma"], d["loss"], "o-", label="denoiser")
+    ax.loglog(d["sigma"], d["without_network"], "--", color="gray", label="without the network")
+    ax.legend()
+  ax.set(title="denoising loss", xlabel="noise level", ylabel="loss")
+  ax = axes[0, 1]
+  steps = range(1, len(figures["open_loop"]["error"]) + 1)
+  ax.plot(steps, figures["open_loop"]["error"], "o-", label="imagined, real actions")
+  ax.plot(steps, figures["open_loop"]["copying"], "--", color="gray", label="copying the last latent")
+  ax.set(title="open-loop error", xlabel="step", ylabel="standard deviations of latents", ylim=(0, None))
+  ax.legend()
+  ax = axes[1, 0]
+  bars = [(k, c, p) for k, c in (("reward", "-1"), ("reward", "+1"), ("end", "yes")) for p in _PAIR]
+  for offset, (source, label) in enumerate((("on_real", "real latents"), ("in_imagination", "imagination"))):
+    got = figures["rewards_ends"][source]
+    heights = [got.get(f"{kind}_{what}_{name}", 0.0) for kind, name, what in bars]
+    ax.bar([i + 0.4 * offset for i in range(len(bars))], heights, width=0.4, label=label)
+  ax.set_xticks([i + 0.2 for i in range(len(bars))], [f"{k} {c}\n{p}" for k, c, p in bars], fontsize=8)
+  ax.set(title="rewards and ends", ylim=(0, 1.05))
+  ax.legend()
+  ax = axes[1, 1]
+  value = figures["value"]
+  ax.plot(value["predicted"], value["realised"], "o-")
+  ends = [min(value["predicted"] + value["realised"]), max(value["predicted"] + value["realised"])]
+  ax.plot(ends, ends, "--", color="gray")
+  ax.set(title="value, by fifths of the steps", xlabel="predicted", ylabel="discounted return that followed")
+  fig.savefig(path, dpi=120)
+  plt.close(fig)
+  print(f"written to {path}")
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

@@ -1,0 +1,56 @@
+"""Films what a trained model dreams: the real game, the dream of the same actions, and the policy's own dream.
+
+  python experiments/dream.py --workdir=runs/breakout --out=dream.gif
+
+Every dream starts from real frames of games that were not trained on, and is imagined from its first frame on, without
+another look. A run without a probe decoder gets one now, fitted to the recorded games; the run is not changed.
+"""
+
+import pathlib
+
+import jax
+import numpy as np
+from absl import flags
+
+import jedi_jax
+from jedi_jax import runtime, workdir
+from jedi_jax.inspection import film, probe, recording
+from jedi_jax.training import loop
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_OUT = flags.DEFINE_string("out", "dream.gif", "The film, .gif or (with ffmpeg) .mp4.")
+_CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
+_STEPS = flags.DEFINE_integer("steps", 1_000, "Real environment steps to play.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 0, "Steps of a dream; 0 for twice the training horizon.", lower_bound=0)
+_TAKES = flags.DEFINE_integer("takes", 4, "Dreams in the film, spread over the games.", lower_bound=1)
+_PROBE_UPDATES = flags.DEFINE_integer("probe_updates", 1_000, "Updates of a probe that is fitted now.", lower_bound=1)
+_FPS = flags.DEFINE_float("fps", 8.0, "Steps of the game shown a second.", lower_bound=0.1, upper_bound=60.0)
+_SIZE = flags.DEFINE_integer("size", 192, "Least height of a pane in pixels.", lower_bound=16, upper_bound=2048)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of games, actions and dreams; apart from training's.", lower_bound=0)
+
+
+def main() -> None:
+  """Reads the flags, plays, dreams and writes the film."""
+  if not _WORKDIR.value:
+    raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
+  out = pathlib.Path(_OUT.value)
+  if out.suffix not in (".gif", ".mp4"):
+    raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
+  runtime.enable_compilation_cache()
+  run = workdir.read(_WORKDIR.value)
+  agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
+  episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=loop.evaluation_seed(_SEED.value))
+  if agent.model.decode is None:
+    print(f"the run has no probe decoder: fitting one in {_PROBE_UPDATES.value:,} updates ...", flush=True)
+    agent = probe.fit(agent, episodes, updates=_PROBE_UPDATES.value, seed=_SEED.value)
+  length = _LENGTH.value or 2 * run.config.actor_critic.horizon
+  windows = recording.windows(episodes, before=agent.model.conditioning_frames, after=length, stride=length)
+  takes = np.unique(np.linspace(0, len(windows.mask) - 1, _TAKES.value).round().astype(int))
+  shot = film.shoot(agent, jax.tree.map(lambda x: x[takes], windows), seed=_SEED.value)
+  images = film.draw(shot, size=_SIZE.value)
+  film.write(images, out, frames_per_second=_FPS.value)
+  print(f"{len(takes)} dreams, {len(images)} frames, {out.stat().st_size / 1024:.0f} KiB: {out}")
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

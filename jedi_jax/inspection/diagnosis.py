@@ -1,0 +1,277 @@
+"""Which part of a trained model is weak: figures on real games that it was not trained on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jedi_jax import telemetry
+from jedi_jax.agent import Agent
+from jedi_jax.errors import UserError
+from jedi_jax.inspection import dreams
+from jedi_jax.inspection.recording import Episode, windows
+from jedi_jax.models.dynamics import DenoisingNoise
+from jedi_jax.models.reward_end import confusion
+from jedi_jax.models.variants import latent_statistics
+from jedi_jax.ops import edm
+from jedi_jax.types import Array, Params, Segment
+
+_CHUNK = 64
+"""Frames of an episode that are encoded at once."""
+_FEW = 5
+"""A class with fewer examples than this is no ground for a verdict."""
+
+Figures = dict[str, Any]
+
+
+def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: int = 128) -> Figures:
+  """Measures every part of a model on real episodes.
+
+  Args:
+    agent: with all parameters and its configuration.
+    episodes: real games of its own policy, as `recording.record` plays them; not the ones it was trained on.
+    seed: of which segments are taken and of the noise.
+    segments: at most so many segments of L + H frames, L conditioning frames and H the horizon.
+
+  Returns:
+    A dictionary of JSON values:
+      'segments': their number.
+      'latents': 'latent_std', 'latent_rank' (see `telemetry.latent_summary`) and 'largest', the largest absolute value.
+      'denoising': lists 'sigma', 'loss' (as in training, conditioned on real latents) and 'without_network', the loss
+        of an inner network that gives 0. Absent where the dynamics has no noise levels.
+      'open_loop': lists 'error' and 'copying' over steps 1 to H: root mean square error of the latents imagined with
+        the real actions, and of the last real latent, over the standard deviation of real latents.
+      'rewards_ends': 'on_real' latents and 'in_imagination' (with the real actions): counts, precision and recall of
+        each class, and 'f1', the mean F1 score of the classes that matter with at least 5 examples, None without any.
+      'value': 'correlation' of the critic's value with the discounted return that followed (None where one of the two
+        does not vary), 'bias' (value less return), lists 'predicted' and 'realised': means over fifths of the steps
+        in order of their value.
+      'weakest': a sentence.
+
+  Raises:
+    UserError: if there is no whole step to look at.
+  """
+  if agent.config is None:
+    raise UserError("the agent has no configuration: load it from a run's directory")
+  if not episodes:
+    raise UserError("there is no episode to look at: record more steps")
+  model, config = agent.model, agent.config
+  length, horizon = model.conditioning_frames, config.actor_critic.horizon
+  windowed = windows(episodes, before=length, after=horizon, stride=horizon)
+  count = len(windowed.mask)
+  rng = np.random.default_rng(seed)
+  chosen = np.sort(rng.permutation(count)[:segments])
+  segment = jax.tree.map(lambda x: x[chosen], windowed)
+  key = jax.random.key(seed)
+
+  figures: Figures = {"segments": len(chosen)}
+  figures["latents"] = _latents(agent, segment)
+  denoising = _denoising(agent, segment, jax.random.fold_in(key, 0))
+  if denoising:
+    figures["denoising"] = denoising
+  figures |= _imagination(agent, segment, jax.random.fold_in(key, 1))
+  figures["value"] = _value(agent, episodes)
+  figures["weakest"] = weakest(figures)
+  return figures
+
+
+def _latents(agent: Agent, segment: Segment) -> Figures:
+  @jax.jit
+  def measure(params: dict[str, Params], segment: Segment) -> tuple[Array, Array]:
+    latents = agent.model.encode(params, segment.observations, segment.mask)
+    gram = latent_statistics(latents, segment.mask, None)["latent_gram"]
+    assert isinstance(gram, jax.Array)
+    return gram, jnp.max(jnp.abs(latents))
+
+  gram, largest = jax.device_get(measure(agent.params, segment))
+  return {**telemetry.latent_summary(np.asarray(gram, np.float64)), "largest": float(largest)}
+
+
+def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
+  """Loss by noise level, of the target after the start."""
+  assert agent.config is not None
+  model, c = agent.model, agent.config.denoiser
+  length, count = model.conditioning_frames, len(segment.mask)
+  stop = length + c.targets
+  if segment.mask.shape[1] < stop:
+    return {}
+  segment = jax.tree.map(lambda x: x[:, :stop], segment)
+  noise = model.dynamics.training_noise(jax.random.split(key, count), key, jnp.zeros((), jnp.int32))
+  if not isinstance(noise, DenoisingNoise):
+    return {}
+
+  @jax.jit
+  def measure(params: dict[str, Params], level: Array) -> tuple[Array, Array]:
+    at_level = noise._replace(sigma=jnp.full_like(noise.sigma, level), use_estimate=jnp.zeros((), bool))
+    latents = model.encode(params, segment.observations, segment.mask)
+    clean, weights = latents[:, length:], segment.mask[:, length:].astype(jnp.float32)
+    losses = model.dynamics.losses(
+      params["denoiser"], latents[:, :-1], clean, segment.actions[:, :-1], segment.mask[:, length:], at_level
+    )
+    terms = losses.terms.values()
+    loss = sum(jnp.sum(term.values * term.weights) for term in terms) / (jnp.sum(weights) / c.targets)
+    flat = clean.reshape(-1, *model.latent_shape)
+    sigma = jnp.full((len(flat),), level)
+    coefficients = edm.precondition(sigma, sigma_data=c.sigma_data, offset_noise=c.offset_noise)
+    noisy = edm.corrupt(
+      flat,
+      sigma,
+      noise.noise.reshape(flat.shape),
+      noise.offset.reshape(len(flat), 1, 1, -1),
+      offset_noise=c.offset_noise,
+    )
+    _, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
+    nothing = jnp.mean(jnp.square((flat - c_skip * noisy) / c_out), axis=(1, 2, 3))
+    return loss, jnp.average(nothing, weights=weights.reshape(-1))
+
+  levels = np.geomspace(c.sigma_min, c.sigma_max, 12)
+  pairs = [jax.device_get(measure(agent.params, level)) for level in levels.astype(np.float32)]
+  return {
+    "sigma": levels.tolist(),
+    "loss": [float(loss) for loss, _ in pairs],
+    "without_network": [float(nothing) for _, nothing in pairs],
+  }
+
+
+def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
+  model, length = agent.model, agent.model.conditioning_frames
+
+  @jax.jit
+  def measure(params: dict[str, Params], segment: Segment, key: Array) -> dict[str, Array]:
+    count = len(segment.mask)
+    trajectory = dreams.follow(model, params, segment, jax.random.split(key, count))
+    latents = model.encode(params, segment.observations, segment.mask)
+    weights = segment.mask.astype(jnp.float32)
+    # Variance around the mean of each number of the latent.
+    mean = jnp.einsum("bt,bthwc->hwc", weights, latents) / jnp.sum(weights)
+    total = jnp.einsum("bt,bthwc->", weights, jnp.square(latents - mean))
+    variance = jnp.maximum(total / jnp.sum(weights), 1e-12)
+
+    def error(estimated: Array) -> Array:
+      squares = jnp.sum(jnp.square(estimated - latents[:, length:]), axis=(2, 3, 4))
+      after = weights[:, length:]
+      return jnp.sqrt(jnp.sum(squares * after, axis=0) / jnp.maximum(jnp.sum(after, axis=0), 1e-8) / variance)
+
+    steps = slice(length - 1, -1)
+    real = (segment.mask[:, steps] & segment.mask[:, length:]).astype(jnp.float32)
+    rewards = jnp.sign(segment.rewards[:, steps]).astype(jnp.int32) + 1
+    ends = segment.ends[:, steps].astype(jnp.int32)
+    reward_logits, end_logits, _ = model.reward_end.predict(
+      params["reward_end"],
+      latents[:, :-1],
+      segment.actions[:, :-1],
+      latents[:, 1:],
+      model.reward_end.initial_state(count),
+    )
+    return {
+      "error": error(trajectory.latents[:, 1:]),
+      "copying": error(latents[:, length - 1 : length]),
+      "reward_real": confusion(rewards, reward_logits[:, length - 1 :], real),
+      "end_real": confusion(ends, end_logits[:, length - 1 :], real),
+      "reward_imagined": confusion(rewards, trajectory.reward_logits, real),
+      "end_imagined": confusion(ends, trajectory.end_logits, real),
+    }
+
+  got = {name: np.asarray(x, np.float64) for name, x in jax.device_get(measure(agent.params, segment, key)).items()}
+  return {
+    "open_loop": {name: [float(x) for x in got[name]] for name in ("error", "copying")},
+    "rewards_ends": {
+      name: {
+        **telemetry.precision_and_recall("reward", got[f"reward_{source}"]),
+        **telemetry.precision_and_recall("end", got[f"end_{source}"]),
+        "f1": _f1(got[f"reward_{source}"], got[f"end_{source}"]),
+      }
+      for name, source in (("on_real", "real"), ("in_imagination", "imagined"))
+    },
+  }
+
+
+def _f1(rewards: np.ndarray, ends: np.ndarray) -> float | None:
+  """Mean F1 score of negative and positive rewards and of ends, as far as there are examples."""
+  scores = []
+  for counts, label in ((rewards, 0), (rewards, 2), (ends, 1)):
+    if counts[label].sum() >= _FEW:
+      scores.append(2 * counts[label, label] / (counts[label].sum() + counts[:, label].sum()))
+  return float(np.mean(scores)) if scores else None
+
+
+def _value(agent: Agent, episodes: list[Episode]) -> Figures:
+  """Compares the critic's value of real frames with what followed."""
+  assert agent.config is not None
+  model, gamma = agent.model, agent.config.actor_critic.gamma
+
+  @jax.jit
+  def measure(params: dict[str, Params], observations: Array, state: Any) -> tuple[Array, Any]:
+    latents = model.encode(params, observations[None], jnp.ones((1, len(observations)), bool))
+    _, values, state = model.behavior.apply(params["actor_critic"], latents, state)
+    return values[0], state
+
+  predicted, realised = [], []
+  for episode in episodes:
+    state, values = model.initial_state(1), []
+    count = len(episode.observations)
+    padded = np.concatenate([episode.observations, np.repeat(episode.observations[-1:], -count % _CHUNK, axis=0)])
+    for chunk in np.split(padded, len(padded) // _CHUNK):
+      some, state = measure(agent.params, chunk, state)
+      values.append(np.asarray(some, np.float64))
+    all_values = np.concatenate(values)[:count]
+    following = 0.0 if episode.ends[-1] else all_values[-1]
+    returns = np.zeros(count - 1)
+    for t in reversed(range(count - 1)):
+      following = returns[t] = np.sign(episode.rewards[t]) + gamma * following
+    predicted.append(all_values[:-1])
+    realised.append(returns)
+  values_, returns_ = np.concatenate(predicted), np.concatenate(realised)
+  order = np.array_split(np.argsort(values_, kind="stable"), 5)
+  vary = min(values_.std(), returns_.std()) > 1e-8
+  return {
+    "correlation": float(np.corrcoef(values_, returns_)[0, 1]) if vary else None,
+    "bias": float(np.mean(values_ - returns_)),
+    "predicted": [float(values_[part].mean()) for part in order if len(part)],
+    "realised": [float(returns_[part].mean()) for part in order if len(part)],
+  }
+
+
+def weakest(figures: Mapping[str, Any]) -> str:
+  """Names the part that these figures speak against most.
+
+  Each part has a fault from 0 (none) to 1 (it does no work): the reward / end model 1 - F1 on real latents; the
+  dynamics its error after H steps over that of copying the last latent; what imagination takes from the reward / end
+  model the loss in F1; the critic 1 - correlation with the returns. Collapsed latents come before everything.
+
+  Args:
+    figures: as from `diagnose`.
+  """
+  std, rank = figures["latents"].get("latent_std", 0.0), figures["latents"].get("latent_rank", 0.0)
+  if not std > 1e-2 or not rank > 1.5:
+    return (
+      f"the encoder: its latents have collapsed (standard deviation {std:.3g}, effective rank {rank:.2g}); "
+      "look at the gradients that reach it before anything else"
+    )
+  faults: list[tuple[float, str]] = []
+  real, imagined = (figures["rewards_ends"][name]["f1"] for name in ("on_real", "in_imagination"))
+  if real is not None:
+    faults.append((1 - real, f"the reward / end model: F1 {real:.2f} even on real latents"))
+    if imagined is not None:
+      faults.append(
+        (
+          real - imagined,
+          f"the dynamics: F1 of rewards and ends falls from {real:.2f} to {imagined:.2f} in imagination",
+        )
+      )
+  error, copying = figures["open_loop"]["error"][-1], figures["open_loop"]["copying"][-1]
+  steps = len(figures["open_loop"]["error"])
+  faults.append(
+    (
+      error / max(copying, 1e-8),
+      f"the dynamics: after {steps} steps its error is {error:.2f} standard deviations, that of copying {copying:.2f}",
+    )
+  )
+  correlation = figures["value"]["correlation"]
+  if correlation is not None:
+    faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
+  fault, sentence = max(faults)
+  seen = "" if real is not None else f"; fewer than {_FEW} rewards or ends of a kind were met, so they are not judged"
+  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){seen}"

@@ -1,0 +1,82 @@
+"""Dreams: what the world model imagines, beside what happened."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jedi_jax import replay as replay_lib
+from jedi_jax.models.variants import Model
+from jedi_jax.types import Array, Params, Segment, Trajectory
+
+
+def follow(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
+  """Imagines what the real actions of a segment would lead to, open loop.
+
+  Args:
+    model: the composed model.
+    params: its parameters.
+    segment: [B, L + T, ...]; the last of its first L frames is the start, and real.
+    keys: [B] random keys, consumed.
+
+  Returns:
+    `Trajectory` over T steps; its latent t stands for frame L - 1 + t of the segment.
+  """
+  start, actions = _split(model, segment)
+  return model.imagine(params, start, keys, actions.shape[1], actions)
+
+
+def play(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
+  """Imagines from the same start and for as long as `follow`, with the policy's own actions."""
+  start, actions = _split(model, segment)
+  return model.imagine(params, start, keys, actions.shape[1])
+
+
+def _split(model: Model, segment: Segment) -> tuple[Segment, Array]:
+  length = model.conditioning_frames
+  start = jax.tree.map(lambda x: x[:, :length], segment)
+  return start, segment.actions[:, length - 1 : -1]
+
+
+def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, Params], Any, Array], Array]:
+  """Builds a pure function that pictures dreams: each row of real frames over the row imagined from its first.
+
+  Args:
+    model: one that can decode.
+    count: segments B.
+    steps: T.
+
+  Returns:
+    (parameters, replay, key) -> [2 B, T + 1, H, W, C] uint8, rows 2 i real and 2 i + 1 imagined. Frames past the end
+    of an episode are black in both. The key is consumed.
+  """
+  assert model.decode is not None
+  decode, length = model.decode, model.conditioning_frames
+
+  def strips(params: dict[str, Params], replay: Any, key: Array) -> Array:
+    sample_key, dream_key = jax.random.split(key)
+    segment = replay_lib.sample(
+      replay,
+      jax.random.split(sample_key, count),
+      length=length + steps,
+      age_weights=(1.0,),
+      beyond_end=True,
+      final_frames=False,
+    )
+    trajectory = follow(model, params, segment, jax.random.split(dream_key, count))
+    real = segment.observations[:, length - 1 :]
+    both = jnp.stack([real, decode(params, trajectory.latents)], axis=1)
+    mask = segment.mask[:, None, length - 1 :, None, None, None]
+    # Rows whose start lies before the episode show nothing true.
+    mask = mask & segment.mask[:, None, length - 1 : length, None, None, None]
+    return jnp.where(mask, both, 0).astype(jnp.uint8).reshape(2 * count, steps + 1, *real.shape[2:])
+
+  return strips
+
+
+def tile(strips: Any) -> np.ndarray:
+  """Lays strips [R, T, H, W, C] out as one image [R H, T W, C]."""
+  rows, columns, height, width, channels = np.shape(strips)
+  return np.asarray(strips).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)

@@ -1,0 +1,65 @@
+"""A probe decoder for a run that has none: fitted afterwards, on recorded frames."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jedi_jax.agent import Agent
+from jedi_jax.config import override
+from jedi_jax.errors import UserError
+from jedi_jax.inspection.recording import Episode
+from jedi_jax.models.variants import build
+from jedi_jax.training.updates import make_optimizers
+from jedi_jax.types import Array, Params, Segment
+
+_BATCH = 32
+_PER_CALL = 100
+
+
+def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -> Agent:
+  """Returns an agent that can show its latents.
+
+  Args:
+    agent: with its configuration; returned as it is if it can decode already.
+    episodes: real games; their frames are what the probe learns from.
+    updates: updates of the probe, in batches of 32 frames.
+    seed: of its parameters and batches.
+
+  Raises:
+    UserError: if the agent has no configuration or there are no frames.
+  """
+  if agent.model.decode is not None:
+    return agent
+  if agent.config is None:
+    raise UserError("the agent has no configuration: load it from a run's directory")
+  if not episodes:
+    raise UserError("there is no episode to fit the probe to: record more steps")
+  config = override(agent.config, {"training.updates.probe": 1})
+  model = build(config, agent.model.spec)
+  (phase,) = (phase for phase in model.phases if phase.name == "probe")
+  optimizer = make_optimizers(config, [phase])["probe"]
+  key = jax.random.key(seed)
+  probe = model.init(key)["probe"]
+  frames = jnp.asarray(np.concatenate([episode.observations for episode in episodes]))
+
+  def update(carry: tuple[Params, optax.OptState], key: Array) -> tuple[tuple[Params, optax.OptState], Array]:
+    trained, state = carry
+    batch = frames[jax.random.randint(key, (_BATCH, 1), 0, len(frames))]
+    blank = jnp.zeros((_BATCH, 1))
+    segment = Segment(batch, blank.astype(jnp.int32), blank, blank.astype(bool), jnp.ones((_BATCH, 1), bool))
+    keys = jax.random.split(key, _BATCH)
+
+    def loss(trained: Params) -> Array:
+      losses = phase.losses({**agent.params, **trained}, segment, keys, key, jnp.zeros((), jnp.int32))
+      return jnp.mean(losses.terms["reconstruction"].values)
+
+    value, gradient = jax.value_and_grad(loss)(trained)
+    steps, state = optimizer.update(gradient, state, trained)
+    return (optax.apply_updates(trained, steps), state), value
+
+  run = jax.jit(lambda carry, keys: jax.lax.scan(update, carry, keys))
+  carry = ({"probe": probe}, optimizer.init({"probe": probe}))
+  for call in range(-(-updates // _PER_CALL)):
+    carry, _ = run(carry, jax.random.split(jax.random.fold_in(key, call), _PER_CALL))
+  return Agent(model, {**agent.params, **carry[0]}, config)

@@ -1,0 +1,129 @@
+"""Real games played by an agent, and windows of them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jedi_jax import envs
+from jedi_jax import replay as replay_lib
+from jedi_jax.agent import Agent, make_act
+from jedi_jax.errors import UserError
+from jedi_jax.training.collector import CHUNK_SLOTS, Collector
+from jedi_jax.types import Segment
+
+
+class Episode(NamedTuple):
+  """n steps of a real game, on the host.
+
+  Attributes:
+    observations: [n + 1, H, W, C] uint8; the last is the final frame, or what the last action led to.
+    actions: [n] int32.
+    rewards: [n] float32, raw.
+    ends: [n] bool; only the last may be true.
+  """
+
+  observations: np.ndarray
+  actions: np.ndarray
+  rewards: np.ndarray
+  ends: np.ndarray
+
+
+def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float = 0.0) -> list[Episode]:
+  """Plays the agent's environment as in training (life losses end an episode), with games of another seed.
+
+  Args:
+    agent: the policy, with its configuration.
+    steps: environment steps of each environment, at least 1.
+    num_envs: environments.
+    seed: of games and actions.
+    epsilon: probability of a uniformly random action.
+
+  Returns:
+    The episodes in order of their start, unfinished ones without their last frame's action included.
+
+  Raises:
+    UserError: if the agent does not know its environment.
+  """
+  if agent.config is None:
+    raise UserError("the agent has no configuration: load it from a run's directory")
+  e = agent.config.env
+  env = envs.make(
+    e.name,
+    num_envs=num_envs,
+    seed=seed,
+    life_loss_ends=e.life_loss_ends,
+    max_episode_steps=e.max_episode_steps,
+  )
+  try:
+    # Every step may be an episode of its own, which takes a final frame besides.
+    replay = replay_lib.init(
+      num_streams=num_envs,
+      slots_per_stream=max(2 * steps, CHUNK_SLOTS),
+      observation_shape=env.spec.observation_shape,
+    )
+    collector = Collector(
+      env,
+      jax.jit(make_act(agent.model)),
+      initial_state=agent.initial_state(num_envs),
+      seed=seed,
+      epsilon=epsilon,
+      max_calls=steps,
+    )
+    add = jax.jit(replay_lib.add, donate_argnums=0)
+    replay, _ = collector.collect(agent.params, replay, add, steps * num_envs)
+  finally:
+    env.close()
+  return _episodes(jax.device_get(replay))
+
+
+def _episodes(replay: Any) -> list[Episode]:
+  episodes = []
+  for entry in range(int(replay.num_episodes)):
+    stream, start = replay.episode_stream[entry], replay.episode_start[entry]
+    # The last frame of an unfinished episode has an action too; it serves as the final frame of those before.
+    steps = int(replay.episode_steps[entry]) - (not replay.episode_closed[entry])
+    if steps > 0:
+      at = slice(start, start + steps)
+      episodes.append(
+        Episode(
+          replay.frames[stream, start : start + steps + 1],
+          replay.actions[stream, at],
+          replay.rewards[stream, at],
+          replay.ends[stream, at],
+        )
+      )
+  return episodes
+
+
+def windows(episodes: list[Episode], *, before: int, after: int, stride: int) -> Segment:
+  """Cuts episodes into segments of `before + after` frames around successive starts.
+
+  Args:
+    episodes: at least one.
+    before: L; the start is the L-th frame of its segment.
+    after: frames behind the start.
+    stride: steps between starts, of which the first is an episode's first frame.
+
+  Returns:
+    `Segment`, a window a row in the order of the episodes; frames outside an episode are masked.
+  """
+  rows = []
+  for episode in episodes:
+    steps = len(episode.actions)
+    for start in range(0, steps, stride):
+      index = np.arange(start - before + 1, start + after + 1)
+      mask = (index >= 0) & (index <= steps)
+      acted = (index >= 0) & (index < steps)
+      at = np.clip(index, 0, steps - 1)
+      rows.append(
+        (
+          episode.observations[np.clip(index, 0, steps)],
+          np.where(acted, episode.actions[at], 0),
+          np.where(acted, episode.rewards[at], 0.0).astype(np.float32),
+          episode.ends[at] & acted,
+          mask,
+        )
+      )
+  return Segment(*(jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True)))
