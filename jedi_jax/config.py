@@ -102,6 +102,7 @@ class EncoderConfig:
   target_decay: float = setting(
     0.0, "R", "Decay an update of the moving average of the encoder that gives the targets; 0 for none.", low=0, high=1
   )
+  reward_gradient: bool = setting(True, "R", "Whether the reward / end loss trains the encoder too.")
   learning_rate_factor: float = setting(
     0.3, "R", "Encoder's learning rate over that of the part trained with it.", low=0
   )
@@ -196,6 +197,9 @@ class ActorCriticConfig:
   lstm_width: int = setting(512, "O", "Width of the LSTM.", low=1)
   forget_padding: bool = setting(
     True, "O", "Whether the burn-in starts with an empty state behind padding, as real episodes do; not in DIAMOND."
+  )
+  restart_after_end: bool = setting(
+    False, "O", "Whether a trajectory goes on from other frames of replay after its first imagined end, else it is cut."
   )
   horizon: int = setting(15, "R", "Imagined steps H.", low=1)
   gamma: float = setting(0.985, "R", "Discount.", low=0, high=1)
@@ -351,6 +355,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.switching": "always_denoiser",
     "denoiser.final_frames": False,
     "actor_critic.forget_padding": False,
+    "actor_critic.restart_after_end": True,
     "denoiser.offset_noise": 0.3,
     "denoiser.sigma_data": 0.5,
     "reward_end.downsample": True,

@@ -136,11 +136,13 @@ class Trajectory(flax.struct.PyTreeNode):
     actions: [B, T] int32.
     rewards: [B, T] float32 in {-1, 0, 1}.
     ends: [B, T] bool; the imagined episode ended with this step.
-    alive: [B, T] float32; 1 up to and including the step of the first end, 0 after it.
+    alive: [B, T] float32; 1 up to and including the last step of the last episode, 0 after it.
+    restarts: [B, T] float32; 1 where the episode ended with this step and another one follows at latent t + 1.
     reward_logits: [B, T, 3] float32 of the reward's signs -1, 0, 1; what `rewards` were drawn from.
     end_logits: [B, T, 2] float32 of going on and ending.
     values: [B, T] float32; the critic's value of latents 0 to T - 1.
     policy_state: `LstmState` of the actor-critic before step 0.
+    restart_state: the same before the first step of a second episode; None where there is none.
   """
 
   latents: Array
@@ -148,7 +150,9 @@ class Trajectory(flax.struct.PyTreeNode):
   rewards: Array
   ends: Array
   alive: Array
+  restarts: Array
   reward_logits: Array
   end_logits: Array
   values: Array
   policy_state: LstmState
+  restart_state: LstmState | None = None

@@ -49,9 +49,12 @@ _TINY_NETWORKS = {
 _TINY = {
   **_TINY_NETWORKS,
   # Steps large enough to tell parameters apart; an epsilon that keeps rounding errors from becoming whole steps.
-  **{f"{part}.optimizer.learning_rate": 1e-2 for part in ("denoiser", "reward_end", "actor_critic")},
-  **{f"{part}.optimizer.epsilon": 1e-3 for part in ("denoiser", "reward_end", "actor_critic")},
-  **{f"{part}.optimizer.warmup_updates": 2 for part in ("denoiser", "reward_end", "actor_critic")},
+  **{f"{part}.optimizer.learning_rate": 1e-2 for part in ("denoiser", "reward_end", "actor_critic", "probe")},
+  **{f"{part}.optimizer.epsilon": 1e-3 for part in ("denoiser", "reward_end", "actor_critic", "probe")},
+  **{f"{part}.optimizer.warmup_updates": 2 for part in ("denoiser", "reward_end", "actor_critic", "probe")},
+  "training.first_updates.probe": 4,
+  "training.updates.probe": 2,
+  "probe.strips": 2,
   "env.num_envs": 2,
   "collect.total_steps": 70,
   # Catch rewards the 9th and the 18th step of each game: 2 rewards in 20 or 30 steps of two games, 4 in 40.
@@ -86,8 +89,8 @@ class Tiny:
   epochs = 5
   first_steps = 40
 
-  def __init__(self):
-    self.config = config_lib.make_config(env="catch", preset="debug", overrides=_TINY)
+  def __init__(self, **changes):
+    self.config = config_lib.make_config(env="catch", preset="debug", overrides={**_TINY, **changes})
     self.model = build(self.config, SPEC)
     self.optimizers = make_optimizers(self.config, self.model.phases)
     self.init = jax.jit(make_init(self.model, self.optimizers))
@@ -144,6 +147,11 @@ def noise_replay(config):
 @pytest.fixture(scope="session")
 def tiny():
   return Tiny()
+
+
+@pytest.fixture(scope="session")
+def tiny_without_probe():
+  return Tiny(**{"training.first_updates.probe": 0, "training.updates.probe": 0})
 
 
 class Quiet(telemetry.Progress):

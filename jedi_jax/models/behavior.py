@@ -18,8 +18,8 @@ class Behavior(NamedTuple):
   Attributes:
     init: key -> parameters. The key is consumed.
     initial_state: batch size -> LSTM state at the start of an episode.
-    apply: (parameters, latents [B, T, h, w, c], state, keep [B, T] or None) -> (logits [B, T, A], values [B, T],
-      state).
+    apply: (parameters, latents [B, T, h, w, c], state, keep [B, T] or None, fallback or None) -> (logits [B, T, A],
+      values [B, T], state); see `ActorCriticNetwork`.
     losses: (parameters, `Trajectory`) -> `Losses`.
   """
 
@@ -74,13 +74,16 @@ def actor_critic(
     return blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
 
   def apply(
-    params: Params, latents: Array, state: LstmState, keep: Array | None = None
+    params: Params, latents: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
   ) -> tuple[Array, Array, LstmState]:
-    return blocks.apply(network, params, latents, state, keep)
+    return blocks.apply(network, params, latents, state, keep, fallback)
 
   def losses(params: Params, trajectory: Trajectory) -> Losses:
     trajectory = jax.lax.stop_gradient(trajectory)
-    logits, values, _ = apply(params, trajectory.latents, trajectory.policy_state)
+    keep = None
+    if trajectory.restart_state is not None:
+      keep = jnp.pad(1.0 - trajectory.restarts, ((0, 0), (0, 1)), constant_values=1.0)
+    logits, values, _ = apply(params, trajectory.latents, trajectory.policy_state, keep, trajectory.restart_state)
     log_probs = jax.nn.log_softmax(logits[:, :-1])
     log_prob = jnp.take_along_axis(log_probs, trajectory.actions[..., None], axis=-1)[..., 0]
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)

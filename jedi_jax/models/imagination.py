@@ -44,12 +44,19 @@ def draw_noise(dynamics: Dynamics, keys: Array, *, horizon: int, num_actions: in
   )
 
 
-class _Carry(NamedTuple):
+class _Place(NamedTuple):
+  """Where imagination stands: what the next step depends on."""
+
   past: Array  # [B, L, h, w, c]
   past_actions: Array  # [B, L - 1]; the actions between the past frames.
   reward_end_state: LstmState
   policy_state: LstmState
-  alive: Array  # [B]
+
+
+class _Carry(NamedTuple):
+  place: _Place
+  alive: Array  # [B] float32
+  reserve: Array  # [B] bool; whether there is another place to go on from.
 
 
 def imagine(
@@ -74,65 +81,93 @@ def imagine(
     reward_end: the reward / end model.
     behavior: the actor-critic.
     params: parameters by component: 'denoiser', 'reward_end', 'actor_critic'.
-    past: [B, L, h, w, c] latents of L successive frames, the last of which the first action is chosen on.
-    past_actions: [B, L - 1] int32; the actions between them.
-    mask: [B, L] bool; false where a frame is padding; the last one must be real.
-    noise: the random numbers.
+    past: [B, L, h, w, c] latents of L successive frames, the last of which the first action is chosen on; or
+      [2 B, ...]: after its first imagined end trajectory i goes on from row B + i.
+    past_actions: [B or 2 B, L - 1] int32; the actions between them.
+    mask: [B or 2 B, L] bool; false where a frame is padding; the last one must be real.
+    noise: the random numbers of B trajectories.
     actions: [B, T] int32 to take instead of the policy's.
     forget_padding: whether the policy's burn-in forgets padding, because a real episode begins with an empty state.
 
   Returns:
-    `Trajectory`; after the first imagined end the remaining steps have `alive` 0.
+    `Trajectory`; after its last imagined end the remaining steps have `alive` 0.
   """
-  batch, length = past.shape[:2]
+  rows, length = past.shape[:2]
+  horizon, batch = noise.actions.shape[:2]
+  chex.assert_shape(past_actions, (rows, length - 1))
+  chex.assert_shape(mask, (rows, length))
+  if rows not in (batch, 2 * batch):
+    raise ValueError(f"{rows} rows of frames do not fit the noise of {batch} trajectories")
   if actions is not None:
-    chex.assert_shape(actions, (batch, noise.actions.shape[0]))
-  chex.assert_shape(past_actions, (batch, length - 1))
-  chex.assert_shape(mask, (batch, length))
+    chex.assert_shape(actions, (batch, horizon))
   params, past = jax.lax.stop_gradient((params, past))
-  reward_end_state = reward_end.initial_state(batch)
-  policy_state = behavior.initial_state(batch)
+  reward_end_state = reward_end.initial_state(rows)
+  policy_state = behavior.initial_state(rows)
   if length > 1:
     _, _, reward_end_state = reward_end.predict(
       params["reward_end"], past[:, :-1], past_actions, past[:, 1:], reward_end_state
     )
     keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
     _, _, policy_state = behavior.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
+  places = _Place(past, past_actions, reward_end_state, policy_state)
+  start = jax.tree.map(lambda x: x[:batch], places)
+  restart = jax.tree.map(lambda x: x[batch:], places) if rows > batch else None
 
   def step(carry: _Carry, inputs: tuple[ImaginationNoise, Array | None]) -> tuple[_Carry, tuple[Array, ...]]:
     draws, given = inputs
-    current = carry.past[:, -1:]
-    logits, values, policy_state = behavior.apply(params["actor_critic"], current, carry.policy_state)
+    place = carry.place
+    current = place.past[:, -1:]
+    logits, values, policy_state = behavior.apply(params["actor_critic"], current, place.policy_state)
     action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32) if given is None else given
-    actions = jnp.concatenate([carry.past_actions, action[:, None]], axis=1)
-    following = dynamics.sample(params["denoiser"], carry.past, actions, draws.frames)
+    actions = jnp.concatenate([place.past_actions, action[:, None]], axis=1)
+    following = dynamics.sample(params["denoiser"], place.past, actions, draws.frames)
     reward_logits, end_logits, reward_end_state = reward_end.predict(
-      params["reward_end"], current, action[:, None], following[:, None], carry.reward_end_state
+      params["reward_end"], current, action[:, None], following[:, None], place.reward_end_state
     )
     reward = jnp.argmax(reward_logits[:, 0] + draws.rewards, axis=-1).astype(jnp.float32) - 1.0
     end = jnp.argmax(end_logits[:, 0] + draws.ends, axis=-1) == 1
-    after = _Carry(
-      past=jnp.concatenate([carry.past[:, 1:], following[:, None]], axis=1),
+    after = _Place(
+      past=jnp.concatenate([place.past[:, 1:], following[:, None]], axis=1),
       past_actions=actions[:, 1:],
       reward_end_state=reward_end_state,
       policy_state=policy_state,
-      alive=carry.alive * (1.0 - end),
     )
-    outputs = (following, action, reward, end, carry.alive, reward_logits[:, 0], end_logits[:, 0], values[:, 0])
-    return after, outputs
+    begins = end & carry.reserve
+    if restart is not None:
 
-  start = _Carry(past, past_actions, reward_end_state, policy_state, jnp.ones((batch,)))
+      def choose(other: Array, x: Array) -> Array:
+        return jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), other, x)
+
+      after = jax.tree.map(choose, restart, after)
+    outputs = (
+      after.past[:, -1],
+      action,
+      reward,
+      end,
+      carry.alive,
+      begins.astype(jnp.float32),
+      reward_logits[:, 0],
+      end_logits[:, 0],
+      values[:, 0],
+    )
+    return _Carry(after, carry.alive * (1.0 - (end & ~begins)), carry.reserve & ~begins), outputs
+
   given = None if actions is None else jnp.moveaxis(actions, 1, 0)
-  _, outputs = jax.lax.scan(step, start, (noise, given))
-  latents, taken, rewards, ends, alive, reward_logits, end_logits, values = (jnp.moveaxis(x, 0, 1) for x in outputs)
+  carry = _Carry(start, jnp.ones((batch,)), jnp.full((batch,), restart is not None))
+  _, outputs = jax.lax.scan(step, carry, (noise, given))
+  latents, taken, rewards, ends, alive, restarts, reward_logits, end_logits, values = (
+    jnp.moveaxis(x, 0, 1) for x in outputs
+  )
   return Trajectory(
-    latents=jnp.concatenate([past[:, -1:], latents], axis=1),
+    latents=jnp.concatenate([start.past[:, -1:], latents], axis=1),
     actions=taken,
     rewards=rewards,
     ends=ends,
     alive=alive,
+    restarts=restarts,
     reward_logits=reward_logits,
     end_logits=end_logits,
     values=values,
-    policy_state=policy_state,
+    policy_state=start.policy_state,
+    restart_state=None if restart is None else restart.policy_state,
   )

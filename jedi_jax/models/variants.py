@@ -28,6 +28,7 @@ class Phase(NamedTuple):
     length: frames of a segment.
     beyond_end: whether segments may run past the end of their episode.
     final_frames: whether the true final frame of an episode may be drawn as a segment's last.
+    segments: segments drawn for each element of the batch; the first of all elements come first.
     losses: (all parameters, `Segment`, keys [B], key that the batch shares, update count []) -> `Losses`. Losses are
       differentiated with respect to `components` alone.
     after: what becomes of all parameters after each update.
@@ -40,6 +41,7 @@ class Phase(NamedTuple):
   beyond_end: bool
   final_frames: bool
   losses: Callable[[dict[str, Params], Segment, Array, Array, Array], Losses]
+  segments: int = 1
   after: Callable[[dict[str, Params]], dict[str, Params]] = lambda params: params
   clipped_apart: tuple[str, ...] = ()
 
@@ -56,8 +58,8 @@ class Model(NamedTuple):
     encode: (parameters, observations [B, T, H, W, C] uint8, mask [B, T] bool) -> latents [B, T, h, w, c].
     initial_state: batch size -> state of the policy at the start of an episode.
     policy: (parameters, observations [B, H, W, C] uint8, state) -> (logits [B, A], values [B], state).
-    imagine: (parameters, `Segment` of L frames, keys [B], number of steps, actions [B, steps] or None for the
-      policy's) -> `Trajectory`.
+    imagine: (parameters, `Segment` of B or 2 B times L frames, keys [B], number of steps, actions [B, steps] or None
+      for the policy's) -> `Trajectory`; see `imagination.imagine`.
     dynamics: latents to latents.
     reward_end: latents to rewards and ends.
     behavior: latents to actions and values.
@@ -131,13 +133,14 @@ def build(config: Config, spec: EnvSpec) -> Model:
     targets=config.denoiser.targets,
     horizon=config.actor_critic.horizon,
     denoiser_trains=variant.denoiser_trains,
-    reward_end_trains=variant.reward_end_trains,
+    reward_end_trains=variant.reward_end_trains if config.encoder.reward_gradient else ("reward_end",),
     decoder=_decoder(context, codec) if variant.decodes else None,
     probe=_decoder(context, codec) if probes else None,
     dynamics_trains_encoder=variant.dynamics_trains_encoder,
     target_decay=config.encoder.target_decay,
     final_frames=config.denoiser.final_frames,
     forget_padding=config.actor_critic.forget_padding,
+    restart_after_end=config.actor_critic.restart_after_end,
   )
 
 
@@ -159,6 +162,7 @@ def compose(
   target_decay: float = 0.0,
   final_frames: bool = True,
   forget_padding: bool = True,
+  restart_after_end: bool = False,
 ) -> Model:
   """Composes a model from its parts.
 
@@ -181,6 +185,7 @@ def compose(
       update, a component 'target_encoder'.
     final_frames: whether the true final frames of episodes are targets too.
     forget_padding: see `imagination.imagine`.
+    restart_after_end: whether the actor-critic's trajectories go on from another segment after their first end.
   """
   length = conditioning_frames
   show = _show(codec, decoder, probe)
@@ -301,9 +306,18 @@ def compose(
   # An autoencoder that the dynamics does not train is another model in the same update.
   apart = () if dynamics_trains_encoder else ("encoder", "decoder")
   phases: tuple[Phase, ...] = (
-    Phase("denoiser", denoiser_trains, length + targets, False, final_frames, denoiser_losses, average, apart),
-    Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, average),
-    Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses),
+    Phase(
+      "denoiser",
+      denoiser_trains,
+      length + targets,
+      False,
+      final_frames,
+      denoiser_losses,
+      after=average,
+      clipped_apart=apart,
+    ),
+    Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, after=average),
+    Phase("actor_critic", ("actor_critic",), length, False, False, actor_critic_losses, 2 if restart_after_end else 1),
   )
   if probe is not None:
     phases += (Phase("probe", ("probe",), 1, False, True, probe_losses),)

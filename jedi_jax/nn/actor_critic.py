@@ -34,13 +34,16 @@ class ActorCriticNetwork(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, frames: Array, state: LstmState, keep: Array | None = None) -> tuple[Array, Array, LstmState]:
+  def __call__(
+    self, frames: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
+  ) -> tuple[Array, Array, LstmState]:
     """Evaluates policy and value on T successive frames.
 
     Args:
       frames: [B, T, H, W, C].
       state: LSTM state before the first frame.
       keep: optional [B, T]; 0 makes the LSTM forget everything up to and including frame t.
+      fallback: the LSTM's state instead of what is forgotten; zeros if None.
 
     Returns:
       Policy logits [B, T, A] and values [B, T], float32; the state afterwards.
@@ -52,7 +55,7 @@ class ActorCriticNetwork(nn.Module):
       x = x.reshape(batch * time, *x.shape[2:])
       x = blocks.ConvStack(self.channels, self.downsample, lowering=self.lowering, dtype=self.dtype, name="encoder")(x)
     x = x.reshape(batch, time, -1)
-    hidden, state = blocks.Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep)
+    hidden, state = blocks.Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep, fallback)
     zeros = nn.initializers.zeros_init()
     logits = nn.Dense(self.num_actions, kernel_init=zeros, name="actor")(hidden)
     values = nn.Dense(1, kernel_init=zeros, name="critic")(hidden)[..., 0]

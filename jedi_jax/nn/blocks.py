@@ -394,13 +394,16 @@ class Lstm(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, inputs: Array, state: LstmState, keep: Array | None = None) -> tuple[Array, LstmState]:
+  def __call__(
+    self, inputs: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
+  ) -> tuple[Array, LstmState]:
     """Runs over T steps.
 
     Args:
       inputs: [B, T, I].
       state: state before the first step, [B, width] each.
-      keep: optional [B, T]; the state after step t is multiplied by keep[:, t]. 0 forgets everything up to t.
+      keep: optional [B, T]; where keep[:, t] is 0 everything up to step t is forgotten, where it is 1 nothing.
+      fallback: the state instead of what is forgotten, [B, width] each; zeros if None.
 
     Returns:
       Hidden states [B, T, width] float32 (before `keep`), and the state after the last step.
@@ -425,7 +428,11 @@ class Lstm(nn.Module):
       cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
       hidden = nn.sigmoid(o) * jnp.tanh(cell)
       after = LstmState(hidden, cell)
-      return (after if kept is None else jax.tree.map(lambda x: x * kept[:, None], after)), hidden
+      if kept is not None:
+        after = jax.tree.map(lambda x: x * kept[:, None], after)
+        if fallback is not None:
+          after = jax.tree.map(lambda x, other: x + other * (1.0 - kept[:, None]), after, fallback)
+      return after, hidden
 
     if inputs.shape[1] == 1:
       state, hidden = step(state, (projected[:, 0], None if keep is None else keep[:, 0]))

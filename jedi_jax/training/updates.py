@@ -111,10 +111,13 @@ def make_update(
     count = state.updates[phase.name]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), index), count)
     batch_key, shared_key = jax.random.split(key)
-    keys = jax.vmap(jax.random.split)(parallel.local_share(jax.random.split(batch_key, batch_size)))
+    keys = parallel.local_share(jax.random.split(batch_key, batch_size))
+    *segment_keys, loss_keys = jnp.unstack(
+      jax.vmap(lambda key: jax.random.split(key, phase.segments + 1))(keys), axis=1
+    )
     segment = replay_lib.sample(
       replay,
-      keys[:, 0],
+      jnp.concatenate(segment_keys),
       length=phase.length,
       age_weights=age_weights,
       beyond_end=phase.beyond_end,
@@ -122,7 +125,7 @@ def make_update(
     )
 
     def loss(trained: dict[str, Any]) -> tuple[Array, dict[str, Term | Array]]:
-      losses = phase.losses({**state.params, **trained}, segment, keys[:, 1], shared_key, count)
+      losses = phase.losses({**state.params, **trained}, segment, loss_keys, shared_key, count)
       value, means = weighted_loss(losses.terms)
       named = {f"loss_{name}": mean for name, mean in means.items()}
       return value, {"loss": value, **named, **losses.metrics}

@@ -29,6 +29,10 @@ def trajectory(world):
     rewards=jnp.asarray(REWARDS, jnp.float32),
     ends=jnp.asarray(ENDS),
     alive=jnp.asarray(ALIVE, jnp.float32),
+    restarts=jnp.zeros((B, T)),
+    reward_logits=draw(B, T, 3),
+    end_logits=draw(B, T, 2),
+    values=draw(B, T),
     policy_state=LstmState(draw(B, 5), draw(B, 5)),
   )
 
@@ -127,3 +131,28 @@ def test_reinforce_raises_the_logits_of_good_actions(world, trajectory, evaluate
   advantage = (ALIVE * (expected_returns(values) - values[:, :T]))[..., None]
   expected = (-(np.eye(3)[ACTIONS] - probs) * advantage).sum((0, 1))
   np.testing.assert_allclose(gradients["policy"]["actor"]["bias"], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_a_restart_is_two_trajectories(world, trajectory, evaluate, jit):
+  # The second trajectory ends with step 1 and goes on from another state: its last step is that of a trajectory of one.
+  params = world.params["actor_critic"]
+  rng = np.random.default_rng(3)
+  other = LstmState(*(jnp.asarray(rng.standard_normal((B, 5)), jnp.float32) for _ in range(2)))
+  both = trajectory.replace(
+    alive=jnp.ones((B, T)),
+    restarts=jnp.asarray([[0.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
+    restart_state=other,
+  )
+  losses, _ = evaluate(params, both)
+  before, _ = evaluate(params, trajectory)
+  logits, values, _ = jit(world.behavior.apply)(params, trajectory.latents[:, 2:], other)
+  for name in losses.terms:
+    np.testing.assert_allclose(losses.terms[name].values[0], before.terms[name].values[0], rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(losses.terms[name].values[1, :2], before.terms[name].values[1, :2], rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(losses.terms[name].weights, 1.0)
+  expected = np.sign(REWARDS[1, 2]) + GAMMA * values[1, 1]
+  np.testing.assert_allclose(losses.terms["value"].values[1, 2], VALUE * (values[1, 0] - expected) ** 2, rtol=1e-3)
+  log_prob = jax.nn.log_softmax(logits[1, 0])[ACTIONS[1, 2]]
+  np.testing.assert_allclose(
+    losses.terms["policy"].values[1, 2], -log_prob * (expected - values[1, 0]), rtol=1e-3, atol=1e-5
+  )

@@ -28,9 +28,9 @@ def noise(draw_noise):
 
 @pytest.fixture(scope="module")
 def imagine(world, jit):
-  def run(params, past, past_actions, mask, noise):
+  def run(params, past, past_actions, mask, noise, actions=None):
     return imagination.imagine(
-      world.dynamics, world.reward_end, world.behavior, params, past, past_actions, mask, noise
+      world.dynamics, world.reward_end, world.behavior, params, past, past_actions, mask, noise, actions=actions
     )
 
   return jit(run)
@@ -45,9 +45,12 @@ def forced_ends(noise, ends):
 def test_shapes_and_values(world, start, noise, imagine):
   trajectory = imagine(world.params, *start, noise)
   assert trajectory.latents.shape == (B, T + 1, *world.codec.latent_shape)
-  for name in ("actions", "rewards", "ends", "alive"):
+  for name in ("actions", "rewards", "ends", "alive", "restarts", "values"):
     assert getattr(trajectory, name).shape == (B, T)
+  assert (trajectory.reward_logits.shape, trajectory.end_logits.shape) == ((B, T, 3), (B, T, 2))
   assert trajectory.policy_state.hidden.shape == (B, 5)
+  assert trajectory.restart_state is None
+  assert not np.any(trajectory.restarts)
   assert trajectory.actions.dtype == jnp.int32
   assert trajectory.ends.dtype == bool
   assert set(np.unique(trajectory.rewards)) <= {-1.0, 0.0, 1.0}
@@ -103,7 +106,8 @@ def test_the_trajectory_is_what_its_parts_say_step_by_step(world, start, noise, 
   frames, actions = past, past_actions
   for t in range(T):
     current = frames[:, -1:]
-    logits, _, policy_state = apply(params["actor_critic"], current, policy_state)
+    logits, values, policy_state = apply(params["actor_critic"], current, policy_state)
+    np.testing.assert_allclose(trajectory.values[:, t], values[:, 0], rtol=1e-3, atol=1e-4)
     np.testing.assert_array_equal(trajectory.actions[:, t], np.argmax(logits[:, 0] + noise.actions[t], axis=-1))
     actions = jnp.concatenate([actions, trajectory.actions[:, t : t + 1]], axis=1)
     draws = jax.tree.map(lambda x, t=t: x[t], noise.frames)
@@ -113,6 +117,8 @@ def test_the_trajectory_is_what_its_parts_say_step_by_step(world, start, noise, 
     rewards, ends, reward_end_state = predict(
       params["reward_end"], current, actions[:, -1:], following, reward_end_state
     )
+    np.testing.assert_allclose(trajectory.reward_logits[:, t], rewards[:, 0], rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(trajectory.end_logits[:, t], ends[:, 0], rtol=1e-3, atol=1e-3)
     np.testing.assert_array_equal(trajectory.rewards[:, t], np.argmax(rewards[:, 0] + noise.rewards[t], -1) - 1)
     np.testing.assert_array_equal(trajectory.ends[:, t], np.argmax(ends[:, 0] + noise.ends[t], -1) == 1)
     frames = jnp.concatenate([frames, following], axis=1)
@@ -151,3 +157,55 @@ def test_one_frame_needs_no_burn_in(world, jit, make_dynamics, random_params, st
   )(start[0][:, :1], jnp.zeros((B, 0), jnp.int32), jnp.ones((B, 1), bool))
   assert trajectory.latents.shape == (B, 2, *world.codec.latent_shape)
   np.testing.assert_array_equal(trajectory.policy_state.hidden, 0)
+
+
+def test_given_actions_are_taken_instead_of_the_policys(world, start, noise, imagine):
+  given = jnp.asarray([[0, 1, 2, 0], [2, 2, 1, 1], [1, 0, 0, 2]], jnp.int32)
+  trajectory = imagine(world.params, *start, noise, given)
+  forced = imagine(world.params, *start, noise._replace(actions=SURE * jax.nn.one_hot(given.T, 3)))
+  np.testing.assert_array_equal(trajectory.actions, given)
+  for a, b in zip(jax.tree.leaves(trajectory), jax.tree.leaves(forced), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reserve_begins_after_the_first_end_and_is_cut_at_the_second(world, start, noise, imagine):
+  rng = np.random.default_rng(1)
+  past, past_actions, mask = start
+  other = jnp.asarray(rng.standard_normal(past.shape), jnp.float32)
+  other_actions, other_mask = jnp.asarray([[2], [2], [0]]), mask.at[0, 0].set(False)
+  ends = [[False, True, False, True], [False] * 4, [True, True, False, False]]
+  noise = forced_ends(noise, ends)
+  both = imagine(
+    world.params,
+    jnp.concatenate([past, other]),
+    jnp.concatenate([past_actions, other_actions]),
+    jnp.concatenate([mask, other_mask]),
+    noise,
+  )
+  plain = imagine(world.params, past, past_actions, mask, noise)
+  np.testing.assert_array_equal(both.ends, ends)
+  np.testing.assert_array_equal(both.restarts, [[0, 1, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
+  np.testing.assert_array_equal(both.alive, [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]])
+  # As without a reserve up to the first end and where there is none; the reserve's last frame follows.
+  np.testing.assert_allclose(both.latents[0, :2], plain.latents[0, :2], atol=1e-5)
+  np.testing.assert_allclose(both.latents[1], plain.latents[1], atol=1e-4)
+  np.testing.assert_array_equal(both.latents[0, 2], other[0, -1])
+  np.testing.assert_array_equal(both.latents[2, 1], other[2, -1])
+  np.testing.assert_array_equal(both.actions[0, :2], plain.actions[0, :2])
+  # What follows is what the reserve alone would have led to, with the draws of those steps.
+  later = jax.tree.map(lambda x: jnp.concatenate([x[2:], x[2:]]), noise)
+  alone = imagine(world.params, other, other_actions, other_mask, later)
+  np.testing.assert_array_equal(both.actions[0, 2:], alone.actions[0, :2])
+  np.testing.assert_array_equal(both.rewards[0, 2:], alone.rewards[0, :2])
+  np.testing.assert_allclose(both.latents[0, 2:], alone.latents[0, :3], rtol=1e-3, atol=1e-3)
+  np.testing.assert_allclose(both.values[0, 2:], alone.values[0, :2], rtol=1e-3, atol=1e-4)
+  for mine, theirs in zip(both.restart_state, alone.policy_state, strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+def test_rows_that_fit_no_trajectory_are_refused(world, start, noise):
+  past, past_actions, mask = start
+  with pytest.raises(ValueError, match="2 rows"):
+    imagination.imagine(
+      world.dynamics, world.reward_end, world.behavior, world.params, past[:2], past_actions[:2], mask[:2], noise
+    )

@@ -7,6 +7,7 @@ import pytest
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
+from jedi_jax.errors import UserError
 from jedi_jax.models import variants
 from jedi_jax.nn.encoder import soft_clamp
 from jedi_jax.types import Segment
@@ -140,3 +141,47 @@ def test_only_the_autoencoder_is_clipped_apart():
     phases = make(variant)[0].phases
     assert phases[0].clipped_apart == (("encoder", "decoder") if variant == "autoencoder" else ())
     assert phases[1].clipped_apart == phases[2].clipped_apart == ()
+
+
+def test_the_reward_gradient_can_be_kept_out_of_the_encoder():
+  model, _ = make("jedi", **{"encoder.reward_gradient": False})
+  assert [phase.components for phase in model.phases] == [
+    ("encoder", "denoiser"), ("reward_end",), ("actor_critic",)
+  ]  # fmt: skip
+
+
+def test_the_probe_reaches_nothing_but_itself():
+  model, params = make("jedi", **{"training.updates.probe": 1})
+  (phase,) = (phase for phase in model.phases if phase.name == "probe")
+  gradient = jax.grad(lambda params: summed_loss(phase, params))(params)
+  reached = {name for name, tree in gradient.items() if any(np.any(np.asarray(x)) for x in jax.tree.leaves(tree))}
+  assert reached == {"probe"} == set(phase.components)
+
+
+@pytest.mark.parametrize(("variant", "probe", "shown_by"), [
+  ("jedi", 0, None), ("jedi", 1, "probe"), ("mse", 1, "probe"), ("decoder_gradient", 1, "decoder"),
+  ("autoencoder", 0, "decoder"), ("diamond", 1, "nothing"),
+])  # fmt: skip
+def test_what_makes_latents_visible(variant, probe, shown_by):
+  model, params = make(variant, **{"training.first_updates.probe": probe} if variant != "diamond" else {})
+  assert ("probe" in params) == (shown_by == "probe")
+  assert len(model.phases) == 3 + (shown_by == "probe")
+  assert (model.decode is None) == (shown_by is None)
+  if shown_by is None:
+    return
+  latents = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, *model.latent_shape)), jnp.float32)
+  images = model.decode(params, latents)
+  assert (images.shape, images.dtype) == ((2, 3, 24, 24, 3), jnp.uint8)
+  if shown_by == "nothing":
+    frames = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 3, 24, 24, 3)), jnp.uint8)
+    np.testing.assert_array_equal(model.decode(params, model.encode(params, frames, jnp.ones((2, 3), bool))), frames)
+  else:
+    blank = {**params, shown_by: jax.tree.map(jnp.zeros_like, params[shown_by])}
+    assert np.all(np.asarray(model.decode(blank, latents)) == 128)  # The middle of [-1, 1], rounded to even.
+
+
+def test_patches_must_divide_the_frames():
+  with pytest.raises(UserError, match="patch=5 does not divide the 24 x 24"):
+    make("jedi", **{"encoder.patch": 5})
+  model, _ = make("jedi", **{"encoder.patch": 2, "training.updates.probe": 1})
+  assert model.latent_shape == (3, 3, 4)

@@ -246,6 +246,28 @@ def test_the_convolution_stack_halves_where_it_pools(downsample):
   assert shape == (2, 8 // factor, 12 // factor, 6)
 
 
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_patches_are_stacked_row_by_row_and_spread_again(side):
+  x = np.arange(2 * 6 * 12 * 3).reshape(2, 6, 12, 3)
+  stacked = np.asarray(blocks.stack_patches(jnp.asarray(x), side))
+  assert stacked.shape == (2, 6 // side, 12 // side, side * side * 3)
+  for i in range(side):
+    for j in range(side):
+      channels = slice(3 * (i * side + j), 3 * (i * side + j + 1))
+      np.testing.assert_array_equal(stacked[..., channels], x[:, i::side, j::side])
+  np.testing.assert_array_equal(blocks.spread_patches(jnp.asarray(stacked), side), x)
+
+
+def test_the_convolution_stack_reads_patches():
+  x = normal((2, 8, 12, 3))
+  patched = blocks.ConvStack((4, 6), (True, False), 2)
+  params = random_params(patched, x)
+  plain = blocks.ConvStack((4, 6), (True, False))
+  output = patched.apply({"params": params}, x)
+  assert output.shape == (2, 2, 3, 6)
+  np.testing.assert_allclose(output, plain.apply({"params": params}, blocks.stack_patches(x, 2)), rtol=1e-5, atol=1e-6)
+
+
 def test_the_small_residual_block_by_hand():
   x = normal((2, 3, 4, 4))
   for features in (4, 6):
@@ -349,6 +371,19 @@ def test_the_lstm_forgets_where_keep_is_zero(lstm_case):
   np.testing.assert_allclose(outputs[0, 2:], fresh[0], rtol=1e-5, atol=1e-6)
   np.testing.assert_array_equal(after.hidden[1], 0)
   np.testing.assert_array_equal(after.cell[1], 0)
+
+
+def test_the_lstm_falls_back_on_a_given_state(lstm_case):
+  module, params, inputs, state = lstm_case
+  keep = jnp.asarray([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+  fallback = LstmState(normal((2, 5), seed=3), normal((2, 5), seed=4))
+  outputs, after = module.apply({"params": params}, inputs, state, keep, fallback)
+  plain, _ = module.apply({"params": params}, inputs, state)
+  np.testing.assert_allclose(outputs[0, :2], plain[0, :2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(outputs[1], plain[1], rtol=1e-5, atol=1e-6)
+  fresh, fresh_after = module.apply({"params": params}, inputs[:, 2:], fallback)
+  np.testing.assert_allclose(outputs[0, 2:], fresh[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(after.cell[0], fresh_after.cell[0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("with_keep", [False, True])

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import numpy as np
@@ -5,17 +7,18 @@ import pytest
 
 from jedi_jax.training.state import make_init
 
-PHASES = ("denoiser", "reward_end", "actor_critic")
-COUNTS = (4, 4, 3)
+PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
+COUNTS = (4, 4, 3, 3)
 LEARNED = {
   "denoiser": ("encoder", "denoiser"),
   "reward_end": ("encoder", "reward_end"),
   "actor_critic": ("actor_critic",),
+  "probe": ("probe",),
 }
 
 
 def counts(*numbers):
-  return {name: np.int32(number) for name, number in zip(PHASES, numbers, strict=True)}
+  return {name: np.int32(number) for name, number in itertools.zip_longest(PHASES, numbers, fillvalue=0)}
 
 
 def run(tiny, *calls, devices=1, seed=0):
@@ -87,7 +90,7 @@ def test_all_devices_hold_the_same_state(tiny):
 
 
 def test_the_fused_call_is_its_phases_one_by_one(tiny, one):
-  state, sums = run(tiny, (4, 0, 0), (0, 4, 0), (0, 0, 3))
+  state, sums = run(tiny, (4,), (0, 4), (0, 0, 3), (0, 0, 0, 3))
   chex.assert_trees_all_equal(state, one[0])
   for phase, separate in zip(PHASES, sums, strict=True):
     chex.assert_trees_all_equal(separate[phase], one[1][0][phase])
@@ -96,17 +99,30 @@ def test_the_fused_call_is_its_phases_one_by_one(tiny, one):
 
 
 def test_a_phase_in_parts_is_the_whole_phase(tiny, one):
-  state, _ = run(tiny, (1, 0, 0), (3, 0, 0), (0, 2, 0), (0, 2, 0), (0, 0, 3))
+  state, _ = run(tiny, (1,), (3,), (0, 2), (0, 2), (0, 0, 3), (0, 0, 0, 3))
   chex.assert_trees_all_equal(state, one[0])
 
 
 def test_a_phase_changes_its_own_components_alone(tiny, start):
   for i, phase in enumerate(PHASES):
-    state, _ = run(tiny, tuple(3 * (i == j) for j in range(3)))
+    state, _ = run(tiny, tuple(3 * (i == j) for j in range(4)))
     for name in start.params:
       assert (movement(state.params[name], start.params[name]) > 0) == (name in LEARNED[phase]), (phase, name)
     for name in set(PHASES) - {phase}:
       chex.assert_trees_all_equal(state.optimizers[name], start.optimizers[name])
+
+
+def test_the_probe_changes_nothing_of_the_agent(tiny, tiny_without_probe, one):
+  # Between the other phases too: the probe's updates of one epoch stand before the next one's.
+  state, sums = run(tiny, (2, 2, 1, 2), (2, 2, 2, 1))
+  other, other_sums = run(tiny_without_probe, (2, 2, 1), (2, 2, 2))
+  assert set(state.params) - set(other.params) == {"probe"}
+  chex.assert_trees_all_equal({name: state.params[name] for name in other.params}, other.params)
+  chex.assert_trees_all_equal({name: state.optimizers[name] for name in other.optimizers}, other.optimizers)
+  for mine, theirs in zip(sums, other_sums, strict=True):
+    chex.assert_trees_all_equal({name: mine[name] for name in theirs}, theirs)
+  # Nor does the number of its updates.
+  chex.assert_trees_all_equal(run(tiny, (4, 4, 3, 0))[0].params | {"probe": 0}, one[0].params | {"probe": 0})
 
 
 def test_no_updates_leave_the_state_as_it_is(tiny, start):
@@ -116,7 +132,7 @@ def test_no_updates_leave_the_state_as_it_is(tiny, start):
 
 
 def test_the_first_update_of_the_warm_up_has_no_step(tiny, start):
-  state, _ = run(tiny, (1, 1, 1))
+  state, _ = run(tiny, (1, 1, 1, 1))
   chex.assert_trees_all_equal(state.params, start.params)
   assert {int(x) for x in state.updates.values()} == {1}
 
