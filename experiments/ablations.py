@@ -1,29 +1,52 @@
-"""Runs the paper's two ablation figures on an environment of your choice, and draws them.
+"""Runs the paper's two ablation figures, or the choices on which it is silent, and draws them.
 
-  python experiments/ablations.py --env=catch --preset=small --seeds=3 --out=runs/ablations
+  python experiments/ablations.py --figure=gradients,targets --preset=catch --seeds=3 --out=runs/ablations
 
 Figure `gradients`: which losses shape the latent space. Figure `targets`: how the denoiser's later targets are
-conditioned, and what stabilises them. Every run has a workdir of its own under --out and is trained like any other:
-finished runs are not repeated, interrupted ones go on. The table and the figure (with matplotlib) are written to --out.
+conditioned, and what stabilises them. Figure `choices`: constants that the paper does not give (see docs/choices.md).
+Every run has a workdir of its own under --out and is trained and diagnosed like any other: finished runs are not
+repeated, interrupted ones go on. The table and the figures (with matplotlib) are written to --out.
 """
 
 import pathlib
 import statistics
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
+from jedi_jax import figures as figures_lib
 from jedi_jax import runtime, workdir
+from jedi_jax.errors import nearest
+from jedi_jax.inspection import diagnosis
 
-_ENV = flags.DEFINE_string("env", "catch", "Environment of all runs.")
-_PRESET = flags.DEFINE_string("preset", "small", "Preset of all runs.")
+_ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's if left out.")
+_PRESET = flags.DEFINE_string("preset", "catch", "Preset of all runs.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
-_FIGURE = flags.DEFINE_enum("figure", "both", ["gradients", "targets", "both"], "Which figure.")
+_FIGURE = flags.DEFINE_list("figure", ["gradients", "targets"], "Which figures: gradients, targets, choices.")
+_ARMS = flags.DEFINE_list("arms", [], "Only these arms of the figures, by name; all if empty.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the runs, the table and the figures.")
+_STEPS = flags.DEFINE_integer("diagnosis_steps", 1_600, "Real steps of each run's diagnosis.", lower_bound=1)
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
+
+
+class Measured(NamedTuple):
+  """What one run came to.
+
+  Attributes:
+    mean_return: of its final evaluation.
+    error: root mean square error of open-loop imagination after H steps, in standard deviations of the latents.
+    copying: the same of copying the last real latent.
+    f1: of rewards and ends in imagination, None where too few were met.
+  """
+
+  mean_return: float
+  error: float
+  copying: float
+  f1: float | None
+
 
 # In the paper's order, best first. An arm is a variant and what it sets.
 FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
@@ -41,6 +64,20 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "no switching": ("jedi", {"denoiser.switching": "always_denoiser"}),
     "no switching, no clamp": ("jedi", {"denoiser.switching": "always_denoiser", "encoder.clamp": 0.0}),
   },
+  "choices": {
+    "preset": ("jedi", {}),
+    "sigma_data 0.5 offset 0.3": ("jedi", {"denoiser.sigma_data": 0.5, "denoiser.offset_noise": 0.3}),
+    "sigma_data 0.5 offset 0": ("jedi", {"denoiser.sigma_data": 0.5, "denoiser.offset_noise": 0.0}),
+    "sigma_data 0.25 offset 0.3": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.3}),
+    "sigma_data 0.25 offset 0": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0}),
+    "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
+    "coin: always encoder": ("jedi", {"denoiser.switching": "always_encoder"}),
+    "coin: always denoiser": ("jedi", {"denoiser.switching": "always_denoiser"}),
+    "encoder rate x 1": ("jedi", {"encoder.learning_rate_factor": 1.0}),
+    "encoder rate x 0.1": ("jedi", {"encoder.learning_rate_factor": 0.1}),
+    "no reward gradient": ("jedi", {"encoder.reward_gradient": False}),
+    "depth 2": ("jedi", {"denoiser.depths": (2,)}),
+  },
 }
 
 
@@ -48,15 +85,28 @@ def main() -> None:
   """Reads the flags, trains what is missing, and reports."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
+  for name in _FIGURE.value:
+    if name not in FIGURES:
+      raise jedi_jax.UserError(f"unknown figure {name!r}{nearest(name, FIGURES)}")
+  known = {arm for name in _FIGURE.value for arm in FIGURES[name]}
+  for arm in _ARMS.value:
+    if arm not in known:
+      raise jedi_jax.UserError(f"unknown arm {arm!r}{nearest(arm, known)}")
   runtime.enable_compilation_cache()
   out = pathlib.Path(_OUT.value)
   shared = dict(config_lib.split_override(text) for text in _SET.value)
-  report: dict[str, Any] = {}
-  for figure in FIGURES if _FIGURE.value == "both" else (_FIGURE.value,):
+  report: dict[str, dict[str, list[Measured]]] = {}
+  for figure in _FIGURE.value:
     report[figure] = {
-      name: _run_arm(out, variant, {**shared, **values}) for name, (variant, values) in FIGURES[figure].items()
+      name: _run_arm(out, variant, {**shared, **values}, values)
+      for name, (variant, values) in FIGURES[figure].items()
+      if not _ARMS.value or name in _ARMS.value
     }
-  workdir.write_json(out / "ablations.json", {"env": _ENV.value, "preset": _PRESET.value, "mean_returns": report})
+  plain = {
+    figure: {arm: [run._asdict() for run in runs] for arm, runs in arms.items()} for figure, arms in report.items()
+  }
+  about = {"env": _ENV.value, "preset": _PRESET.value, "set": _SET.value, "seeds": _SEEDS.value}
+  workdir.write_json(out / "ablations.json", {**about, "figures": plain})
   table = _table(report)
   (out / "ablations.md").write_text(table)
   print(table)
@@ -64,48 +114,68 @@ def main() -> None:
     _draw(figure, arms, out / f"{figure}.png")
 
 
-def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any]) -> list[float]:
-  """Trains the seeds of one arm; returns each one's mean return."""
-  name = "-".join([variant, *(f"{path.split('.')[-1]}_{value}" for path, value in values.items())])
-  returns = []
+def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> list[Measured]:
+  """Trains and diagnoses the seeds of one arm."""
+  name = "-".join([variant, *(f"{path.split('.')[-1]}_{value}" for path, value in own.items())])
+  measured = []
   for seed in range(_SEEDS.value):
     config = config_lib.make_config(env=_ENV.value, variant=variant, preset=_PRESET.value, seed=seed, overrides=values)
-    returns.append(float(jedi_jax.train(config, out / name / f"seed_{seed}")["mean_return"]))
-  return returns
+    directory = out / name / f"seed_{seed}"
+    result = jedi_jax.train(config, directory)
+    written = directory / "diagnosis.json"
+    figures = workdir.read_json(written) if written.exists() else None
+    if figures is None:
+      figures = diagnosis.diagnose_run(directory, steps=_STEPS.value)
+    loop = figures["open_loop"]
+    f1 = figures["rewards_ends"]["in_imagination"]["f1"]
+    measured.append(Measured(float(result["mean_return"]), loop["error"][-1], loop["copying"][-1], f1))
+  return measured
 
 
-def _table(report: Mapping[str, Mapping[str, list[float]]]) -> str:
+def _table(report: Mapping[str, Mapping[str, list[Measured]]]) -> str:
   lines = []
   for figure, arms in report.items():
-    lines += [f"## {figure}", "", "| arm | mean return | by seed |", "|---|---|---|"]
-    for name, returns in arms.items():
-      lines.append(f"| {name} | {statistics.mean(returns):.2f} | {', '.join(f'{x:.2f}' for x in returns)} |")
+    lines += [
+      f"## {figure}",
+      "",
+      "| arm | mean return | by seed | open-loop error | by seed | copying | F1 in imagination |",
+      "|---|---|---|---|---|---|---|",
+    ]
+    for name, runs in arms.items():
+      returns, errors = [run.mean_return for run in runs], [run.error for run in runs]
+      scores = [run.f1 for run in runs if run.f1 is not None]
+      cells = [
+        f"{statistics.mean(returns):.2f}",
+        ", ".join(f"{x:.2f}" for x in returns),
+        f"{statistics.mean(errors):.3f}",
+        ", ".join(f"{x:.3f}" for x in errors),
+        f"{statistics.mean(run.copying for run in runs):.3f}",
+        f"{statistics.mean(scores):.2f}" if scores else "-",
+      ]
+      lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append("")
   return "\n".join(lines)
 
 
-def _draw(figure: str, arms: Mapping[str, list[float]], path: pathlib.Path) -> None:
-  """Draws each seed as a point and each arm's mean as a bar."""
-  try:
-    import matplotlib as mpl
-  except ImportError:
-    print(f"{path.name} is not drawn: matplotlib is missing (pip install 'jedi_jax[plots]')")
+def _draw(figure: str, arms: Mapping[str, list[Measured]], path: pathlib.Path) -> None:
+  """Draws each seed as a point and each arm's mean as a bar: returns at the left, errors at the right."""
+  plt = figures_lib.pyplot(path)
+  if plt is None:
     return
-  mpl.use("Agg")
-  from matplotlib import pyplot as plt
-
-  fig, axes = plt.subplots(figsize=(6, 0.5 * len(arms) + 1.2), layout="constrained")
-  for row, (name, returns) in enumerate(arms.items()):
-    axes.barh(row, statistics.mean(returns), color="tab:blue" if name == "JEDI" else "tab:gray", alpha=0.5, height=0.6)
-    axes.plot(returns, [row] * len(returns), "k.", markersize=5)
-  axes.set_yticks(range(len(arms)), list(arms))
-  axes.invert_yaxis()
-  axes.axvline(0, color="black", linewidth=0.5)
-  axes.set_xlabel(f"mean return on {_ENV.value} ({_SEEDS.value} seeds)")
-  axes.set_title(figure)
-  fig.savefig(path, dpi=150)
-  plt.close(fig)
-  print(f"written to {path}")
+  fig, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(arms) + 1.4), layout="constrained", sharey=True)
+  sides = (("mean_return", "mean return"), ("error", "open-loop error (standard deviations)"))
+  for ax, (attribute, label) in zip(axes, sides, strict=True):
+    for row, (name, runs) in enumerate(arms.items()):
+      numbers = [getattr(run, attribute) for run in runs]
+      color = "tab:blue" if name in ("JEDI", "preset") else "tab:gray"
+      ax.barh(row, statistics.mean(numbers), color=color, alpha=0.5, height=0.6)
+      ax.plot(numbers, [row] * len(numbers), "k.", markersize=5)
+    ax.axvline(0, color="black", linewidth=0.5)
+    ax.set_xlabel(label)
+  axes[0].set_yticks(range(len(arms)), list(arms))
+  axes[0].invert_yaxis()
+  fig.suptitle(f"{figure} ({_SEEDS.value} seeds)")
+  figures_lib.save(fig, path)
 
 
 if __name__ == "__main__":

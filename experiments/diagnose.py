@@ -15,9 +15,9 @@ from typing import Any
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime, workdir
-from jedi_jax.inspection import diagnosis, recording
-from jedi_jax.training import loop
+from jedi_jax import figures as figures_lib
+from jedi_jax import runtime
+from jedi_jax.inspection import diagnosis
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
@@ -34,25 +34,16 @@ def main() -> None:
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
   runtime.enable_compilation_cache()
-  run = workdir.read(_WORKDIR.value)
-  agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
-  episodes = recording.record(
-    agent,
-    steps=-(-_STEPS.value // _NUM_ENVS.value),
+  figures = diagnosis.diagnose_run(
+    _WORKDIR.value,
+    checkpoint=_CHECKPOINT.value,
+    steps=_STEPS.value,
     num_envs=_NUM_ENVS.value,
-    seed=loop.evaluation_seed(_SEED.value),
+    segments=_SEGMENTS.value,
+    seed=_SEED.value,
   )
-  figures = diagnosis.diagnose(agent, episodes, seed=_SEED.value, segments=_SEGMENTS.value)
-  about = {
-    "env": run.config.env.name,
-    "variant": run.config.variant,
-    "checkpoint": _CHECKPOINT.value,
-    "seed": _SEED.value,
-    "steps": sum(len(episode.actions) for episode in episodes),
-  }
-  workdir.write_json(run.path / "diagnosis.json", {**about, **figures})
   print(_summary(figures))
-  _draw(figures, f"{run.config.env.name}, {run.config.variant}", run.path / "diagnosis.png")
+  _draw(figures, f"{figures['env']}, {figures['variant']}", pathlib.Path(_WORKDIR.value) / "diagnosis.png")
 
 
 def _summary(figures: Mapping[str, Any]) -> str:
@@ -93,14 +84,9 @@ _PAIR = ("precision", "recall")
 
 
 def _draw(figures: Mapping[str, Any], title: str, path: pathlib.Path) -> None:
-  try:
-    import matplotlib as mpl
-  except ImportError:
-    print(f"{path.name} is not drawn: matplotlib is missing (pip install 'jedi_jax[plots]')")
+  plt = figures_lib.pyplot(path)
+  if plt is None:
     return
-  mpl.use("Agg")
-  from matplotlib import pyplot as plt
-
   fig, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
   fig.suptitle(title)
   ax = axes[0, 0]
@@ -131,9 +117,7 @@ def _draw(figures: Mapping[str, Any], title: str, path: pathlib.Path) -> None:
   ends = [min(value["predicted"] + value["realised"]), max(value["predicted"] + value["realised"])]
   ax.plot(ends, ends, "--", color="gray")
   ax.set(title="value, by fifths of the steps", xlabel="predicted", ylabel="discounted return that followed")
-  fig.savefig(path, dpi=120)
-  plt.close(fig)
-  print(f"written to {path}")
+  figures_lib.save(fig, path)
 
 
 if __name__ == "__main__":

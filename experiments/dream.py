@@ -15,7 +15,7 @@ from absl import flags
 import jedi_jax
 from jedi_jax import runtime, workdir
 from jedi_jax.inspection import film, probe, recording
-from jedi_jax.training import loop
+from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", "dream.gif", "The film, .gif or (with ffmpeg) .mp4.")
@@ -39,7 +39,7 @@ def main() -> None:
   runtime.enable_compilation_cache()
   run = workdir.read(_WORKDIR.value)
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
-  episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=loop.evaluation_seed(_SEED.value))
+  episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=seeds.evaluation_seed(_SEED.value))
   if agent.model.decode is None:
     print(f"the run has no probe decoder: fitting one in {_PROBE_UPDATES.value:,} updates ...", flush=True)
     agent = probe.fit(agent, episodes, updates=_PROBE_UPDATES.value, seed=_SEED.value)

@@ -1,17 +1,25 @@
-"""Evaluates a run's checkpoint on whole games: no life-loss ends, epsilon 0, sampled actions.
+"""Evaluates a run's checkpoint, or the random policy, on whole games.
 
   python experiments/evaluate.py --workdir=runs/breakout --episodes=100
+  python experiments/evaluate.py --random --env=atari/Breakout --episodes=100 --out=random.json
 
-Every environment plays a fixed number of games. The result is printed and written to evaluation.json in the workdir.
+The protocol is the paper's: no life-loss ends, epsilon 0, sampled actions; every environment plays a fixed number of
+games. The result is printed and written to evaluation.json in the workdir, or to --out.
 """
+
+import pathlib
+from typing import Any
 
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime, telemetry, workdir
-from jedi_jax.training import loop
+from jedi_jax import envs, runtime, telemetry, workdir
+from jedi_jax.training import loop, seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions instead of a run, on --env.")
+_ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, or catch.")
+_OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir if left out.")
 _EPISODES = flags.DEFINE_integer("episodes", 100, "Games in all.")
 _NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments that play side by side.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
@@ -23,37 +31,45 @@ _MAX_STEPS = flags.DEFINE_integer(
 
 def main() -> None:
   """Reads the flags and evaluates."""
-  if not _WORKDIR.value:
-    raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
   if _EPISODES.value < 1 or _NUM_ENVS.value < 1:
     raise jedi_jax.UserError("--episodes and --num_envs must be at least 1")
   runtime.enable_compilation_cache()
-  run = workdir.read(_WORKDIR.value)
-  agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
+  agent: jedi_jax.Agent | None = None
+  about: dict[str, Any]
+  if _RANDOM.value:
+    if _WORKDIR.value or not _ENV.value or not _OUT.value:
+      raise jedi_jax.UserError("--random needs --env and --out, and no --workdir")
+    envs.validate(_ENV.value)
+    about, out = {"env": _ENV.value, "policy": "random"}, pathlib.Path(_OUT.value)
+  else:
+    if not _WORKDIR.value:
+      raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
+    run = workdir.read(_WORKDIR.value)
+    agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
+    about = {"env": run.config.env.name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
+    out = pathlib.Path(_OUT.value) if _OUT.value else run.evaluation
   say = telemetry.Progress()
   results = jedi_jax.evaluate(
     agent,
-    run.config.env.name,
+    about["env"],
     episodes=_EPISODES.value,
     num_envs=min(_NUM_ENVS.value, _EPISODES.value),
-    seed=loop.evaluation_seed(_SEED.value),
+    seed=seeds.evaluation_seed(_SEED.value),
     max_episode_steps=_MAX_STEPS.value,
     say=say,
   )
   summary = {
-    "env": run.config.env.name,
-    "variant": run.config.variant,
-    "checkpoint": _CHECKPOINT.value,
+    **about,
     "seed": _SEED.value,
     "max_episode_steps": _MAX_STEPS.value,
-    **loop.describe_results(run.config.env.name, results),
+    **loop.describe_results(about["env"], results),
   }
-  workdir.write_json(run.evaluation, summary)
+  workdir.write_json(out, summary)
   score = summary["human_normalized_score"]
   say.say(
-    f"{run.config.env.name}: mean return {summary['mean_return']:.2f} over {len(results)} games"
+    f"{about['env']}: mean return {summary['mean_return']:.2f} over {len(results)} games"
     + (f", human-normalised score {score:.3f}" if score is not None else "")
-    + f"; {run.evaluation}"
+    + f"; {out}"
   )
 
 

@@ -13,7 +13,15 @@ from jedi_jax.errors import UserError
 from jedi_jax.types import EnvSpec
 from jedi_jax.version import __version__
 
-_OURS = ("config.json", "metrics.jsonl", "result.json", "evaluation.json", "checkpoints", "tensorboard")
+_OURS = (
+  "config.json",
+  "metrics.jsonl",
+  "result.json",
+  "evaluation.json",
+  "diagnosis.json",
+  "checkpoints",
+  "tensorboard",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,11 @@ class Workdir:
   def result(self) -> pathlib.Path:
     """JSON, written when the run ends."""
     return self.path / "result.json"
+
+  @property
+  def diagnosis(self) -> pathlib.Path:
+    """JSON, written by the diagnosis."""
+    return self.path / "diagnosis.json"
 
   @property
   def evaluation(self) -> pathlib.Path:
@@ -143,8 +156,36 @@ def read_json(path: pathlib.Path) -> Any:
     raise UserError(f"{path} cannot be read ({error}): remove it to write it anew") from None
 
 
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+  """Reads the records of a metrics.jsonl, without a last line that was cut short.
+
+  Raises:
+    UserError: if the file cannot be read.
+  """
+  try:
+    lines = path.read_text().splitlines()
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error.strerror})") from None
+  records = []
+  for number, line in enumerate(lines, 1):
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      if number < len(lines):
+        raise UserError(f"{path}, line {number}, is not JSON") from None
+  return records
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON atomically: the file is the old one or the new one, never a part."""
+  """Writes JSON atomically: the file is the old one or the new one, never a part; its directory is made if needed.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
   temporary = path.with_name(f".{path.name}.tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  temporary.replace(path)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)
+  except OSError as error:
+    raise UserError(f"cannot write {path}: {error.strerror}") from None

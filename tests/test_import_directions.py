@@ -24,6 +24,7 @@ ALLOWED = {
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
   "runtime.py": {"errors"},
+  "figures.py": set(),
   "telemetry.py": {"errors"},
   "checkpoint.py": {"errors"},
   "workdir.py": {"types", "errors", "config", "version"},
@@ -41,6 +42,7 @@ ALLOWED = {
     "models",
     "replay",
     "telemetry",
+    "workdir",
     "agent",
     "inspection",
     "training",
@@ -53,6 +55,7 @@ ALLOWED = {
   "training/epoch.py": {"types", "models", "replay", "training"},
   "training/updates.py": {"types", "config", "models", "replay", "training"},
   "training/collector.py": {"types", "errors", "replay"},
+  "training/seeds.py": set(),
 }
 
 # The only importers of some libraries.
@@ -60,6 +63,8 @@ IMPORTERS = {
   "envpool": {"envs"},
   "orbax": {"checkpoint.py"},
   "tensorboardX": {"telemetry.py"},
+  "matplotlib": {"figures.py"},
+  "PIL": {"inspection/film.py"},
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),
@@ -74,8 +79,8 @@ READERS = {
   "psum": {"training/parallel.py"},
   "axis_index": {"training/parallel.py"},
   "shard_map": {"training/parallel.py"},
-  # One place composes by variant; configuration checks it; the loop reports it.
-  "variant": {"config.py", "models/variants.py", "training/loop.py"},
+  # One place composes by variant; configuration checks it; the loop and the diagnosis report it.
+  "variant": {"config.py", "models/variants.py", "training/loop.py", "inspection/diagnosis.py"},
 }
 
 

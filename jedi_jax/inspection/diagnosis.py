@@ -1,5 +1,6 @@
 """Which part of a trained model is weak: figures on real games that it was not trained on."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,15 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax import telemetry
-from jedi_jax.agent import Agent
+from jedi_jax import telemetry, workdir
+from jedi_jax.agent import Agent, load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.inspection import dreams
-from jedi_jax.inspection.recording import Episode, windows
+from jedi_jax.inspection.recording import Episode, record, windows
 from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.models.reward_end import confusion
 from jedi_jax.models.variants import latent_statistics
 from jedi_jax.ops import edm
+from jedi_jax.training.seeds import evaluation_seed
 from jedi_jax.types import Array, Params, Segment
 
 _CHUNK = 64
@@ -24,6 +26,46 @@ _FEW = 5
 """A class with fewer examples than this is no ground for a verdict."""
 
 Figures = dict[str, Any]
+
+
+def diagnose_run(
+  directory: str | os.PathLike[str],
+  *,
+  checkpoint: str = "latest",
+  steps: int = 2_000,
+  num_envs: int = 4,
+  segments: int = 128,
+  seed: int = 0,
+) -> Figures:
+  """Plays a run's environment with its policy, diagnoses the run and writes diagnosis.json to its directory.
+
+  Args:
+    directory: the run's working directory.
+    checkpoint: 'latest' or 'best'.
+    steps: real environment steps, over all environments.
+    num_envs: environments that play side by side.
+    segments: see `diagnose`.
+    seed: of games, actions and noise; apart from those of training.
+
+  Returns:
+    What was written: the figures of `diagnose`, and 'env', 'variant', 'checkpoint', 'seed' and 'steps'.
+
+  Raises:
+    UserError: if there is no such run or checkpoint.
+  """
+  run = workdir.read(directory)
+  agent = load_agent(run.path, checkpoint)
+  episodes = record(agent, steps=-(-steps // num_envs), num_envs=num_envs, seed=evaluation_seed(seed))
+  figures = {
+    "env": run.config.env.name,
+    "variant": run.config.variant,
+    "checkpoint": checkpoint,
+    "seed": seed,
+    "steps": sum(len(episode.actions) for episode in episodes),
+    **diagnose(agent, episodes, seed=seed, segments=segments),
+  }
+  workdir.write_json(run.diagnosis, figures)
+  return figures
 
 
 def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: int = 128) -> Figures:

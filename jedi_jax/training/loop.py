@@ -13,17 +13,17 @@ from jedi_jax import checkpoint, envs, telemetry, workdir
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
 from jedi_jax.config import Config, Updates
-from jedi_jax.evaluation import EpisodeResult, human_normalized_score, run_episodes
+from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.inspection import dreams
 from jedi_jax.models.variants import Model, build, count_parameters
 from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training import seeds
 from jedi_jax.training.collector import CHUNK_SLOTS, Collected, Collector
 from jedi_jax.training.parallel import Devices
+from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec, VectorEnv
-
-_TRAINING, _COLLECTION, _EVALUATION, _FINAL, _SEPARATE, _DREAMS = range(6)
 
 
 class Progress(NamedTuple):
@@ -113,7 +113,7 @@ class Trainer:
     self._env = envs.make(
       config.env.name,
       num_envs=config.env.num_envs,
-      seed=_env_seed(config.seed, _COLLECTION),
+      seed=seeds.env_seed(config.seed, Purpose.COLLECTION),
       life_loss_ends=config.env.life_loss_ends,
       max_episode_steps=config.env.max_episode_steps,
     )
@@ -123,7 +123,7 @@ class Trainer:
     self._progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
 
     init = make_init(self._model, self._optimizers)
-    key = jax.random.key(_seed(config.seed, _TRAINING))
+    key = jax.random.key(seeds.derive(config.seed, Purpose.TRAINING))
     number = self._latest.latest()
     if number is None:
       self._state = devices.replicate(jax.jit(init)(key))
@@ -276,16 +276,16 @@ class Trainer:
     """Writes the strips of real and imagined frames."""
     if self._strips is not None:
       epoch = self._progress.epoch
-      key = jax.random.fold_in(jax.random.key(_seed(self._config.seed, _DREAMS)), epoch)
+      key = jax.random.fold_in(jax.random.key(seeds.derive(self._config.seed, Purpose.DREAMS)), epoch)
       share = self._devices.first((self._state.params, self._replay))
       self._metrics.write_image(epoch, "dreams/real_over_imagined", dreams.tile(self._strips(*share, key)))
 
-  def _evaluate(self, params: dict[str, Any], *, episodes: int, purpose: int) -> list[EpisodeResult]:
+  def _evaluate(self, params: dict[str, Any], *, episodes: int, purpose: Purpose) -> list[EpisodeResult]:
     c = self._config
     agent = self._evaluator
     agent.params = jax.device_put(params)
     num_envs = min(c.evaluation.num_envs, episodes)
-    seed = _env_seed(c.seed, purpose, self._progress.epoch)
+    seed = seeds.env_seed(c.seed, purpose, self._progress.epoch)
     return evaluate(
       agent,
       c.env.name,
@@ -299,7 +299,7 @@ class Trainer:
   def _evaluate_and_keep_best(self) -> dict[str, float]:
     start = time.monotonic()
     params = self._devices.to_host(self._state.params)
-    results = self._evaluate(params, episodes=self._config.evaluation.interval_episodes, purpose=_EVALUATION)
+    results = self._evaluate(params, episodes=self._config.evaluation.interval_episodes, purpose=Purpose.EVALUATION)
     mean = float(np.mean([result.return_ for result in results]))
     if mean > self._progress.best:
       self._progress = self._progress._replace(best=mean)
@@ -315,7 +315,7 @@ class Trainer:
     """The final evaluation and result.json."""
     start = time.monotonic()
     params = self._devices.to_host(self._state.params)
-    results = self._evaluate(params, episodes=self._config.evaluation.episodes, purpose=_FINAL)
+    results = self._evaluate(params, episodes=self._config.evaluation.episodes, purpose=Purpose.FINAL)
     seconds = self._progress.seconds + time.monotonic() - start
     steps = self._collector.env_steps
     result = {
@@ -404,7 +404,7 @@ class Trainer:
 
 
 def evaluate(
-  agent: Agent,
+  agent: Agent | None,
   env_name: str,
   *,
   episodes: int,
@@ -416,7 +416,7 @@ def evaluate(
   """Plays whole games under the paper's protocol: no life-loss ends, epsilon 0, sampled actions.
 
   Args:
-    agent: the policy.
+    agent: the policy; None draws every action uniformly.
     env_name: the environment.
     episodes: number of games.
     num_envs: environments, each playing a fixed number of them.
@@ -432,8 +432,9 @@ def evaluate(
     if say is not None:
       say.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
 
+  policy = random_policy(env.spec.num_actions, seed) if agent is None else agent.player(num_envs, seed)
   try:
-    return run_episodes(env, agent.player(num_envs, seed), episodes=episodes, on_episode=on_episode)
+    return run_episodes(env, policy, episodes=episodes, on_episode=on_episode)
   finally:
     env.close()
 
@@ -510,22 +511,7 @@ def _make_collector(config: Config, model: Model, env: VectorEnv) -> Collector:
     env,
     act_on_share,
     initial_state=model.initial_state(env.num_envs),
-    seed=_seed(config.seed, _COLLECTION),
+    seed=seeds.derive(config.seed, Purpose.COLLECTION),
     epsilon=config.collect.epsilon,
     max_calls=config.collect.total_steps // env.num_envs,
   )
-
-
-def _seed(seed: int, *purpose: int) -> int:
-  """Derives an independent seed in [0, 2^30)."""
-  return int(np.random.SeedSequence([seed, *purpose]).generate_state(1)[0] % 2**30)
-
-
-def evaluation_seed(seed: int) -> int:
-  """Derives the seed of a separate evaluation; its games are none of training."""
-  return _env_seed(seed, _SEPARATE)
-
-
-def _env_seed(seed: int, purpose: int, index: int = 0) -> int:
-  """Derives an environment's seed: below 2^29 for collection, above 2^30 for evaluation, so that no game is shared."""
-  return _seed(seed, purpose, index) // 2 + (0 if purpose == _COLLECTION else 2**30)

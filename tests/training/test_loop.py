@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from jedi_jax import checkpoint
 from jedi_jax.config import make_config, override
 from jedi_jax.errors import UserError
-from jedi_jax.training import loop
+from jedi_jax.training import loop, seeds
 from jedi_jax.training.loop import plan_calls
+from jedi_jax.training.seeds import Purpose
 
 PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
 LAST_BEFORE = 3
@@ -261,12 +262,12 @@ def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
 
 
 def test_seeds_of_purposes_differ_and_never_share_games():
-  seeds = {(s, p): loop._env_seed(s, p) for s in range(50) for p in (1, 2, 3, 4)}
-  assert len(set(seeds.values())) == len(seeds)
-  for (_, purpose), seed in seeds.items():
-    assert (seed < 2**29) == (purpose == loop._COLLECTION)
+  drawn = {(s, p): seeds.env_seed(s, p) for s in range(50) for p in Purpose}
+  assert len(set(drawn.values())) == len(drawn)
+  for (_, purpose), seed in drawn.items():
+    assert (seed < 2**29) == (purpose == Purpose.COLLECTION)
     assert seed < 2**31 - 1000
-  assert loop.evaluation_seed(3) == loop._env_seed(3, loop._SEPARATE)
+  assert seeds.evaluation_seed(3) == seeds.env_seed(3, Purpose.SEPARATE)
 
 
 def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):

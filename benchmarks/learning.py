@@ -1,0 +1,103 @@
+"""Collects finished runs of one setting into a record of what they learned, and draws their curves.
+
+  python benchmarks/learning.py --name=catch --runs='runs/catch/seed_*' --random=runs/catch/random.json
+
+Writes benchmarks/results/learning/<name>.json (each run's command, final games, curve and seconds) and <name>.png, and
+prints a Markdown table. --random is what experiments/evaluate.py --random wrote.
+"""
+
+import glob
+import math
+import pathlib
+import statistics
+from typing import Any
+
+import record
+from absl import flags
+
+import jedi_jax
+from jedi_jax import config as config_lib
+from jedi_jax import figures, runtime, workdir
+
+_NAME = flags.DEFINE_string("name", None, "Name of the record.", required=True)
+_RUNS = flags.DEFINE_string("runs", None, "Pattern of the runs' directories.", required=True)
+_RANDOM = flags.DEFINE_string("random", None, "Evaluation of the random policy.")
+
+
+def main() -> None:
+  """Reads, writes and draws."""
+  paths = [pathlib.Path(path) for path in sorted(glob.glob(_RUNS.value))]
+  if not paths:
+    raise jedi_jax.UserError(f"there is no run at {_RUNS.value}")
+  rows = [_row(path) for path in paths]
+  if _RANDOM.value:
+    rows.append({"run": "random policy", **_games(workdir.read_json(pathlib.Path(_RANDOM.value)))})
+  written = record.write(f"learning/{_NAME.value}", rows, started=record.machine())
+  print(record.table(rows, ["run", "env_steps", "mean_return", "interval", "games", "seconds"]))
+  print(f"written to {written}")
+  _draw(rows, written.with_suffix(".png"))
+
+
+def _games(result: dict[str, Any]) -> dict[str, Any]:
+  """Mean of the returns of whole games with its 95% interval by the normal approximation."""
+  returns = result["episode_returns"]
+  half = 1.96 * statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
+  mean = result["mean_return"]
+  return {
+    "mean_return": mean,
+    "interval": f"{mean - half:.2f} to {mean + half:.2f}",
+    "games": len(returns),
+    "returns": returns,
+  }
+
+
+def _row(path: pathlib.Path) -> dict[str, Any]:
+  run = workdir.read(path)
+  if not run.result.exists():
+    raise jedi_jax.UserError(f"{path} is not finished")
+  result = workdir.read_json(run.result)
+  config = run.config
+  preset = config_lib.make_config(env=config.env.name, variant=config.variant, preset=config.preset, seed=config.seed)
+  flat = config_lib.flatten(config_lib.to_dict(config))
+  plain = config_lib.flatten(config_lib.to_dict(preset))
+  changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != plain[name]]
+  command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
+  command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
+  records = workdir.read_metrics(run.metrics)
+  names = ("env_steps", "evaluation/return", "collect/return", "actor_critic/imagined_return", "time/total_seconds")
+  return {
+    "run": f"seed {config.seed}",
+    "command": " ".join(command),
+    "env_steps": result["env_steps"],
+    "updates": result["updates"],
+    "seconds": round(result["seconds"]),
+    **_games(result),
+    "curve": {name: [line.get(name) for line in records] for name in names},
+  }
+
+
+def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  plt = figures.pyplot(path)
+  if plt is None:
+    return
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  for row in rows:
+    if "curve" not in row:
+      left.axhline(row["mean_return"], linestyle="--", color="gray", label="random policy")
+      continue
+    curve = row["curve"]
+    points = [(x, y) for x, y in zip(curve["env_steps"], curve["evaluation/return"], strict=True) if y is not None]
+    points.append((row["env_steps"], row["mean_return"]))
+    (line,) = left.plot(*zip(*points, strict=True), marker=".", label=row["run"])
+    pairs = zip(curve["env_steps"], curve["actor_critic/imagined_return"], strict=True)
+    imagined = [(x, y) for x, y in pairs if y is not None]
+    right.plot(*zip(*imagined, strict=True), color=line.get_color())
+  left.set(title="whole games (the last point: final evaluation)", xlabel="environment steps", ylabel="mean return")
+  right.set(title="imagined, within the horizon", xlabel="environment steps", ylabel="sum of reward signs")
+  left.legend(fontsize=8)
+  figure.suptitle(_NAME.value)
+  figures.save(figure, path)
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")
