@@ -145,6 +145,9 @@ class DenoiserConfig:
     True, "R", "Whether the encoder's soft clamp also applies to the denoiser's estimate (the loss is taken after it)."
   )
   sigma_data: float = setting(0.5, "O", "Standard deviation of the data assumed by the preconditioning.", above=0)
+  follow_scale: bool = setting(
+    False, "O", "Whether latents are noised and predicted in units in which their measured deviation is `sigma_data`."
+  )
   offset_noise: float = setting(0.3, "O", "Standard deviation of noise shared by a channel's positions.", low=0)
   sigma_log_mean: float = setting(-0.4, "D", "Mean of ln sigma in training.")
   sigma_log_std: float = setting(1.2, "D", "Standard deviation of ln sigma in training.", low=0)
@@ -358,6 +361,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "actor_critic.restart_after_end": True,
     "denoiser.offset_noise": 0.3,
     "denoiser.sigma_data": 0.5,
+    "denoiser.follow_scale": False,
     "reward_end.downsample": True,
     "actor_critic.channels": (32, 32, 64, 64),
     "actor_critic.downsample": (True, True, True, True),

@@ -154,7 +154,7 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
     )
     terms = losses.terms.values()
     loss = sum(jnp.sum(term.values * term.weights) for term in terms) / (jnp.sum(weights) / c.targets)
-    flat = clean.reshape(-1, *model.latent_shape)
+    flat = (clean / model.dynamics.unit(params["denoiser"])).reshape(-1, *model.latent_shape)
     sigma = jnp.full((len(flat),), level)
     coefficients = edm.precondition(sigma, sigma_data=c.sigma_data, offset_noise=c.offset_noise)
     noisy = edm.corrupt(

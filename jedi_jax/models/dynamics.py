@@ -52,6 +52,7 @@ class Dynamics(NamedTuple):
       noise) -> `Losses`. Target i follows inputs i .. i + L - 1. Gradients flow into the inputs, never the targets.
     sample_noise: ([B] keys, number of frames T) -> `SampleNoise` with a leading axis T.
     sample: (parameters, past [B, L, h, w, c], actions [B, L], noise) -> next latent [B, h, w, c].
+    unit: parameters -> [] what latents are divided by before anything; 1 where their scale is not followed.
   """
 
   init: Callable[[Array], Params]
@@ -59,6 +60,7 @@ class Dynamics(NamedTuple):
   losses: Callable[[Params, Array, Array, Array, Array, Any], Losses]
   sample_noise: Callable[[Array, int], Any]
   sample: Callable[[Params, Array, Array, Any], Array]
+  unit: Callable[[Params], Array]
 
 
 def switch(mode: str, key: Array, count: Array) -> Array:
@@ -90,6 +92,7 @@ def diffusion(
   targets: int,
   switching: str,
   sigma_data: float,
+  follow_scale: bool,
   offset_noise: float,
   sigma_log_mean: float,
   sigma_log_std: float,
@@ -120,6 +123,8 @@ def diffusion(
     targets: n, successive targets of one loss.
     switching: see `switch`.
     sigma_data: standard deviation assumed of the latents.
+    follow_scale: whether all of this happens in units in which the latents' measured standard deviation, a parameter
+      'latent_std' that the learner keeps, is `sigma_data`.
     offset_noise: standard deviation of the offset noise.
     sigma_log_mean: mean of ln sigma in training.
     sigma_log_std: standard deviation of ln sigma in training.
@@ -148,14 +153,18 @@ def diffusion(
     latent = jnp.zeros((1, *latent_shape))
     past = jnp.zeros((1, conditioning_frames, *latent_shape))
     actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    return blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions)
+    params = blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions)
+    return {**params, "latent_std": jnp.asarray(sigma_data, jnp.float32)} if follow_scale else params
+
+  def unit(params: Params) -> Array:
+    return _unit(params, sigma_data)
 
   def estimate(params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
-    """Returns the clamped estimate [B, h, w, c] and c_out [B, 1, 1, 1]."""
+    """Returns the clamped estimate [B, h, w, c], in units like all the rest, and c_out [B, 1, 1, 1]."""
     coefficients = edm.precondition(sigma, sigma_data=sigma_data, offset_noise=offset_noise)
     c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
     output = blocks.apply(network, params, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
-    return codec.clamp(c_skip * noisy + c_out * output), c_out
+    return _in_units(codec.clamp, unit(params))(c_skip * noisy + c_out * output), c_out
 
   def training_noise(keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:
     def draw(key: Array) -> tuple[Array, Array, Array]:
@@ -173,7 +182,7 @@ def diffusion(
     return DenoisingNoise(sigma, noise, offset, switch(switching, shared_key, count))
 
   def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise) -> Losses:
-    clean = jax.lax.stop_gradient(clean)
+    inputs, clean = inputs / unit(params), jax.lax.stop_gradient(clean) / unit(params)
 
     def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
       sigma = noise.sigma[:, i]
@@ -181,8 +190,9 @@ def diffusion(
       estimated, c_out = estimate(params, noisy, sigma, past, past_actions)
       return jnp.mean(jnp.square((estimated - clean[:, i]) / c_out), axis=(1, 2, 3)), estimated
 
+    quantise = _in_units(codec.quantise, unit(params))
     return autoregressive_losses(
-      error, codec, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
+      error, quantise, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
     )
 
   def sample_noise(keys: Array, num_frames: int) -> SampleNoise:
@@ -196,15 +206,19 @@ def diffusion(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.vmap(draw)(keys))
 
   def sample(params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
+    quantise = _in_units(codec.quantise, unit(params))
+    past = past / unit(params)
+
     def denoise(noisy: Array, sigma: Array) -> Array:
-      return codec.quantise(estimate(params, noisy, sigma, past, actions)[0])
+      return quantise(estimate(params, noisy, sigma, past, actions)[0])
 
     churn = None if noise.churn is None else churn_noise * jnp.moveaxis(noise.churn, 1, 0)
-    return sampler.sample(
+    sampled = sampler.sample(
       denoise, noise.start, sampler_sigmas, order=sampler_order, gammas=sampler_gammas, churn_noise=churn
     )
+    return sampled * unit(params)
 
-  return Dynamics(init, training_noise, losses, sample_noise, sample)
+  return Dynamics(init, training_noise, losses, sample_noise, sample, unit)
 
 
 def regression(
@@ -219,6 +233,7 @@ def regression(
   targets: int,
   switching: str,
   sigma_data: float,
+  follow_scale: bool,
   lowering: str,
   dtype: Any,
 ) -> Dynamics:
@@ -243,26 +258,31 @@ def regression(
   def init(key: Array) -> Params:
     past = jnp.zeros((1, conditioning_frames, *latent_shape))
     actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    return blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
+    params = blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
+    return {**params, "latent_std": jnp.asarray(sigma_data, jnp.float32)} if follow_scale else params
+
+  def unit(params: Params) -> Array:
+    return _unit(params, sigma_data)
 
   def estimate(params: Params, past: Array, actions: Array) -> Array:
     scaled = past / sigma_data
     change = blocks.apply(network, params, scaled[:, -1], jnp.zeros((past.shape[0],)), scaled, actions)
-    return codec.clamp(past[:, -1] + sigma_data * change)
+    return _in_units(codec.clamp, unit(params))(past[:, -1] + sigma_data * change)
 
   def training_noise(keys: Array, shared_key: Array, count: Array) -> Array:
     del keys
     return switch(switching, shared_key, count)
 
   def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, use_estimate: Array) -> Losses:
-    clean = jax.lax.stop_gradient(clean)
+    inputs, clean = inputs / unit(params), jax.lax.stop_gradient(clean) / unit(params)
 
     def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
       estimated = estimate(params, past, past_actions)
       return jnp.mean(jnp.square((estimated - clean[:, i]) / sigma_data), axis=(1, 2, 3)), estimated
 
+    quantise = _in_units(codec.quantise, unit(params))
     return autoregressive_losses(
-      error, codec, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
+      error, quantise, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
     )
 
   def sample_noise(keys: Array, num_frames: int) -> Array:
@@ -270,14 +290,26 @@ def regression(
 
   def sample(params: Params, past: Array, actions: Array, noise: Array) -> Array:
     del noise
-    return codec.quantise(estimate(params, past, actions))
+    return codec.quantise(estimate(params, past / unit(params), actions) * unit(params))
 
-  return Dynamics(init, training_noise, losses, sample_noise, sample)
+  return Dynamics(init, training_noise, losses, sample_noise, sample, unit)
+
+
+def _unit(params: Params, sigma_data: float) -> Array:
+  """What latents are divided by, so that their standard deviation is `sigma_data`; 1 where it is not followed."""
+  if "latent_std" not in params:
+    return jnp.ones(())
+  return jax.lax.stop_gradient(params["latent_std"]) / sigma_data
+
+
+def _in_units(function: Callable[[Array], Array], unit: Array) -> Callable[[Array], Array]:
+  """Makes a function of latents one of latents in units."""
+  return lambda x: function(x * unit) / unit
 
 
 def autoregressive_losses(
   error: Callable[[int, Array, Array], tuple[Array, Array]],
-  codec: Codec,
+  quantise: Callable[[Array], Array],
   inputs: Array,
   clean: Array,
   actions: Array,
@@ -290,7 +322,7 @@ def autoregressive_losses(
 
   Args:
     error: (target i, past [B, L, h, w, c], actions [B, L]) -> (error [B], clamped estimate [B, h, w, c]).
-    codec: how an estimate becomes a latent.
+    quantise: makes a latent of an estimate.
     inputs: [B, L + n - 1, h, w, c].
     clean: [B, n, h, w, c] targets; only their shape is looked at here.
     actions: [B, L + n - 1].
@@ -309,6 +341,6 @@ def autoregressive_losses(
     value, estimated = error(i, jnp.stack(frames[i:stop], axis=1), actions[:, i:stop])
     terms[f"denoising_{i}"] = Term(value / targets, mask[:, i].astype(jnp.float32))
     if i + 1 < targets:
-      feedback = jax.lax.stop_gradient(codec.quantise(estimated))
+      feedback = jax.lax.stop_gradient(quantise(estimated))
       frames[stop] = jnp.where(use_estimate, feedback, frames[stop])
   return Losses(terms, {"used_estimates": use_estimate.astype(jnp.float32)})

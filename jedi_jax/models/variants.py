@@ -16,7 +16,7 @@ from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
 from jedi_jax.nn.blocks import resolve_convolution
 from jedi_jax.ops import sampler
-from jedi_jax.types import Array, EnvSpec, Losses, LstmState, Params, Segment, Trajectory
+from jedi_jax.types import Array, EnvSpec, Losses, LstmState, Metrics, Params, Segment, Trajectory
 
 
 class Phase(NamedTuple):
@@ -31,7 +31,7 @@ class Phase(NamedTuple):
     segments: segments drawn for each element of the batch; the first of all elements come first.
     losses: (all parameters, `Segment`, keys [B], key that the batch shares, update count []) -> `Losses`. Losses are
       differentiated with respect to `components` alone.
-    after: what becomes of all parameters after each update.
+    after: (all parameters, metrics of the whole batch) -> what becomes of all parameters after each update.
     clipped_apart: components whose gradients are clipped by a norm of their own.
   """
 
@@ -42,7 +42,7 @@ class Phase(NamedTuple):
   final_frames: bool
   losses: Callable[[dict[str, Params], Segment, Array, Array, Array], Losses]
   segments: int = 1
-  after: Callable[[dict[str, Params]], dict[str, Params]] = lambda params: params
+  after: Callable[[dict[str, Params], Metrics], dict[str, Params]] = lambda params, metrics: params
   clipped_apart: tuple[str, ...] = ()
 
 
@@ -297,7 +297,8 @@ def compose(
     logits, values, state = behavior.apply(params["actor_critic"], latents, state)
     return logits[:, 0], values[:, 0], state
 
-  def average(params: dict[str, Params]) -> dict[str, Params]:
+  def average(params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+    del metrics
     if not target_decay:
       return params
     target = optax.incremental_update(params["encoder"], params["target_encoder"], 1.0 - target_decay)
@@ -305,6 +306,16 @@ def compose(
 
   # An autoencoder that the dynamics does not train is another model in the same update.
   apart = () if dynamics_trains_encoder else ("encoder", "decoder")
+
+  def measure(params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+    params = average(params, metrics)
+    if "latent_std" not in params["denoiser"]:
+      return params
+    before = params["denoiser"]["latent_std"]
+    std = jnp.maximum(_channel_std(metrics["latent_gram"]), _LEAST_STD)
+    following = optax.incremental_update(std, before, _STD_RATE)
+    return {**params, "denoiser": {**params["denoiser"], "latent_std": following}}
+
   phases: tuple[Phase, ...] = (
     Phase(
       "denoiser",
@@ -313,7 +324,7 @@ def compose(
       False,
       final_frames,
       denoiser_losses,
-      after=average,
+      after=measure,
       clipped_apart=apart,
     ),
     Phase("reward_end", reward_end_trains, length + horizon, True, True, reward_end_losses, after=average),
@@ -336,6 +347,19 @@ def compose(
     behavior,
     decode if show is not None else None,
   )
+
+
+_STD_RATE = 0.01
+"""How fast the measured standard deviation of the latents follows, an update."""
+_LEAST_STD = 1e-3
+"""Collapsed latents are not blown up beyond this."""
+
+
+def _channel_std(gram: Array) -> Array:
+  """Root of the mean variance of the channels, from `latent_statistics`'s 'latent_gram'."""
+  count = jnp.maximum(gram[0, 0], 1.0)
+  variance = jnp.diagonal(gram)[1:] / count - jnp.square(gram[0, 1:] / count)
+  return jnp.sqrt(jnp.maximum(jnp.mean(variance), 0.0))
 
 
 def _show(
@@ -384,11 +408,11 @@ def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segm
 
 
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
-  """Counts the trained numbers of each component; fixed random frequencies are not counted."""
+  """Counts the trained numbers of each component; fixed random frequencies and measured scales are not counted."""
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(leaf.size for path, leaf in leaves if "frequencies" not in jax.tree_util.keystr(path))
+    return sum(leaf.size for path, leaf in leaves if str(path[-1].key) not in ("frequencies", "latent_std"))
 
   return {name: size(tree) for name, tree in params.items()}
 
@@ -446,6 +470,7 @@ def _network(context: _Context) -> dict[str, Any]:
     "targets": c.targets,
     "switching": c.switching,
     "sigma_data": c.sigma_data,
+    "follow_scale": c.follow_scale,
     "lowering": context.lowering,
     "dtype": context.dtype,
   }

@@ -139,7 +139,7 @@ def make_update(
     reduced = parallel.reduce_metrics(metrics)
     reduced["grad_norm"] = jnp.linalg.norm(flat)
     state = state.replace(
-      params=phase.after({**state.params, **optax.apply_updates(trained, steps)}),
+      params=phase.after({**state.params, **optax.apply_updates(trained, steps)}, reduced),
       optimizers={**state.optimizers, phase.name: optimizer_state},
       updates={**state.updates, phase.name: count + 1},
     )

@@ -22,6 +22,7 @@ DENOISER = {
   "targets": 2,
   "switching": "random",
   "sigma_data": 0.5,
+  "follow_scale": False,
   "offset_noise": 0.3,
   "sigma_log_mean": -0.4,
   "sigma_log_std": 1.2,
@@ -65,6 +66,11 @@ def random_params():
     )
 
   return draw
+
+
+@pytest.fixture(scope="session")
+def denoiser_settings():
+  return dict(DENOISER)
 
 
 @pytest.fixture(scope="session")

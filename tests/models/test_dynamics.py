@@ -1,3 +1,4 @@
+import inspect
 from typing import NamedTuple
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from jedi_jax.models import codecs
-from jedi_jax.models.dynamics import DenoisingNoise, SampleNoise, switch
+from jedi_jax.models.dynamics import DenoisingNoise, SampleNoise, regression, switch
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
 
@@ -282,6 +283,50 @@ def test_a_sample_of_one_step_is_the_estimate(jit, case, make_dynamics):
   estimate, _ = case.denoise(start, jnp.full((B,), 1.5), past, actions)
   np.testing.assert_allclose(actual, quantise(estimate), rtol=1e-3, atol=1e-4)
   assert np.max(np.abs(actual)) <= SCALE
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "regression"])
+def test_the_scale_of_latents_does_not_matter_where_it_is_followed(
+  jit, make_dynamics, random_params, denoiser_settings, kind
+):
+  codec = make_codec(clamp=lambda z: z, quantise=lambda z: z)
+  if kind == "diffusion":
+    plain, following = make_dynamics(codec), make_dynamics(codec, follow_scale=True)
+  else:
+    shared = {name: denoiser_settings[name] for name in inspect.signature(regression).parameters if name != "codec"}
+    plain, following = regression(codec, **shared), regression(codec, **{**shared, "follow_scale": True})
+  params = random_params(plain.init)
+  assert set(jax.eval_shape(following.init, jax.random.key(0))) == {*params, "latent_std"}
+  batch = make_batch(True)
+  noise = batch.noise if kind == "diffusion" else batch.noise.use_estimate
+  drawn = jax.tree.map(
+    lambda x: x[0], jit(lambda keys: plain.sample_noise(keys, 1))(jax.random.split(jax.random.key(0), B))
+  )
+  past, actions = batch.inputs[:, :L], batch.actions[:, :L]
+
+  def results(dynamics, params, factor):
+    losses = dynamics.losses(params, factor * batch.inputs, factor * batch.clean, batch.actions, batch.mask, noise)
+    terms = [losses.terms[f"denoising_{i}"].values for i in range(N)]
+    return terms, dynamics.sample(params, factor * past, actions, drawn) / factor
+
+  expected = jit(lambda: results(plain, params, 1.0))()
+  for factor in (1.0, 0.2):
+    scaled = {**params, "latent_std": jnp.asarray(factor * SIGMA_DATA)}
+    got = jit(lambda scaled=scaled, factor=factor: results(following, scaled, factor))()
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(following.unit(scaled), factor)
+  assert plain.unit(params) == 1
+
+
+def test_the_clamp_acts_on_latents_not_on_their_units(jit, make_dynamics, random_params):
+  dynamics = make_dynamics(
+    make_codec(quantise=lambda z: z), follow_scale=True, sampler_sigmas=(5.0, 0.0), sampler_gammas=(0.0,)
+  )
+  params = {**random_params(dynamics.init), "latent_std": jnp.asarray(20.0)}
+  drawn = jax.tree.map(lambda x: x[0], dynamics.sample_noise(jax.random.split(jax.random.key(0), B), 1))
+  sample = jit(dynamics.sample)(params, 40 * normal(B, L, *SHAPE), jnp.zeros((B, L), jnp.int32), drawn)
+  assert SCALE * 0.8 < np.max(np.abs(sample)) <= SCALE
 
 
 def test_wrong_shapes_are_refused(case):

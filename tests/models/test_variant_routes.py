@@ -106,7 +106,7 @@ def test_moving_average_gives_the_targets_and_follows_the_encoder():
   assert not is_reached(reached["target_encoder"])
   moved = {**params, "target_encoder": jax.tree.map(lambda x: 1.5 * x, params["target_encoder"])}
   assert float(summed_loss(phase, params)) != float(summed_loss(phase, moved))
-  after = phase.after(params)
+  after = phase.after(params, {})
   for old, new, online in zip(
     *(jax.tree.leaves(tree) for tree in (params["target_encoder"], after["target_encoder"], params["encoder"])),
     strict=True,
@@ -118,7 +118,7 @@ def test_moving_average_gives_the_targets_and_follows_the_encoder():
 def test_without_moving_average_there_is_no_copy():
   model, params = make("jedi")
   assert "target_encoder" not in params
-  assert model.phases[0].after(params) is params
+  assert model.phases[0].after(params, {}) is params
 
 
 def test_regression_starts_from_the_last_latent():
@@ -185,3 +185,28 @@ def test_patches_must_divide_the_frames():
     make("jedi", **{"encoder.patch": 5})
   model, _ = make("jedi", **{"encoder.patch": 2, "training.updates.probe": 1})
   assert model.latent_shape == (3, 3, 4)
+
+
+def test_the_measured_scale_follows_the_latents():
+  model, params = make("jedi", **{"denoiser.follow_scale": True})
+  phase = model.phases[0]
+  params["denoiser"]["latent_std"] = jnp.asarray(0.5)
+  rng = np.random.default_rng(0)
+  latents = jnp.asarray(rng.normal(2.0, [0.1, 0.2, 0.3, 0.4], (5, 6, 3, 3, 4)), jnp.float32)
+  metrics = variants.latent_statistics(latents, jnp.ones((5, 6), bool), None)
+  after = phase.after(params, metrics)
+  measured = np.sqrt(np.asarray(latents, np.float64).var(axis=(0, 1, 2, 3)).mean())
+  np.testing.assert_allclose(after["denoiser"]["latent_std"], 0.99 * 0.5 + 0.01 * measured, rtol=1e-4)
+  assert {name: tree for name, tree in after.items() if name != "denoiser"} == {
+    name: tree for name, tree in params.items() if name != "denoiser"
+  }
+  # No gradient, so no update either; and it is not a trained number.
+  assert np.all(np.asarray(gradients(phase, params)["denoiser"]["latent_std"]) == 0)
+  plain, _ = make("jedi")
+  shapes = [jax.eval_shape(m.init, jax.random.key(0)) for m in (model, plain)]
+  assert variants.count_parameters(shapes[0]) == variants.count_parameters(shapes[1])
+  # Collapsed latents are not blown up without bound.
+  zeros = variants.latent_statistics(jnp.zeros((1, 2, 3, 3, 4)), jnp.ones((1, 2), bool), None)
+  for _ in range(2000):
+    after = phase.after(after, zeros)
+  assert float(after["denoiser"]["latent_std"]) >= 1e-3
