@@ -10,7 +10,9 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE = str(ROOT / "experiments" / "train.py"), str(ROOT / "experiments" / "evaluate.py")
+TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS = (
+  str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations")
+)
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
 
@@ -76,6 +78,33 @@ def test_evaluate(run, snapshot):
   assert f"mean return {summary['mean_return']:.2f} over 5 games" in done.stdout
 
 
+def test_evaluate_the_random_policy(tmp_path):
+  out = tmp_path / "new" / "random.json"
+  done = command(EVALUATE, "--random", "--env=catch", "--episodes=40", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  summary = json.loads(out.read_text())
+  assert (summary["env"], summary["policy"], len(summary["episode_returns"])) == ("catch", "random", 40)
+  assert -1 <= summary["mean_return"] < 0.2
+
+
+def test_diagnose_and_dream(run, snapshot):
+  directory, _ = run
+  before = snapshot(directory)
+  done = command(DIAGNOSE, f"--workdir={directory}", "--steps=24", "--num_envs=2")
+  assert done.returncode == 0, done.stderr
+  assert "weakest: " in done.stdout
+  assert "| reward +1 |" in done.stdout
+  written = json.loads((directory / "diagnosis.json").read_text())
+  assert written["weakest"] in done.stdout
+  done = command(DREAM, f"--workdir={directory}", "--steps=12", "--takes=2", f"--out={directory}.gif")
+  assert done.returncode == 0, done.stderr
+  assert "2 dreams" in done.stdout
+  assert pathlib.Path(f"{directory}.gif").read_bytes().startswith(b"GIF89a")
+  after = snapshot(directory)
+  assert {name for name in after if name not in before} <= {"diagnosis.json", "diagnosis.png"}
+  assert all(after[name] == before[name] for name in before)
+
+
 DRIVER = """
 import io, json, os, runpy, sys, traceback
 import jedi_jax
@@ -127,6 +156,16 @@ MISTAKES = {
   "evaluate no run": ([EVALUATE, "--workdir=empty"], ["holds no run", "empty"]),
   "evaluate no checkpoint": ([EVALUATE, "--workdir=taken"], ["no checkpoint", "taken"]),
   "evaluate no games": ([EVALUATE, "--workdir=taken", "--episodes=0"], ["--episodes"]),
+  "random without an environment": ([EVALUATE, "--random", "--out=x.json"], ["--env"]),
+  "random in a run": ([EVALUATE, "--random", "--env=catch", "--out=x.json", "--workdir=taken"], ["--workdir"]),
+  "random elsewhere": ([EVALUATE, "--random", "--env=cach", "--out=x.json"], ["cach", "catch"]),
+  "diagnose nothing": ([DIAGNOSE], ["--workdir"]),
+  "diagnose no checkpoint": ([DIAGNOSE, "--workdir=taken"], ["no checkpoint"]),
+  "dream nothing": ([DREAM], ["--workdir"]),
+  "dream in another format": ([DREAM, "--workdir=taken", "--out=dream.avi"], ["dream.avi", ".gif"]),
+  "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),
+  "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
+  "ablations without a directory": ([ABLATIONS], ["--out"]),
   "evaluate another checkpoint": ([EVALUATE, "--workdir=taken", "--checkpoint=worst"], ["checkpoint", "worst"]),
 }
 
@@ -173,7 +212,7 @@ def test_a_mistake_is_one_line_and_status_2(outcomes, name):
   assert len(err.splitlines()) == 1, err
   assert "Traceback" not in err + out
   assert out == ""
-  assert err.startswith(("train.py: ", "evaluate.py: "))
+  assert err.startswith(f"{pathlib.Path(MISTAKES[name][0][0]).name}: ")
   for part in MISTAKES[name][1]:
     assert part in err
 
