@@ -70,6 +70,12 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "sigma_data 0.5 offset 0": ("jedi", {"denoiser.sigma_data": 0.5, "denoiser.offset_noise": 0.0}),
     "sigma_data 0.25 offset 0.3": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.3}),
     "sigma_data 0.25 offset 0": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0}),
+    "sigma_data 0.25 offset 0 estimate not clamped": (
+      "jedi",
+      {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0, "denoiser.clamp_estimate": False},
+    ),
+    "scale followed": ("jedi", {"denoiser.follow_scale": True}),
+    "denoiser rate 1e-3": ("jedi", {"denoiser.optimizer.learning_rate": 1e-3}),
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
     "coin: always encoder": ("jedi", {"denoiser.switching": "always_encoder"}),
     "coin: always denoiser": ("jedi", {"denoiser.switching": "always_denoiser"}),
