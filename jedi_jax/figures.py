@@ -21,11 +21,12 @@ def pyplot(path: pathlib.Path) -> Any:
   return plt
 
 
-def save(figure: Any, path: pathlib.Path) -> None:
-  """Writes a figure, closes it and says where it is."""
+def save(figure: Any, *paths: pathlib.Path) -> None:
+  """Writes a figure to files of the formats that their endings name, closes it and says where it is."""
   from matplotlib import pyplot as plt
 
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  for path in paths:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
   plt.close(figure)
-  print(f"written to {path}")
+  print(f"written to {' and '.join(map(str, paths))}")

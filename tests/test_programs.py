@@ -10,8 +10,8 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS = (
-  str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations")
+TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
+  str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
 )
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
@@ -85,6 +85,32 @@ def test_evaluate_the_random_policy(tmp_path):
   summary = json.loads(out.read_text())
   assert (summary["env"], summary["policy"], len(summary["episode_returns"])) == ("catch", "random", 40)
   assert -1 <= summary["mean_return"] < 0.2
+
+
+def test_report(tmp_path):
+  for game, seed, score in (("Pong", 0, 1.0), ("Pong", 1, 2.0), ("Boxing", 0, 50.0)):
+    directory = tmp_path / f"{game}_{seed}"
+    directory.mkdir()
+    result = {
+      "env": f"atari/{game}", "variant": "jedi", "preset": "paper", "seed": seed, "env_steps": 100_000,
+      "episode_returns": [score] * 100, "mean_return": score, "max_episode_steps": 27_000,
+    }  # fmt: skip
+    (directory / "result.json").write_text(json.dumps(result))
+  out = tmp_path / "report"
+  done = command(
+    REPORT, f"--results={tmp_path}/**/result.json", f"--out={out}", "--compare=DIAMOND,JEDI", "--reps=20", "--latex"
+  )
+  assert done.returncode == 0, done.stderr
+  assert "Traceback" not in done.stderr
+  text = (out / "report.md").read_text()
+  assert text.splitlines()[0] == "# Atari 100k"
+  assert "| jedi | 2 | 1 |" in text
+  assert "| DIAMOND | 26 | 5 | 1.459 [" in text
+  assert "jedi: 2 of 26 games" in text
+  assert "left out: Pong 1" in text
+  assert "JEDI: no scores by game are at hand; reported elsewhere: mean_hns 1.45" in text
+  assert "| jedi | DIAMOND |" in text
+  assert {p.name for p in out.iterdir()} >= {"report.md", "report.tex", "scores.csv", "aggregates.csv", "profiles.svg"}
 
 
 def test_diagnose_and_dream(run, snapshot):
@@ -166,6 +192,10 @@ MISTAKES = {
   "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),
   "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
   "ablations without a directory": ([ABLATIONS], ["--out"]),
+  "report nothing": ([REPORT, "--out=new"], ["--results", "--methods"]),
+  "report no files": ([REPORT, "--out=new", "--results=empty/**/result.json"], ["empty", "matches"]),
+  "report of something else": ([REPORT, "--out=new", "--results=file"], ["file", "cannot be read"]),
+  "report beside an unknown method": ([REPORT, "--out=new", "--methods", "--compare=DIAMONT"], ["DIAMONT", "DIAMOND"]),
   "evaluate another checkpoint": ([EVALUATE, "--workdir=taken", "--checkpoint=worst"], ["checkpoint", "worst"]),
 }
 

@@ -1,11 +1,102 @@
-"""Scores of the Atari 100k benchmark, relative to random and human play."""
+"""Scores of the Atari 100k benchmark: normalised, aggregated over runs and games, and beside the published ones.
 
+Aggregates and their intervals are rliable's (Agarwal et al. 2021, arXiv:2108.13264), installed with
+`pip install 'jedi_jax[report]'`. The published scores, with sources and conventions, are in published.json.
+"""
+
+import dataclasses
 import functools
+import importlib
 import importlib.resources
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from jedi_jax.errors import UserError, nearest
+
 _ATARI = "atari/"
+
+METRICS = (
+  "mean",
+  "median",
+  "iqm",
+  "optimality_gap",
+  "har_hns",
+  "superhuman",
+  "agent_optimal",
+  "human_optimal",
+  "asymmetry",
+)
+"""The aggregates of human-normalised scores (HNS).
+
+mean, median, iqm, optimality_gap: as rliable defines them. har_hns: 1 / mean_i(1 / (HNS_i + 0.1)) over games, HNS_i the
+mean over runs. superhuman: games whose mean HNS is at least 1. agent_optimal, human_optimal: means over the 13 games
+where agents of 2020 to 2024 did well against people, and the 13 others. asymmetry: the first less the second.
+"""
+
+LOWER_IS_BETTER = ("optimality_gap", "asymmetry")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Raw scores of one method.
+
+  Attributes:
+    name: of the method.
+    by_game: game to the scores of its runs, or to its one published mean.
+    per_run: whether these are runs. Means and runs are never mixed: the IQM of means is another number.
+    source: where they are from.
+    note: what a reader should know of them.
+    published: aggregates as their authors or others print them, for comparison.
+  """
+
+  name: str
+  by_game: Mapping[str, tuple[float, ...]]
+  per_run: bool
+  source: str = ""
+  note: str = ""
+  published: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+  """A figure and its 95% interval; the interval is None where there are no runs to draw again."""
+
+  value: float
+  low: float | None = None
+  high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregate:
+  """What a method's scores come to.
+
+  Attributes:
+    metrics: `METRICS` to estimates; a metric that needs games that are missing is left out.
+    games: the games that count, in the benchmark's order.
+    missing: the games of the benchmark without a score.
+    runs: runs of each game that count, 1 for published means.
+    left_out: game to the number of runs beyond those, which do not count.
+  """
+
+  metrics: Mapping[str, Estimate]
+  games: tuple[str, ...]
+  missing: tuple[str, ...]
+  runs: int
+  left_out: Mapping[str, int]
+
+  @property
+  def complete(self) -> bool:
+    """Whether every game of the benchmark counts, with the same number of runs."""
+    return not self.missing and not self.left_out
+
+
+def games() -> tuple[str, ...]:
+  """The 26 games of Atari 100k."""
+  return tuple(_published()["games"])
 
 
 def human_normalized_score(env_name: str, score: float) -> float | None:
@@ -18,16 +109,185 @@ def human_normalized_score(env_name: str, score: float) -> float | None:
   Returns:
     The normalised score, or None where it is not defined: Catch, and games outside the 26 of Atari 100k.
   """
-  table = _published()
   game = env_name.removeprefix(_ATARI)
-  if not env_name.startswith(_ATARI) or game not in table["games"]:
+  if not env_name.startswith(_ATARI) or game not in _published()["games"]:
     return None
+  return float(normalize(game, [score])[0])
+
+
+def reference() -> dict[str, dict[str, float]]:
+  """Raw scores of 'random' and 'human' play by game."""
+  return {kind: dict(_published()[kind]) for kind in ("random", "human")}
+
+
+def normalize(game: str, scores: Sequence[float]) -> np.ndarray:
+  """Returns human-normalised scores [runs] float64 of raw ones; `game` is one of `games()`."""
+  table = _published()
   random, human = table["random"][game], table["human"][game]
-  return (score - random) / (human - random)
+  return (np.asarray(scores, np.float64) - random) / (human - random)
+
+
+def published() -> dict[str, Scores]:
+  """Every published method of which scores are at hand, by name."""
+  methods = {}
+  for name, entry in _published()["methods"].items():
+    aggregates = entry.get("published") or entry.get("aggregates_reported") or {}
+    per_run = entry.get("per_run")
+    means = {game: (value,) for game, value in (entry["scores"] or {}).items() if value is not None}
+    methods[name] = Scores(
+      name=name,
+      by_game={game: tuple(values) for game, values in per_run.items()} if per_run else means,
+      per_run=bool(per_run),
+      source=entry.get("per_run_source") or entry["source"],
+      note=entry.get("note", ""),
+      published=aggregates,
+    )
+  return methods
+
+
+def find_published(names: Sequence[str]) -> list[Scores]:
+  """Returns published methods by name.
+
+  Raises:
+    UserError: for an unknown one.
+  """
+  known = published()
+  for name in names:
+    if name not in known:
+      raise UserError(f"unknown method {name!r}{nearest(name, known)}")
+  return [known[name] for name in names]
+
+
+def matrix(scores: Scores) -> tuple[np.ndarray, Aggregate]:
+  """Arranges normalised scores as rliable wants them.
+
+  Args:
+    scores: raw scores; games outside the benchmark do not count.
+
+  Returns:
+    HNS [runs, games] float64, and an `Aggregate` without metrics that says what is in it. Where games have unequal
+    numbers of runs the first ones count, as many as the game with the fewest has.
+
+  Raises:
+    UserError: if no game of the benchmark has a score, or a score is not a finite number.
+  """
+  present = tuple(game for game in games() if scores.by_game.get(game))
+  if not present:
+    raise UserError(f"{scores.name} has no score of any game of Atari 100k")
+  runs = min(len(scores.by_game[game]) for game in present)
+  left_out = {game: len(scores.by_game[game]) - runs for game in present if len(scores.by_game[game]) > runs}
+  hns = np.stack([normalize(game, scores.by_game[game][:runs]) for game in present], axis=1)
+  if not np.all(np.isfinite(hns)):
+    raise UserError(f"{scores.name} has a score that is not a finite number")
+  missing = tuple(game for game in games() if game not in present)
+  return hns, Aggregate({}, present, missing, runs, left_out)
+
+
+def aggregate(scores: Scores, *, reps: int = 2_000, seed: int = 0) -> Aggregate:
+  """Computes all aggregates of a method with stratified bootstrap 95% intervals.
+
+  Args:
+    scores: of the method.
+    reps: bootstrap replications; 0 for no intervals.
+    seed: of the bootstrap.
+
+  Raises:
+    UserError: as `matrix`, or where rliable is not installed.
+  """
+  hns, about = matrix(scores)
+  names = [name for name in METRICS if _needs(name) <= set(about.games)]
+
+  def figures(x: np.ndarray) -> np.ndarray:
+    return np.asarray([_metric(name, x, about.games) for name in names])
+
+  values = figures(hns)
+  low: Sequence[float | None] = [None] * len(names)
+  high: Sequence[float | None] = [None] * len(names)
+  if scores.per_run and about.runs > 1 and reps:
+    library = _rliable("library")
+    # rliable 1.2 draws from NumPy's global generator, whatever `random_state` it is given.
+    before = np.random.get_state()
+    np.random.seed(seed)
+    try:
+      _, intervals = library.get_interval_estimates({scores.name: hns}, figures, reps=reps)
+    finally:
+      np.random.set_state(before)
+    # Har-HNS is not defined where a bootstrapped game lies far below random play: then it has no interval.
+    low, high = ([x if math.isfinite(x) else None for x in row.tolist()] for row in intervals[scores.name])
+  metrics = {name: Estimate(float(v), a, b) for name, v, a, b in zip(names, values, low, high, strict=True)}
+  return dataclasses.replace(about, metrics=metrics)
+
+
+def probability_of_improvement(x: Scores, y: Scores) -> tuple[float, tuple[str, ...]]:
+  """Probability that a run of `x` scores higher than one of `y` on a game, averaged over the games of both.
+
+  Returns:
+    The probability, and the games.
+
+  Raises:
+    UserError: if one of them has no runs, or they share no game.
+  """
+  for scores in (x, y):
+    if not scores.per_run:
+      raise UserError(f"{scores.name} has game means only: a probability of improvement needs runs")
+  shared = tuple(game for game in games() if x.by_game.get(game) and y.by_game.get(game))
+  if not shared:
+    raise UserError(f"{x.name} and {y.name} share no game")
+  metrics = _rliable("metrics")
+  each = [
+    metrics.probability_of_improvement(
+      normalize(game, x.by_game[game])[:, None], normalize(game, y.by_game[game])[:, None]
+    )
+    for game in shared
+  ]
+  return float(np.mean(each)), shared
+
+
+def performance_profile(scores: Scores, thresholds: Sequence[float]) -> np.ndarray:
+  """Share of runs and games with an HNS above each threshold, [len(thresholds)] float64."""
+  hns, _ = matrix(scores)
+  return np.mean(hns[None] > np.asarray(thresholds, np.float64)[:, None, None], axis=(1, 2))
+
+
+def partition() -> dict[str, tuple[str, ...]]:
+  """The games by group: 'agent_optimal' and 'human_optimal', 13 each."""
+  table = _published()["partition"]
+  return {name: tuple(table[name]) for name in ("agent_optimal", "human_optimal")}
+
+
+def _needs(metric: str) -> set[str]:
+  """Games without which a metric would be another one."""
+  groups = partition()
+  if metric == "asymmetry":
+    return set(games())
+  return set(groups.get(metric, ()))
+
+
+def _metric(name: str, hns: np.ndarray, present: Sequence[str]) -> float:
+  if name in ("mean", "median", "iqm", "optimality_gap"):
+    return float(getattr(_rliable("metrics"), f"aggregate_{name}")(hns))
+  means = hns.mean(axis=0)
+  if name == "har_hns":
+    return float(1.0 / np.mean(1.0 / (means + 0.1))) if np.all(means > -0.1) else math.nan
+  if name == "superhuman":
+    return float(np.sum(means >= 1.0 - 1e-9))
+  by_game = dict(zip(present, means, strict=True))
+
+  def mean_of(group: str) -> float:
+    return float(np.mean([by_game[game] for game in partition()[group]]))
+
+  return mean_of("agent_optimal") - mean_of("human_optimal") if name == "asymmetry" else mean_of(name)
+
+
+def _rliable(module: str) -> Any:
+  try:
+    return importlib.import_module(f"rliable.{module}")
+  except ImportError:
+    raise UserError("aggregates need rliable: pip install 'jedi_jax[report]'") from None
 
 
 @functools.cache
 def _published() -> dict[str, Any]:
-  """`published.json`: `games`, their `random` and `human` scores, and the `source` of those."""
+  """`published.json`: `games`, their `random` and `human` scores, the `partition`, `methods`, and the sources."""
   text = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json").read_text(encoding="utf-8")
   return json.loads(text)

@@ -1,0 +1,108 @@
+"""Turns result.json files into the tables and figures of a paper, beside published methods.
+
+  python experiments/report.py --results='runs/**/result.json' --out=report --compare=DIAMOND,IRIS
+  python experiments/report.py --methods --out=report
+
+Writes report.md, scores.csv, aggregates.csv, aggregates.json, figures as PNG and SVG, and with --latex report.tex.
+Games and runs that are missing are named in the report and never filled in. docs/evaluation.md tells the conventions.
+"""
+
+import glob
+import pathlib
+
+from absl import flags
+
+import jedi_jax
+from jedi_jax import runtime, workdir
+from jedi_jax.evaluation import report
+from jedi_jax.evaluation import scores as scores_lib
+
+_RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
+_OUT = flags.DEFINE_string("out", None, "Directory of the report.")
+_COMPARE = flags.DEFINE_list("compare", [], "Published methods to set beside; --methods lists them.")
+_METHODS = flags.DEFINE_bool("methods", False, "Reports all published methods.")
+_REPS = flags.DEFINE_integer("reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0)
+_LATEX = flags.DEFINE_bool("latex", False, "Writes report.tex as well.")
+
+
+def main() -> None:
+  """Reads the flags and the results, and writes the report."""
+  if not _RESULTS.value and not _METHODS.value:
+    raise jedi_jax.UserError("nothing to report: name --results, or --methods for the published ones")
+  if not _OUT.value:
+    raise jedi_jax.UserError("--out is missing: name a directory")
+  out = pathlib.Path(_OUT.value)
+  paths = sorted({pathlib.Path(path) for pattern in _RESULTS.value for path in glob.glob(pattern, recursive=True)})
+  if _RESULTS.value and not paths:
+    raise jedi_jax.UserError(f"no file matches {', '.join(_RESULTS.value)}")
+  runs = [report.read_run(path) for path in paths]
+  methods, notes = report.collect(runs)
+  compared = scores_lib.published() if _METHODS.value else {}
+  compared |= {method.name: method for method in scores_lib.find_published(_COMPARE.value)}
+  for name, method in compared.items():
+    if not method.by_game:
+      figures = ", ".join(f"{what} {value}" for what, value in method.published.items())
+      notes.append(f"{name}: no scores by game are at hand; reported elsewhere: {figures} ({method.source}).")
+    elif name in methods:
+      raise jedi_jax.UserError(f"{name} is both a method of --results and of --compare")
+    else:
+      methods[name] = method
+  if not methods:
+    raise jedi_jax.UserError("no result is of a game of Atari 100k")
+
+  aggregates = {
+    name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()
+  }
+  for name, aggregate in aggregates.items():
+    notes += report.describe_gaps(name, aggregate)
+  table, games = report.aggregate_table(methods, aggregates), report.game_table(methods)
+  parts = [
+    "# Atari 100k",
+    "",
+    f"Human-normalised scores; 95% intervals by stratified bootstrap over runs ({_REPS.value:,} replications).",
+    "",
+    report.markdown(table),
+    "",
+    "## What to know",
+    "",
+    report.notes_text(notes),
+    "",
+    *_improvement(methods, [method for method in methods if method not in compared]),
+    "## Raw scores",
+    "",
+    report.markdown(games),
+    "",
+    "## Sources",
+    "",
+    report.notes_text(report.sources(methods) or ["All scores are of the runs given."]),
+    "",
+  ]
+  report.write_text(out / "report.md", "\n".join(parts))
+  report.write_text(out / "scores.csv", report.scores_csv(methods))
+  report.write_text(out / "aggregates.csv", report.aggregates_csv(aggregates))
+  workdir.write_json(out / "aggregates.json", report.to_json(aggregates))
+  if _LATEX.value:
+    report.write_text(out / "report.tex", report.latex(table) + "\n\n" + report.latex(games) + "\n")
+  print(report.markdown(table))
+  print(report.notes_text(notes))
+  report.draw_aggregates(aggregates, out / "aggregates.png")
+  report.draw_profiles(methods, out / "profiles.png")
+  report.draw_asymmetry(aggregates, out / "asymmetry.png")
+  report.draw_curves(runs, out / "curves.png")
+  print(f"written to {out / 'report.md'}")
+
+
+def _improvement(methods: dict[str, scores_lib.Scores], ours: list[str]) -> list[str]:
+  """Lines that give the probability of improvement of each of our methods over every other."""
+  rows = [["X", "Y", "P(X > Y)", "games"]]
+  for x in ours:
+    for y, other in methods.items():
+      if y != x and other.per_run:
+        probability, shared = scores_lib.probability_of_improvement(methods[x], other)
+        rows.append([x, y, f"{probability:.3f}", str(len(shared))])
+  return ["## Probability of improvement", "", report.markdown(rows), ""] if len(rows) > 1 else []
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

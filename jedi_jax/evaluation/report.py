@@ -1,0 +1,371 @@
+"""From result.json files to the tables and figures of a paper."""
+
+import csv
+import dataclasses
+import io
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jedi_jax import figures, workdir
+from jedi_jax.errors import UserError
+from jedi_jax.evaluation import scores as scores_lib
+from jedi_jax.evaluation.scores import METRICS, Aggregate, Estimate, Scores
+
+PROTOCOL = {"env_steps": 100_000, "games": 100, "max_episode_steps": 27_000}
+"""What a result of the benchmark has; others are reported."""
+
+LABELS = {
+  "mean": "Mean",
+  "median": "Median",
+  "iqm": "IQM",
+  "optimality_gap": "Optimality gap",
+  "har_hns": "Har-HNS",
+  "superhuman": "Superhuman games",
+  "agent_optimal": "Agent-Optimal mean",
+  "human_optimal": "Human-Optimal mean",
+  "asymmetry": "Asymmetry",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One result.json.
+
+  Attributes:
+    path: of the file.
+    method: what it counts under: the variant, with the preset if that is not `paper`.
+    game: such as 'Breakout', or the whole name of an environment that is no plain Atari game.
+    seed: of the run.
+    score: mean return of the final games.
+    env_steps: environment steps.
+    games: final games.
+    max_episode_steps: their time limit.
+    curve: (environment steps, frames, mean return) of every evaluation during training, from metrics.jsonl.
+  """
+
+  path: pathlib.Path
+  method: str
+  game: str
+  seed: int
+  score: float
+  env_steps: int
+  games: int
+  max_episode_steps: int
+  curve: tuple[tuple[int, int, float], ...]
+
+
+def read_run(path: pathlib.Path) -> Run:
+  """Reads a result.json, and the metrics.jsonl beside it where there is one.
+
+  Raises:
+    UserError: if the file cannot be read or is no result.
+  """
+  result = workdir.read_json(path)
+  try:
+    env, variant, preset = (str(result[name]) for name in ("env", "variant", "preset"))
+    score = float(result["mean_return"])
+    run = Run(
+      path=path,
+      method=variant if preset == "paper" else f"{variant} ({preset})",
+      game=env.removeprefix("atari/"),
+      seed=int(result["seed"]),
+      score=score,
+      env_steps=int(result["env_steps"]),
+      games=len(result["episode_returns"]),
+      max_episode_steps=int(result["max_episode_steps"]),
+      curve=_curve(path.with_name("metrics.jsonl")),
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {error})") from None
+  if not math.isfinite(score):
+    raise UserError(f"{path} has a mean return of {score}")
+  return run
+
+
+def _curve(path: pathlib.Path) -> tuple[tuple[int, int, float], ...]:
+  if not path.exists():
+    return ()
+  records = [record for record in workdir.read_metrics(path) if "evaluation/return" in record]
+  return tuple((int(r["env_steps"]), int(r["frames"]), float(r["evaluation/return"])) for r in records)
+
+
+def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
+  """Groups runs by method.
+
+  Returns:
+    The methods by name, with runs in the order of their seeds, and a sentence for everything that a reader of the
+    figures must know: environments that do not count, games and seeds that are missing, other protocols.
+
+  Raises:
+    UserError: if two runs have the same method, game and seed.
+  """
+  known = set(scores_lib.games())
+  seen: dict[tuple[str, str, int], pathlib.Path] = {}
+  grouped: dict[str, dict[str, list[Run]]] = {}
+  notes = []
+  for run in sorted(runs, key=lambda run: (run.method, run.game, run.seed)):
+    key = (run.method, run.game, run.seed)
+    if key in seen:
+      raise UserError(f"{seen[key]} and {run.path} are both {run.method} on {run.game} with seed {run.seed}: drop one")
+    seen[key] = run.path
+    if run.game in known:
+      grouped.setdefault(run.method, {}).setdefault(run.game, []).append(run)
+    else:
+      notes.append(f"{run.method}: {run.game}, seed {run.seed}, is no game of Atari 100k and does not count.")
+  for name, wanted in PROTOCOL.items():
+    others = sorted({getattr(run, name) for run in runs if run.game in known} - {wanted})
+    if others:
+      notes.append(f"Not the benchmark's protocol: {name} is {', '.join(map(str, others))} instead of {wanted}.")
+  methods = {
+    method: Scores(method, {game: tuple(run.score for run in some) for game, some in by_game.items()}, per_run=True)
+    for method, by_game in grouped.items()
+  }
+  return methods, notes
+
+
+def describe_gaps(name: str, aggregate: Aggregate) -> list[str]:
+  """Says which games and runs do not count in an aggregate."""
+  notes = []
+  if aggregate.missing:
+    notes.append(
+      f"{name}: {len(aggregate.games)} of 26 games; without {', '.join(aggregate.missing)}. "
+      "Its aggregates are over the games that are there and compare with nothing else."
+    )
+  if aggregate.left_out:
+    extra = ", ".join(f"{game} {count}" for game, count in aggregate.left_out.items())
+    notes.append(
+      f"{name}: games have unequal numbers of runs; the first {aggregate.runs} of each count, "
+      f"these are left out: {extra}."
+    )
+  return notes
+
+
+def aggregate_table(methods: Mapping[str, Scores], aggregates: Mapping[str, Aggregate]) -> list[list[str]]:
+  """Rows of text: a header, then a method a row with its games, runs and metrics."""
+  rows = [["method", "games", "runs", *(LABELS[metric] for metric in METRICS)]]
+  for name, aggregate in aggregates.items():
+    cells = [_cell(aggregate.metrics.get(metric)) for metric in METRICS]
+    runs = str(aggregate.runs) if methods[name].per_run else "means"
+    rows.append([name, str(len(aggregate.games)), runs, *cells])
+  return rows
+
+
+def game_table(methods: Mapping[str, Scores]) -> list[list[str]]:
+  """Rows of text: a header, then a game a row with random, human and each method's mean raw score."""
+  rows = [["game", "random", "human", *methods]]
+  reference = scores_lib.reference()
+  for game in scores_lib.games():
+    cells = []
+    for method in methods.values():
+      values = method.by_game.get(game)
+      cells.append(f"{np.mean(values):.1f}" if values else "-")
+    rows.append([game, *(f"{reference[kind][game]:.1f}" for kind in ("random", "human")), *cells])
+  return rows
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+  """Formats rows as a Markdown table."""
+  lines = ["| " + " | ".join(row) + " |" for row in rows]
+  return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def latex(rows: Sequence[Sequence[str]]) -> str:
+  """Formats rows as a LaTeX tabular (package booktabs)."""
+  body = [" & ".join(cell.replace("_", r"\_").replace("%", r"\%") for cell in row) + r" \\" for row in rows]
+  columns = "l" + "r" * (len(rows[0]) - 1)
+  return "\n".join(
+    [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}"]
+  )
+
+
+def scores_csv(methods: Mapping[str, Scores]) -> str:
+  """Every score: method, game, run (its place, or 'mean'), raw score and human-normalised score."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["method", "game", "run", "score", "human_normalized_score"])
+  for name, method in methods.items():
+    for game in scores_lib.games():
+      values = method.by_game.get(game, ())
+      for i, (raw, hns) in enumerate(zip(values, scores_lib.normalize(game, values), strict=True)):
+        writer.writerow([name, game, i if method.per_run else "mean", raw, float(hns)])
+  return text.getvalue()
+
+
+def aggregates_csv(aggregates: Mapping[str, Aggregate]) -> str:
+  """Every aggregate: method, metric, value and the bounds of its interval."""
+  text = io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["method", "metric", "value", "low", "high"])
+  for name, aggregate in aggregates.items():
+    for metric, estimate in aggregate.metrics.items():
+      writer.writerow([name, metric, *("" if x is None else x for x in dataclasses.astuple(estimate))])
+  return text.getvalue()
+
+
+def _cell(estimate: Estimate | None) -> str:
+  if estimate is None:
+    return "-"
+  if estimate.low is None or estimate.high is None:
+    return f"{estimate.value:.3f}"
+  return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+# ---- Figures ----
+
+
+def _color(index: int, count: int) -> str | tuple[float, float, float, float]:
+  """One of ten strong colours, or of twenty where there are more lines."""
+  if count <= 10:
+    return f"C{index}"
+  import matplotlib as mpl
+
+  return mpl.colormaps["tab20"](index % 20)
+
+
+def _label(name: str, aggregate: Aggregate) -> str:
+  """A method's name, with what keeps its figures from comparing with others."""
+  remarks = [f"{len(aggregate.games)} games"] if aggregate.missing else []
+  remarks += ["means"] if aggregate.metrics["iqm"].low is None else []
+  return f"{name} ({', '.join(remarks)})" if remarks else name
+
+
+def draw_aggregates(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> None:
+  """Draws median, IQM, mean and optimality gap with their intervals, a method a row."""
+  plt = figures.pyplot(path)
+  if plt is None:
+    return
+  metrics = ("median", "iqm", "mean", "optimality_gap")
+  figure, axes = plt.subplots(
+    1, len(metrics), figsize=(2.6 * len(metrics), 0.35 * len(aggregates) + 1.1), layout="constrained", sharey=True
+  )
+  names = list(aggregates)
+  for ax, metric in zip(axes, metrics, strict=True):
+    for row, name in enumerate(names):
+      estimate = aggregates[name].metrics[metric]
+      color = _color(row, len(aggregates))
+      if estimate.low is not None and estimate.high is not None:
+        ax.barh(row, estimate.high - estimate.low, left=estimate.low, height=0.55, color=color, alpha=0.6)
+      ax.plot([estimate.value] * 2, [row - 0.3, row + 0.3], color="black", linewidth=1.5)
+    better = "lower" if metric in scores_lib.LOWER_IS_BETTER else "higher"
+    ax.set_title(f"{LABELS[metric]} ({better} is better)", fontsize=9)
+    ax.grid(axis="x", alpha=0.3)
+    ax.tick_params(labelsize=8)
+  axes[0].set_yticks(range(len(names)), [_label(name, aggregates[name]) for name in names])
+  axes[0].invert_yaxis()
+  figure.supxlabel("human-normalised score", fontsize=9)
+  figures.save(figure, path, path.with_suffix(".svg"))
+
+
+def draw_profiles(methods: Mapping[str, Scores], path: pathlib.Path) -> None:
+  """Draws the share of runs above each score, for the methods with runs."""
+  plt = figures.pyplot(path)
+  if plt is None:
+    return
+  figure, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+  thresholds = np.linspace(0, 4, 161)
+  for row, (name, method) in enumerate(methods.items()):
+    if method.per_run:
+      ax.plot(
+        thresholds,
+        scores_lib.performance_profile(method, thresholds.tolist()),
+        label=name,
+        color=_color(row, len(methods)),
+      )
+  ax.set(
+    xlabel="human-normalised score \u03c4", ylabel="share of runs with a score above \u03c4", ylim=(0, 1), xlim=(0, 4)
+  )
+  ax.axvline(1, color="gray", linewidth=0.8, linestyle=":")
+  ax.grid(alpha=0.3)
+  ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+  figures.save(figure, path, path.with_suffix(".svg"))
+
+
+def draw_asymmetry(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> None:
+  """Draws each method's mean on the Human-Optimal games against that on the Agent-Optimal ones."""
+  complete = {name: a for name, a in aggregates.items() if "asymmetry" in a.metrics}
+  plt = figures.pyplot(path) if complete else None
+  if plt is None:
+    return
+  figure, ax = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+  for row, (name, aggregate) in enumerate(complete.items()):
+    x, y = aggregate.metrics["agent_optimal"], aggregate.metrics["human_optimal"]
+    color = _color(row, len(aggregates))
+    if x.low is not None and x.high is not None and y.low is not None and y.high is not None:
+      bars = {"xerr": [[x.value - x.low], [x.high - x.value]], "yerr": [[y.value - y.low], [y.high - y.value]]}
+      ax.errorbar(x.value, y.value, **bars, color=color, linewidth=1)
+    ax.plot(x.value, y.value, "o", color=color, label=name)
+  ax.set(xlabel="mean on Agent-Optimal games", ylabel="mean on Human-Optimal games")
+  ax.grid(alpha=0.3)
+  ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+  figures.save(figure, path, path.with_suffix(".svg"))
+
+
+def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
+  """Draws the evaluations during training, a game a panel and a run a line, in steps below and frames above."""
+  with_curves = [run for run in runs if run.curve]
+  plt = figures.pyplot(path) if with_curves else None
+  if plt is None:
+    return
+  names = sorted({run.game for run in with_curves})
+  methods = sorted({run.method for run in with_curves})
+  columns = min(4, len(names))
+  rows = -(-len(names) // columns)
+  figure, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.6 * rows), layout="constrained", squeeze=False)
+  for ax in axes.flat[len(names) :]:
+    ax.set_visible(False)
+  for ax, game in zip(axes.flat, names, strict=False):
+    labelled: set[str] = set()
+    for run in (run for run in with_curves if run.game == game):
+      steps, frames, returns = zip(*run.curve, strict=True)
+      color = _color(methods.index(run.method), len(methods))
+      label = None if run.method in labelled else run.method
+      labelled.add(run.method)
+      ax.plot(steps, returns, color=color, alpha=0.8, linewidth=1.2, marker=".", label=label)
+      ratio = frames[-1] / max(steps[-1], 1)
+    ax.set_title(game, fontsize=9)
+    ax.tick_params(labelsize=7)
+    ax.grid(alpha=0.3)
+    if ratio > 1:
+      above = ax.secondary_xaxis("top", functions=(lambda x, r=ratio: x * r, lambda x, r=ratio: x / r))
+      above.tick_params(labelsize=6)
+  axes.flat[0].legend(fontsize=7)
+  figure.supxlabel("environment steps (above: frames)", fontsize=9)
+  figure.supylabel("mean return", fontsize=9)
+  figures.save(figure, path, path.with_suffix(".svg"))
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file of the report.
+
+  Raises:
+    UserError: if it cannot be written.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  except OSError as error:
+    raise UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+def notes_text(notes: Sequence[str]) -> str:
+  """Formats what a reader must know as a Markdown list."""
+  return "\n".join(f"- {note}" for note in notes) if notes else "- Every game and run counts."
+
+
+def sources(methods: Mapping[str, Scores]) -> list[str]:
+  """Where the published scores among them are from, and what is odd about them."""
+  lines: list[str] = []
+  for name, method in methods.items():
+    if method.source:
+      what = "runs" if method.per_run else "game means: no intervals, an IQM that does not compare with that of runs"
+      lines.append(f"{name}: {method.source} ({what}). {method.note}".strip())
+  return lines
+
+
+def to_json(aggregates: Mapping[str, Aggregate]) -> dict[str, Any]:
+  """Returns the aggregates as JSON values."""
+  return {name: dataclasses.asdict(aggregate) for name, aggregate in aggregates.items()}
