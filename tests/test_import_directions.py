@@ -26,6 +26,7 @@ ALLOWED = {
   "evaluation/report.py": {"errors", "evaluation", "figures", "workdir"},
   "runtime.py": {"errors"},
   "figures.py": set(),
+  "sweeping.py": {"errors", "config", "workdir", "evaluation"},
   "telemetry.py": {"errors"},
   "checkpoint.py": {"errors"},
   "workdir.py": {"types", "errors", "config", "version"},
@@ -80,8 +81,8 @@ READERS = {
   "psum": {"training/parallel.py"},
   "axis_index": {"training/parallel.py"},
   "shard_map": {"training/parallel.py"},
-  # One place composes by variant; configuration checks it; the loop and the diagnosis report it.
-  "variant": {"config.py", "models/variants.py", "training/loop.py", "inspection/diagnosis.py"},
+  # One place composes by variant; configuration checks it; what plans and reports runs names it.
+  "variant": {"config.py", "models/variants.py", "training/loop.py", "inspection/diagnosis.py", "sweeping.py"},
 }
 
 

@@ -1,0 +1,84 @@
+"""Runs many games, seeds and variants: plans them, skips what is finished, continues what was interrupted.
+
+  python experiments/sweep.py --games=atari100k --seeds=5 --variants=jedi --out=runs/sweep --dry_run
+  python experiments/sweep.py --games=Pong,Boxing --seeds=2 --preset=cpu --out=runs/sweep
+
+Every run is one `experiments/train.py` with a workdir of its own, <out>/<variant>/<game>/seed_<n>, and can be looked
+at, evaluated and continued like any other. The same command again goes on where a sweep was killed. With
+--launcher=slurm the runs become one array job (needs submitit). A table tells the state of every run, its return so far
+and what is left.
+"""
+
+import pathlib
+import sys
+import time
+
+from absl import flags
+
+import jedi_jax
+from jedi_jax import config as config_lib
+from jedi_jax import runtime, sweeping
+
+_GAMES = flags.DEFINE_list("games", ["atari100k"], "Games such as Pong, whole names such as catch, or atari100k.")
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1)
+_VARIANTS = flags.DEFINE_list("variants", ["jedi"], f"World models: {', '.join(config_lib.VARIANTS)}.")
+_PRESET = flags.DEFINE_string("preset", "paper", "Preset of all runs.")
+_SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
+_OUT = flags.DEFINE_string("out", None, "Directory of the runs.")
+_WORKERS = flags.DEFINE_integer(
+  "workers", 1, "Runs side by side on this machine, or jobs at once of the array.", lower_bound=1
+)
+_HOURS = flags.DEFINE_float(
+  "hours_per_run", 0.0, "Hours of one run, for the projection; 0 to take what runs here took.", lower_bound=0.0
+)
+_DRY = flags.DEFINE_bool("dry_run", False, "Prints the plan and its projected hours, and runs nothing.")
+_LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the runs go.")
+_SLURM = flags.DEFINE_multi_string("slurm", [], "Parameter of the array job, as in --slurm=slurm_partition=gpu.")
+_INTERVAL = flags.DEFINE_float("interval", 30.0, "Seconds between tables.", lower_bound=0.1)
+
+
+def main() -> None:
+  """Reads the flags, plans and runs."""
+  if not _OUT.value:
+    raise jedi_jax.UserError("--out is missing: name a directory")
+  plan = sweeping.plan(
+    pathlib.Path(_OUT.value),
+    games=_GAMES.value,
+    seeds=_SEEDS.value,
+    variants=_VARIANTS.value,
+    preset=_PRESET.value,
+    overrides=_SET.value,
+  )
+  states = [sweeping.look(run) for run in plan]
+  print(sweeping.table(states))
+  print(sweeping.projection(states, workers=_WORKERS.value, hours_per_run=_HOURS.value))
+  left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
+  if _DRY.value or not left:
+    return
+  train = pathlib.Path(__file__).with_name("train.py")
+  if _LAUNCHER.value == "slurm":
+    parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
+    job = sweeping.submit(
+      left, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters
+    )
+    print(f"submitted {len(left)} runs as array job {job}; give the same command with --dry_run to see how they stand")
+    return
+  pool = sweeping.Pool(left, train, workers=_WORKERS.value)
+  try:
+    while pool.step():
+      time.sleep(min(_INTERVAL.value, 1.0))
+      if pool.due(_INTERVAL.value):
+        print(sweeping.table([sweeping.look(run) for run in plan]), flush=True)
+  finally:
+    pool.stop()
+  states = [sweeping.look(run) for run in plan]
+  print(sweeping.table(states))
+  failed = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
+  for run in failed:
+    print(f"not finished: {run.workdir}; see {run.log}", file=sys.stderr)
+  if failed:
+    raise jedi_jax.UserError(f"{len(failed)} of {len(plan)} runs did not finish; the same command continues them")
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

@@ -1,0 +1,170 @@
+import json
+import pathlib
+import sys
+import textwrap
+import time
+
+import pytest
+
+from jedi_jax import sweeping, workdir
+from jedi_jax.errors import UserError
+from jedi_jax.sweeping import RunState
+
+# Stands in for experiments/train.py: as many seconds as told, then the files of a run.
+TRAIN = """
+import json, pathlib, sys, time
+flags = dict(text[2:].split("=", 1) for text in sys.argv[1:] if text.startswith("--"))
+from jedi_jax import envs, workdir
+from jedi_jax.config import make_config
+config = make_config(
+  env=flags["env"], variant=flags["variant"], preset=flags["preset"], seed=int(flags["seed"]),
+  overrides=[text[6:] for text in sys.argv[1:] if text.startswith("--set=")],
+)
+run = workdir.prepare(flags["workdir"], config, envs.spec(config.env.name))
+half = {"epoch": 1, "env_steps": 60, "collect/return": -1.0, "time/total_seconds": 30.0}
+if not run.metrics.exists():
+  run.metrics.write_text(json.dumps(half) + "\\n")
+  time.sleep(SECONDS)
+if config.seed == BAD:
+  sys.exit("broken")
+workdir.write_json(run.result, {"mean_return": float(config.seed), "seconds": 60.0})
+"""
+
+
+@pytest.fixture
+def train(tmp_path):
+  def make(seconds=0.0, bad=-1):
+    path = tmp_path / "train.py"
+    path.write_text(textwrap.dedent(TRAIN).replace("SECONDS", str(seconds)).replace("BAD", str(bad)))
+    return path
+
+  return make
+
+
+def make_plan(out, **changes):
+  arguments = {"games": ["catch"], "seeds": 2, "variants": ["jedi"], "preset": "debug", "overrides": []}
+  return sweeping.plan(out, **{**arguments, **changes})
+
+
+def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
+  plan = make_plan(
+    tmp_path, games=["Pong", "catch", "Pong"], variants=["jedi", "diamond"], overrides=["actor_critic.horizon=3"]
+  )
+  assert [run.workdir.relative_to(tmp_path).as_posix() for run in plan] == [
+    f"{variant}/{game}/seed_{seed}" for seed in (0, 1) for variant in ("jedi", "diamond") for game in ("Pong", "catch")
+  ]
+  assert all(run.config.actor_critic.horizon == 3 for run in plan)
+  assert len({run.log for run in plan}) == len(plan)
+  command = plan[0].command(pathlib.Path("train.py"))
+  assert command[:2] == [sys.executable, "train.py"]
+  assert {"--env=atari/Pong", "--variant=jedi", "--seed=0", "--set=actor_critic.horizon=3"} < set(command)
+
+
+def test_atari100k_is_its_games(tmp_path):
+  plan = make_plan(tmp_path, games=["atari100k"], seeds=5, preset="paper")
+  assert len(plan) == 130
+  assert len({run.config.env.name for run in plan}) == 26
+
+
+@pytest.mark.parametrize("changes", [
+  {"games": ["Pomg"]}, {"variants": ["jedy"]}, {"preset": "papr"}, {"games": []}, {"overrides": ["horizon=3"]},
+])  # fmt: skip
+def test_plans_that_cannot_be_are_refused(tmp_path, changes):
+  with pytest.raises(UserError):
+    make_plan(tmp_path, **changes)
+
+
+def finish(plan, train, workers=1):
+  pool = sweeping.Pool(plan, train, workers=workers)
+  most = 0
+  while pool.step():
+    most = max(most, len(pool._running))
+    time.sleep(0.05)
+  return most
+
+
+def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
+  plan = make_plan(tmp_path / "out", seeds=3)
+  assert [sweeping.look(run).name for run in plan] == ["waiting"] * 3
+  assert finish(plan, train(), workers=2) == 2
+  states = [sweeping.look(run) for run in plan]
+  assert [(state.name, state.progress, state.return_, state.seconds) for state in states] == [
+    ("finished", 1.0, 0.0, 60.0), ("finished", 1.0, 1.0, 60.0), ("finished", 1.0, 2.0, 60.0)
+  ]  # fmt: skip
+  assert sweeping.table(states).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
+
+
+def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
+  plan = make_plan(tmp_path / "out")
+  slow = train(seconds=100)
+  pool = sweeping.Pool(plan, slow, workers=1)
+  pool.step()
+  while sweeping.look(plan[0]).progress == 0:
+    time.sleep(0.05)
+  states = [sweeping.look(run) for run in plan]
+  assert [(state.name, state.progress, state.return_) for state in states] == [
+    ("begun", 0.5, -1.0),
+    ("waiting", 0.0, None),
+  ]
+  assert sweeping.table(states).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
+  pool.stop()
+  assert not pool._running
+  finish(plan, train())  # What is there is not done again: the fake sleeps only where nothing has begun.
+  assert [sweeping.look(run).name for run in plan] == ["finished", "finished"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, train):
+  plan = make_plan(tmp_path / "out", seeds=3)
+  finish(plan, train(bad=1))
+  assert [sweeping.look(run).name for run in plan] == ["finished", "begun", "finished"]
+  assert "broken" in plan[1].log.read_text()
+
+
+def test_runs_of_another_configuration_are_refused(tmp_path, train):
+  finish(make_plan(tmp_path / "out", seeds=1), train())
+  with pytest.raises(UserError, match="horizon"):
+    sweeping.look(make_plan(tmp_path / "out", overrides=["actor_critic.horizon=3"])[0])
+
+
+def test_projections_by_hand(tmp_path):
+  runs = make_plan(tmp_path, seeds=4)
+  done, half, new = (lambda run: RunState(run, "finished", 1.0, 1.0, 7200.0)), 0.5, 0.0
+  states = [
+    done(runs[0]),
+    RunState(runs[1], "begun", half, None, 10.0),
+    *(RunState(r, "waiting", new, None, 0.0) for r in runs[2:]),
+  ]
+  # Two hours a run: 2.5 runs of work, two at a time.
+  assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweeping.projection(states, workers=2)
+  # However many at a time, the longest takes two hours.
+  assert "about 2.0 h with 8" in sweeping.projection(states, workers=8)
+  assert "about 1.2 h with 2" in sweeping.projection(states, workers=2, hours_per_run=1.0)
+  assert "how long is known when" in sweeping.projection(states[1:], workers=1)
+  assert sweeping.projection(states[:1], workers=1) == "1 runs, 1 finished, 0 left"
+
+
+def test_an_array_job(tmp_path, train):
+  pytest.importorskip("submitit")
+  plan = make_plan(tmp_path / "out")
+  jobs = sweeping.submit(plan, train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
+  assert len(jobs.split(", ")) == 2
+  deadline = time.monotonic() + 120
+  while any(sweeping.look(run).name != "finished" for run in plan):
+    assert time.monotonic() < deadline, [p.read_text() for p in (tmp_path / "slurm").glob("*.err")]
+    time.sleep(0.2)
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, train):
+  pytest.importorskip("submitit")
+  with pytest.raises(UserError, match="could not be submitted"):
+    sweeping.submit(make_plan(tmp_path / "out"), train(), tmp_path / "slurm", workers=1, parameters={})
+
+
+def test_a_damaged_result_is_one_line(tmp_path, train):
+  plan = make_plan(tmp_path / "out", seeds=1)
+  finish(plan, train())
+  (plan[0].workdir / "result.json").write_text("{")
+  with pytest.raises(UserError, match=r"result\.json"):
+    sweeping.look(plan[0])
+  assert json.loads((plan[0].workdir / "config.json").read_text())
+  assert workdir.read(plan[0].workdir).config == plan[0].config
