@@ -2,8 +2,9 @@
 
   python benchmarks/learning.py --name=catch --runs='runs/catch/seed_*' --random=runs/catch/random.json
 
-Writes benchmarks/results/learning/<name>.json (each run's command, final games, curve and seconds) and <name>.png, and
-prints a Markdown table. --random is what experiments/evaluate.py --random wrote.
+Writes benchmarks/results/learning/<name>.json (each run's command, final games, curve and seconds, and what
+experiments/diagnose.py found if it was run) and <name>.png, and prints a Markdown table. --random is what
+experiments/evaluate.py --random wrote.
 """
 
 import glob
@@ -33,7 +34,10 @@ def main() -> None:
   if _RANDOM.value:
     rows.append({"run": "random policy", **_games(workdir.read_json(pathlib.Path(_RANDOM.value)))})
   written = record.write(f"learning/{_NAME.value}", rows, started=record.machine())
-  print(record.table(rows, ["run", "env_steps", "mean_return", "interval", "games", "seconds"]))
+  columns = ["run", "env_steps", "mean_return", "interval", "games", "seconds"]
+  if any("latent_std" in row for row in rows):
+    columns += ["latent_std", "error_first", "copying_first", "error_last", "copying_last", "f1_real", "f1_imagined"]
+  print(record.table(rows, columns))
   print(f"written to {written}")
   _draw(rows, written.with_suffix(".png"))
 
@@ -66,13 +70,33 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   records = workdir.read_metrics(run.metrics)
   names = ("env_steps", "evaluation/return", "collect/return", "actor_critic/imagined_return", "time/total_seconds")
   return {
-    "run": f"seed {config.seed}",
+    "run": path.name,
     "command": " ".join(command),
     "env_steps": result["env_steps"],
     "updates": result["updates"],
     "seconds": round(result["seconds"]),
     **_games(result),
+    **_world_model(run.diagnosis),
     "curve": {name: [line.get(name) for line in records] for name in names},
+  }
+
+
+def _world_model(path: pathlib.Path) -> dict[str, Any]:
+  """The world model's figures of experiments/diagnose.py, where it was run."""
+  if not path.exists():
+    return {}
+  found = workdir.read_json(path)
+  loop, classes = found["open_loop"], found["rewards_ends"]
+  return {
+    "latent_std": found["latents"]["latent_std"],
+    "error_first": loop["error"][0],
+    "copying_first": loop["copying"][0],
+    "error_last": loop["error"][-1],
+    "copying_last": loop["copying"][-1],
+    "f1_real": classes["on_real"]["f1"],
+    "f1_imagined": classes["in_imagination"]["f1"],
+    "value_correlation": found["value"]["correlation"],
+    "weakest": found["weakest"],
   }
 
 
