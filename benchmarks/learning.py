@@ -49,7 +49,7 @@ def _games(result: dict[str, Any]) -> dict[str, Any]:
   mean = result["mean_return"]
   return {
     "mean_return": mean,
-    "interval": f"{mean - half:.2f} to {mean + half:.2f}",
+    "interval": f"{mean - half:.2f} to {mean + half:.2f}" if len(returns) > 1 else "-",
     "games": len(returns),
     "returns": returns,
   }
