@@ -82,12 +82,8 @@ def switch(mode: str, key: Array, count: Array) -> Array:
 
 def diffusion(
   codec: Codec,
+  network: InnerNetwork,
   *,
-  num_actions: int,
-  channels: Sequence[int],
-  depths: Sequence[int],
-  attention: Sequence[bool],
-  conditioning_width: int,
   conditioning_frames: int,
   targets: int,
   switching: str,
@@ -102,8 +98,6 @@ def diffusion(
   sampler_gammas: Sequence[float],
   sampler_order: int,
   churn_noise: float,
-  lowering: str,
-  dtype: Any,
 ) -> Dynamics:
   """An EDM denoiser of latents, trained on its own estimates or the codec's latents, sampled in a few steps.
 
@@ -114,11 +108,7 @@ def diffusion(
 
   Args:
     codec: gives the latent's shape and what estimates go through.
-    num_actions: A.
-    channels: of the U-Net's levels.
-    depths: residual blocks a side on each level.
-    attention: self-attention on each level.
-    conditioning_width: width of the condition.
+    network: the inner network F.
     conditioning_frames: L.
     targets: n, successive targets of one loss.
     switching: see `switch`.
@@ -134,18 +124,7 @@ def diffusion(
     sampler_gammas: see `sampler.sample`.
     sampler_order: see `sampler.sample`.
     churn_noise: standard deviation of churn's noise.
-    lowering: see `blocks.conv3x3`.
-    dtype: of the activations.
   """
-  network = InnerNetwork(
-    num_actions=num_actions,
-    channels=tuple(channels),
-    depths=tuple(depths),
-    attention=tuple(attention),
-    conditioning_width=conditioning_width,
-    lowering=lowering,
-    dtype=dtype,
-  )
   latent_shape = codec.latent_shape
   has_churn = any(gamma > 0 for gamma in sampler_gammas)
 
@@ -223,19 +202,13 @@ def diffusion(
 
 def regression(
   codec: Codec,
+  network: InnerNetwork,
   *,
-  num_actions: int,
-  channels: Sequence[int],
-  depths: Sequence[int],
-  attention: Sequence[bool],
-  conditioning_width: int,
   conditioning_frames: int,
   targets: int,
   switching: str,
   sigma_data: float,
   follow_scale: bool,
-  lowering: str,
-  dtype: Any,
 ) -> Dynamics:
   """Direct regression of the next latent, with the denoiser's network and targets but no noise.
 
@@ -244,15 +217,6 @@ def regression(
 
   Args: as in `diffusion`.
   """
-  network = InnerNetwork(
-    num_actions=num_actions,
-    channels=tuple(channels),
-    depths=tuple(depths),
-    attention=tuple(attention),
-    conditioning_width=conditioning_width,
-    lowering=lowering,
-    dtype=dtype,
-  )
   latent_shape = codec.latent_shape
 
   def init(key: Array) -> Params:

@@ -15,6 +15,7 @@ from jedi_jax.models import codecs, imagination
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
 from jedi_jax.nn.blocks import resolve_convolution
+from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
 from jedi_jax.types import Array, EnvSpec, Losses, LstmState, Metrics, Params, Segment, Trajectory
 
@@ -457,22 +458,28 @@ def _decoder(context: _Context, codec: codecs.Codec) -> codecs.Decoder:
   )
 
 
-def _network(context: _Context) -> dict[str, Any]:
-  """What every dynamics is told of its network and targets."""
+def _inner_network(context: _Context) -> InnerNetwork:
+  c = context.config.denoiser
+  return InnerNetwork(
+    num_actions=context.spec.num_actions,
+    channels=c.channels,
+    depths=c.depths,
+    attention=c.attention,
+    conditioning_width=c.conditioning_width,
+    lowering=context.lowering,
+    dtype=context.dtype,
+  )
+
+
+def _targets(context: _Context) -> dict[str, Any]:
+  """What every dynamics is told of its targets."""
   c = context.config.denoiser
   return {
-    "num_actions": context.spec.num_actions,
-    "channels": c.channels,
-    "depths": c.depths,
-    "attention": c.attention,
-    "conditioning_width": c.conditioning_width,
     "conditioning_frames": c.conditioning_frames,
     "targets": c.targets,
     "switching": c.switching,
     "sigma_data": c.sigma_data,
     "follow_scale": c.follow_scale,
-    "lowering": context.lowering,
-    "dtype": context.dtype,
   }
 
 
@@ -481,6 +488,7 @@ def _diffusion(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
   sigmas = sampler.karras_sigmas(s.num_steps, sigma_min=s.sigma_min, sigma_max=s.sigma_max, rho=s.rho)
   return dynamics_lib.diffusion(
     codec,
+    _inner_network(context),
     offset_noise=c.offset_noise,
     sigma_log_mean=c.sigma_log_mean,
     sigma_log_std=c.sigma_log_std,
@@ -490,12 +498,12 @@ def _diffusion(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
     sampler_gammas=sampler.churn_gammas(sigmas, churn=s.churn, churn_min=s.churn_min, churn_max=s.churn_max),
     sampler_order=s.order,
     churn_noise=s.churn_noise,
-    **_network(context),
+    **_targets(context),
   )
 
 
 def _regression(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
-  return dynamics_lib.regression(codec, **_network(context))
+  return dynamics_lib.regression(codec, _inner_network(context), **_targets(context))
 
 
 def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.RewardEnd:

@@ -10,19 +10,18 @@ from jedi_jax.models import behavior as behavior_lib
 from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
+from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.types import EnvSpec, Segment
 
-DENOISER = {
-  "num_actions": 3,
-  "channels": (8,),
-  "depths": (0,),
-  "attention": (False,),
-  "conditioning_width": 8,
+NETWORK = InnerNetwork(3, (8,), (0,), (False,), conditioning_width=8, lowering="matmul_gradient")
+TARGETS = {
   "conditioning_frames": 2,
   "targets": 2,
   "switching": "random",
   "sigma_data": 0.5,
   "follow_scale": False,
+}
+DIFFUSION = {
   "offset_noise": 0.3,
   "sigma_log_mean": -0.4,
   "sigma_log_std": 1.2,
@@ -32,8 +31,6 @@ DENOISER = {
   "sampler_gammas": (0.0, 0.0),
   "sampler_order": 1,
   "churn_noise": 1.0,
-  "lowering": "matmul_gradient",
-  "dtype": jnp.float32,
 }
 
 
@@ -69,14 +66,15 @@ def random_params():
 
 
 @pytest.fixture(scope="session")
-def denoiser_settings():
-  return dict(DENOISER)
+def make_dynamics():
+  """From a codec and what differs from `TARGETS` and `DIFFUSION` to diffusion."""
+  return lambda codec, **changes: dynamics_lib.diffusion(codec, NETWORK, **{**TARGETS, **DIFFUSION, **changes})
 
 
 @pytest.fixture(scope="session")
-def make_dynamics():
-  """From a codec and what differs from `DENOISER` to dynamics."""
-  return lambda codec, **changes: dynamics_lib.diffusion(codec, **{**DENOISER, **changes})
+def make_regression():
+  """From a codec and what differs from `TARGETS` to regression."""
+  return lambda codec, **changes: dynamics_lib.regression(codec, NETWORK, **{**TARGETS, **changes})
 
 
 @pytest.fixture(scope="session")

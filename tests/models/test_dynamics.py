@@ -1,4 +1,3 @@
-import inspect
 from typing import NamedTuple
 
 import jax
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 
 from jedi_jax.models import codecs
-from jedi_jax.models.dynamics import DenoisingNoise, SampleNoise, regression, switch
+from jedi_jax.models.dynamics import DenoisingNoise, SampleNoise, switch
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
 
@@ -287,14 +286,11 @@ def test_a_sample_of_one_step_is_the_estimate(jit, case, make_dynamics):
 
 @pytest.mark.parametrize("kind", ["diffusion", "regression"])
 def test_the_scale_of_latents_does_not_matter_where_it_is_followed(
-  jit, make_dynamics, random_params, denoiser_settings, kind
+  jit, make_dynamics, make_regression, random_params, kind
 ):
   codec = make_codec(clamp=lambda z: z, quantise=lambda z: z)
-  if kind == "diffusion":
-    plain, following = make_dynamics(codec), make_dynamics(codec, follow_scale=True)
-  else:
-    shared = {name: denoiser_settings[name] for name in inspect.signature(regression).parameters if name != "codec"}
-    plain, following = regression(codec, **shared), regression(codec, **{**shared, "follow_scale": True})
+  make = make_dynamics if kind == "diffusion" else make_regression
+  plain, following = make(codec), make(codec, follow_scale=True)
   params = random_params(plain.init)
   assert set(jax.eval_shape(following.init, jax.random.key(0))) == {*params, "latent_std"}
   batch = make_batch(True)
