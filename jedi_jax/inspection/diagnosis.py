@@ -154,7 +154,8 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
     )
     terms = losses.terms.values()
     loss = sum(jnp.sum(term.values * term.weights) for term in terms) / (jnp.sum(weights) / c.targets)
-    flat = (clean / model.dynamics.unit(params["denoiser"])).reshape(-1, *model.latent_shape)
+    flat, before = (x.reshape(-1, *model.latent_shape) for x in (clean, latents[:, length - 1 : -1]))
+    flat = model.dynamics.normalise(params["denoiser"], flat, before)
     sigma = jnp.full((len(flat),), level)
     coefficients = edm.precondition(sigma, sigma_data=c.sigma_data, offset_noise=c.offset_noise)
     noisy = edm.corrupt(

@@ -52,7 +52,7 @@ class Dynamics(NamedTuple):
       noise) -> `Losses`. Target i follows inputs i .. i + L - 1. Gradients flow into the inputs, never the targets.
     sample_noise: ([B] keys, number of frames T) -> `SampleNoise` with a leading axis T.
     sample: (parameters, past [B, L, h, w, c], actions [B, L], noise) -> next latent [B, h, w, c].
-    unit: parameters -> [] what latents are divided by before anything; 1 where their scale is not followed.
+    normalise: (parameters, latents [B, h, w, c], the latents before them) -> what is learned of them, in its units.
   """
 
   init: Callable[[Array], Params]
@@ -60,7 +60,7 @@ class Dynamics(NamedTuple):
   losses: Callable[[Params, Array, Array, Array, Array, Any], Losses]
   sample_noise: Callable[[Array, int], Any]
   sample: Callable[[Params, Array, Array, Any], Array]
-  unit: Callable[[Params], Array]
+  normalise: Callable[[Params, Array, Array], Array]
 
 
 def switch(mode: str, key: Array, count: Array) -> Array:
@@ -87,6 +87,7 @@ def diffusion(
   conditioning_frames: int,
   targets: int,
   switching: str,
+  target: str,
   sigma_data: float,
   follow_scale: bool,
   offset_noise: float,
@@ -101,7 +102,7 @@ def diffusion(
 ) -> Dynamics:
   """An EDM denoiser of latents, trained on its own estimates or the codec's latents, sampled in a few steps.
 
-  With D = clamp(c_skip z + c_out F) the loss of a target z' is mean ||(D - z') / c_out||^2: EDM's loss on F where
+  With D = clamp(c_skip x + c_out F) the loss of a target z' is mean ||(D - z') / c_out||^2: EDM's loss on F where
   there is no clamp, and still minimal at D = z' where there is one. The soft clamp is not the identity, so F then has
   to undo it: where c_out is small (no offset noise, low sigma) and latents are large, F leaves the unit range that the
   preconditioning is made for. With offset noise 0.3 and latents below 1 it does not.
@@ -112,6 +113,11 @@ def diffusion(
     conditioning_frames: L.
     targets: n, successive targets of one loss.
     switching: see `switch`.
+    target: 'latent' to diffuse the next latent x, 'change' to diffuse its difference from the last one, in units in
+      which that has standard deviation `sigma_data`. A network that gives 0 is then as good as copying, and the least
+      noise level is small against one step's change and not only against the latents. How large a change is, a
+      parameter 'change_std' that the learner keeps, is measured on the way. Leave estimates unclamped then: the soft
+      clamp would move what does not change.
     sigma_data: standard deviation assumed of the latents.
     follow_scale: whether all of this happens in units in which the latents' measured standard deviation, a parameter
       'latent_std' that the learner keeps, is `sigma_data`.
@@ -132,18 +138,25 @@ def diffusion(
     latent = jnp.zeros((1, *latent_shape))
     past = jnp.zeros((1, conditioning_frames, *latent_shape))
     actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    params = blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions)
-    return {**params, "latent_std": jnp.asarray(sigma_data, jnp.float32)} if follow_scale else params
+    params = dict(blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions))
+    if follow_scale:
+      params["latent_std"] = jnp.zeros(())
+    if target == "change":
+      params["change_std"] = jnp.zeros(())
+    return params
 
-  def unit(params: Params) -> Array:
-    return _unit(params, sigma_data)
+  def frame(params: Params, last: Array) -> _Frame:
+    if target == "change":
+      return _Frame(jax.lax.stop_gradient(last), _unit(params, "change_std", sigma_data))
+    return _Frame(jnp.zeros_like(last), _unit(params, "latent_std", sigma_data))
 
   def estimate(params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
-    """Returns the clamped estimate [B, h, w, c], in units like all the rest, and c_out [B, 1, 1, 1]."""
+    """Returns the clamped estimate [B, h, w, c] of what is diffused and c_out [B, 1, 1, 1]; `past` are latents."""
     coefficients = edm.precondition(sigma, sigma_data=sigma_data, offset_noise=offset_noise)
     c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
-    output = blocks.apply(network, params, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
-    return _in_units(codec.clamp, unit(params))(c_skip * noisy + c_out * output), c_out
+    scaled = past / (_unit(params, "latent_std", sigma_data) * sigma_data)
+    output = blocks.apply(network, params, c_in * noisy, coefficients.c_noise, scaled, actions)
+    return frame(params, past[:, -1]).through(codec.clamp, c_skip * noisy + c_out * output), c_out
 
   def training_noise(keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:
     def draw(key: Array) -> tuple[Array, Array, Array]:
@@ -161,18 +174,23 @@ def diffusion(
     return DenoisingNoise(sigma, noise, offset, switch(switching, shared_key, count))
 
   def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise) -> Losses:
-    inputs, clean = inputs / unit(params), jax.lax.stop_gradient(clean) / unit(params)
+    clean = jax.lax.stop_gradient(clean)
 
     def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
-      sigma = noise.sigma[:, i]
-      noisy = edm.corrupt(clean[:, i], sigma, noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise)
+      sigma, at = noise.sigma[:, i], frame(params, past[:, -1])
+      diffused = at.enter(clean[:, i])
+      noisy = edm.corrupt(diffused, sigma, noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise)
       estimated, c_out = estimate(params, noisy, sigma, past, past_actions)
-      return jnp.mean(jnp.square((estimated - clean[:, i]) / c_out), axis=(1, 2, 3)), estimated
+      return jnp.mean(jnp.square((estimated - diffused) / c_out), axis=(1, 2, 3)), at.leave(estimated)
 
-    quantise = _in_units(codec.quantise, unit(params))
-    return autoregressive_losses(
-      error, quantise, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
+    found = autoregressive_losses(
+      error, codec.quantise, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
     )
+    if target != "change":
+      return found
+    change = jax.lax.stop_gradient(clean[:, 0] - inputs[:, conditioning_frames - 1])
+    square = Term(jnp.mean(jnp.square(change), axis=(1, 2, 3)), mask[:, 0].astype(jnp.float32))
+    return found._replace(metrics={**found.metrics, "change_square": square})
 
   def sample_noise(keys: Array, num_frames: int) -> SampleNoise:
     def draw(key: Array) -> SampleNoise:
@@ -185,19 +203,21 @@ def diffusion(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.vmap(draw)(keys))
 
   def sample(params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
-    quantise = _in_units(codec.quantise, unit(params))
-    past = past / unit(params)
+    at = frame(params, past[:, -1])
 
     def denoise(noisy: Array, sigma: Array) -> Array:
-      return quantise(estimate(params, noisy, sigma, past, actions)[0])
+      return at.through(codec.quantise, estimate(params, noisy, sigma, past, actions)[0])
 
     churn = None if noise.churn is None else churn_noise * jnp.moveaxis(noise.churn, 1, 0)
     sampled = sampler.sample(
       denoise, noise.start, sampler_sigmas, order=sampler_order, gammas=sampler_gammas, churn_noise=churn
     )
-    return sampled * unit(params)
+    return at.leave(sampled)
 
-  return Dynamics(init, training_noise, losses, sample_noise, sample, unit)
+  def normalise(params: Params, latents: Array, last: Array) -> Array:
+    return frame(params, last).enter(latents)
+
+  return Dynamics(init, training_noise, losses, sample_noise, sample, normalise)
 
 
 def regression(
@@ -223,30 +243,30 @@ def regression(
     past = jnp.zeros((1, conditioning_frames, *latent_shape))
     actions = jnp.zeros((1, conditioning_frames), jnp.int32)
     params = blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
-    return {**params, "latent_std": jnp.asarray(sigma_data, jnp.float32)} if follow_scale else params
+    return {**params, "latent_std": jnp.zeros(())} if follow_scale else params
 
   def unit(params: Params) -> Array:
-    return _unit(params, sigma_data)
+    return _unit(params, "latent_std", sigma_data)
 
   def estimate(params: Params, past: Array, actions: Array) -> Array:
-    scaled = past / sigma_data
+    scaled = past / (unit(params) * sigma_data)
     change = blocks.apply(network, params, scaled[:, -1], jnp.zeros((past.shape[0],)), scaled, actions)
-    return _in_units(codec.clamp, unit(params))(past[:, -1] + sigma_data * change)
+    return codec.clamp(past[:, -1] + unit(params) * sigma_data * change)
 
   def training_noise(keys: Array, shared_key: Array, count: Array) -> Array:
     del keys
     return switch(switching, shared_key, count)
 
   def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, use_estimate: Array) -> Losses:
-    inputs, clean = inputs / unit(params), jax.lax.stop_gradient(clean) / unit(params)
+    clean = jax.lax.stop_gradient(clean)
 
     def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
       estimated = estimate(params, past, past_actions)
-      return jnp.mean(jnp.square((estimated - clean[:, i]) / sigma_data), axis=(1, 2, 3)), estimated
+      scale = unit(params) * sigma_data
+      return jnp.mean(jnp.square((estimated - clean[:, i]) / scale), axis=(1, 2, 3)), estimated
 
-    quantise = _in_units(codec.quantise, unit(params))
     return autoregressive_losses(
-      error, quantise, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
+      error, codec.quantise, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
     )
 
   def sample_noise(keys: Array, num_frames: int) -> Array:
@@ -254,21 +274,42 @@ def regression(
 
   def sample(params: Params, past: Array, actions: Array, noise: Array) -> Array:
     del noise
-    return codec.quantise(estimate(params, past / unit(params), actions) * unit(params))
+    return codec.quantise(estimate(params, past, actions))
 
-  return Dynamics(init, training_noise, losses, sample_noise, sample, unit)
+  def normalise(params: Params, latents: Array, last: Array) -> Array:
+    return (latents - last) / unit(params)
+
+  return Dynamics(init, training_noise, losses, sample_noise, sample, normalise)
 
 
-def _unit(params: Params, sigma_data: float) -> Array:
-  """What latents are divided by, so that their standard deviation is `sigma_data`; 1 where it is not followed."""
-  if "latent_std" not in params:
+class _Frame(NamedTuple):
+  """Where and in which units diffusion takes place: x = (latent - origin) / unit.
+
+  Attributes:
+    origin: [B, h, w, c].
+    unit: [].
+  """
+
+  origin: Array
+  unit: Array
+
+  def enter(self, latents: Array) -> Array:
+    return (latents - self.origin) / self.unit
+
+  def leave(self, x: Array) -> Array:
+    return self.origin + self.unit * x
+
+  def through(self, function: Callable[[Array], Array], x: Array) -> Array:
+    """Applies a function of latents."""
+    return self.enter(function(self.leave(x)))
+
+
+def _unit(params: Params, name: str, sigma_data: float) -> Array:
+  """What brings a measured standard deviation to `sigma_data`; 1 where it is not measured, or not yet (0)."""
+  if name not in params:
     return jnp.ones(())
-  return jax.lax.stop_gradient(params["latent_std"]) / sigma_data
-
-
-def _in_units(function: Callable[[Array], Array], unit: Array) -> Callable[[Array], Array]:
-  """Makes a function of latents one of latents in units."""
-  return lambda x: function(x * unit) / unit
+  measured = jax.lax.stop_gradient(params[name])
+  return jnp.where(measured > 0, measured / sigma_data, 1.0)
 
 
 def autoregressive_losses(

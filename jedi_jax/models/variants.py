@@ -310,12 +310,16 @@ def compose(
 
   def measure(params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
     params = average(params, metrics)
-    if "latent_std" not in params["denoiser"]:
-      return params
-    before = params["denoiser"]["latent_std"]
-    std = jnp.maximum(_channel_std(metrics["latent_gram"]), _LEAST_STD)
-    following = optax.incremental_update(std, before, _STD_RATE)
-    return {**params, "denoiser": {**params["denoiser"], "latent_std": following}}
+    measured = {"latent_std": _channel_std(metrics["latent_gram"])}
+    if "change_square" in metrics:
+      measured["change_std"] = jnp.sqrt(metrics["change_square"])
+    before = params["denoiser"]
+    following = {
+      name: jnp.where(before[name] > 0, optax.incremental_update(std, before[name], _STD_RATE), std)
+      for name, std in ((name, jnp.maximum(std, _LEAST_STD)) for name, std in measured.items())
+      if name in before
+    }
+    return {**params, "denoiser": {**before, **following}}
 
   phases: tuple[Phase, ...] = (
     Phase(
@@ -351,9 +355,9 @@ def compose(
 
 
 _STD_RATE = 0.01
-"""How fast the measured standard deviation of the latents follows, an update."""
+"""How fast the measured standard deviations of the latents and of their change follow, an update."""
 _LEAST_STD = 1e-3
-"""Collapsed latents are not blown up beyond this."""
+"""Collapsed or unchanging latents are not blown up beyond this."""
 
 
 def _channel_std(gram: Array) -> Array:
@@ -410,10 +414,11 @@ def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segm
 
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
   """Counts the trained numbers of each component; fixed random frequencies and measured scales are not counted."""
+  untrained = ("frequencies", "latent_std", "change_std")
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(leaf.size for path, leaf in leaves if str(path[-1].key) not in ("frequencies", "latent_std"))
+    return sum(leaf.size for path, leaf in leaves if str(path[-1].key) not in untrained)
 
   return {name: size(tree) for name, tree in params.items()}
 
@@ -489,6 +494,7 @@ def _diffusion(context: _Context, codec: codecs.Codec) -> dynamics_lib.Dynamics:
   return dynamics_lib.diffusion(
     codec,
     _inner_network(context),
+    target=c.target,
     offset_noise=c.offset_noise,
     sigma_log_mean=c.sigma_log_mean,
     sigma_log_std=c.sigma_log_std,

@@ -22,6 +22,7 @@ TARGETS = {
   "follow_scale": False,
 }
 DIFFUSION = {
+  "target": "latent",
   "offset_noise": 0.3,
   "sigma_log_mean": -0.4,
   "sigma_log_std": 1.2,

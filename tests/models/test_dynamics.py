@@ -311,8 +311,13 @@ def test_the_scale_of_latents_does_not_matter_where_it_is_followed(
     got = jit(lambda scaled=scaled, factor=factor: results(following, scaled, factor))()
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(following.unit(scaled), factor)
-  assert plain.unit(params) == 1
+    last = factor * past[:, -1]
+    np.testing.assert_allclose(
+      following.normalise(scaled, factor * batch.clean[:, 0], last),
+      plain.normalise(params, batch.clean[:, 0], past[:, -1]),
+      rtol=1e-4,
+      atol=1e-5,
+    )
 
 
 def test_the_clamp_acts_on_latents_not_on_their_units(jit, make_dynamics, random_params):
@@ -335,3 +340,50 @@ def test_wrong_shapes_are_refused(case):
   ):
     with pytest.raises(AssertionError):
       case.evaluate(case.params, wrong, jnp.ones(N))
+
+
+def test_a_change_is_diffused_from_the_last_latent_in_measured_units(jit, make_dynamics, random_params):
+  dynamics = make_dynamics(make_codec(), target="change")
+  params = {**random_params(dynamics.init), "change_std": jnp.asarray(0.05)}
+  batch = make_batch(True)
+
+  def first_term(params, inputs, clean):
+    return dynamics.losses(params, *batch._replace(inputs=inputs, clean=clean))
+
+  losses = jit(first_term)(params, batch.inputs, batch.clean)
+  unit = 0.05 / SIGMA_DATA
+  network = InnerNetwork(3, (8,), (0,), (False,), conditioning_width=8)
+  inner = {name: tree for name, tree in params.items() if name != "change_std"}
+
+  def by_hand_change(i, past):
+    noise, sigma, last = batch.noise, batch.noise.sigma[:, i], past[:, -1]
+    change = (batch.clean[:, i] - last) / unit
+    noisy = change + sigma[:, None, None, None] * noise.noise[:, i] + OFFSET_NOISE * noise.offset[:, i]
+    deviation = jnp.sqrt(sigma**2 + OFFSET_NOISE**2)
+    total = deviation**2 + SIGMA_DATA**2
+    c_noise = jnp.log(deviation) / 4
+    deviation, total = deviation[:, None, None, None], total[:, None, None, None]
+    c_out = deviation * SIGMA_DATA / jnp.sqrt(total)
+    output = network.apply(
+      {"params": inner}, noisy / jnp.sqrt(total), c_noise, past / SIGMA_DATA, batch.actions[:, i : i + L]
+    )
+    latent = clamp(last + unit * (SIGMA_DATA**2 / total * noisy + c_out * output))
+    return jnp.mean(jnp.square((latent - batch.clean[:, i]) / unit / c_out), axis=(1, 2, 3)), latent
+
+  first, estimate = by_hand_change(0, batch.inputs[:, :L])
+  second, _ = by_hand_change(1, jnp.stack([batch.inputs[:, 1], quantise(estimate)], axis=1))
+  np.testing.assert_allclose(losses.terms["denoising_0"].values, first / N, rtol=1e-4)
+  np.testing.assert_allclose(losses.terms["denoising_1"].values, second / N, rtol=1e-4)
+  square = losses.metrics["change_square"]
+  np.testing.assert_allclose(
+    square.values, np.mean((batch.clean[:, 0] - batch.inputs[:, L - 1]) ** 2, axis=(1, 2, 3)), rtol=1e-5
+  )
+
+
+def test_a_network_that_gives_nothing_copies_where_changes_are_diffused(jit, make_dynamics):
+  dynamics = make_dynamics(make_codec(clamp=lambda z: z, quantise=lambda z: z), target="change")
+  params = jax.tree.map(jnp.zeros_like, jax.jit(dynamics.init)(jax.random.key(0)))
+  params = {**params, "change_std": jnp.asarray(1e-3)}
+  past, actions = normal(B, L, *SHAPE), jnp.zeros((B, L), jnp.int32)
+  sampled = jit(dynamics.sample)(params, past, actions, SampleNoise(normal(B, *SHAPE, seed=5), None))
+  np.testing.assert_allclose(sampled, past[:, -1], atol=0.01)

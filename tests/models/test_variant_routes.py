@@ -210,3 +210,15 @@ def test_the_measured_scale_follows_the_latents():
   for _ in range(2000):
     after = phase.after(after, zeros)
   assert float(after["denoiser"]["latent_std"]) >= 1e-3
+
+
+def test_the_measured_size_of_changes_follows_them():
+  model, params = make("jedi", **{"denoiser.target": "change", "denoiser.clamp_estimate": False})
+  phase = model.phases[0]
+  params["denoiser"]["change_std"] = jnp.zeros(())  # Not yet measured: the first update takes what it finds.
+  statistics = variants.latent_statistics(jnp.ones((1, 2, 3, 3, 4)), jnp.ones((1, 2), bool), None)
+  for square, expected in ((0.04, 0.2), (0.09, 0.99 * 0.2 + 0.01 * 0.3)):
+    params = phase.after(params, {**statistics, "change_square": jnp.asarray(square)})
+    np.testing.assert_allclose(params["denoiser"]["change_std"], expected, rtol=1e-5)
+  assert "latent_std" not in params["denoiser"]
+  assert np.all(np.asarray(gradients(phase, params)["denoiser"]["change_std"]) == 0)
