@@ -28,6 +28,9 @@ _OUT = flags.DEFINE_string("out", None, "Directory of the runs.")
 _WORKERS = flags.DEFINE_integer(
   "workers", 1, "Runs side by side on this machine, or jobs at once of the array.", lower_bound=1
 )
+_PACK = flags.DEFINE_integer(
+  "pack", 1, "Games of one variant and seed that share a process and its program.", lower_bound=1
+)
 _HOURS = flags.DEFINE_float(
   "hours_per_run", 0.0, "Hours of one run, for the projection; 0 to take what runs here took.", lower_bound=0.0
 )
@@ -48,22 +51,24 @@ def main() -> None:
     variants=_VARIANTS.value,
     preset=_PRESET.value,
     overrides=_SET.value,
+    packed=_PACK.value > 1,
   )
   states = [sweeping.look(run) for run in plan]
   print(sweeping.table(states))
-  print(sweeping.projection(states, workers=_WORKERS.value, hours_per_run=_HOURS.value))
+  print(sweeping.projection(states, workers=_WORKERS.value * _PACK.value, hours_per_run=_HOURS.value))
   left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
   if _DRY.value or not left:
     return
+  packs = sweeping.packs(left, _PACK.value)
   train = pathlib.Path(__file__).with_name("train.py")
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
     job = sweeping.submit(
-      left, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters
+      packs, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters
     )
-    print(f"submitted {len(left)} runs as array job {job}; give the same command with --dry_run to see how they stand")
+    print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows how they stand")
     return
-  pool = sweeping.Pool(left, train, workers=_WORKERS.value)
+  pool = sweeping.Pool(packs, train, workers=_WORKERS.value)
   try:
     while pool.step():
       time.sleep(min(_INTERVAL.value, 1.0))

@@ -4,7 +4,7 @@ from jedi_jax.agent import Agent, load_agent
 from jedi_jax.config import Config, make_config
 from jedi_jax.errors import UserError
 from jedi_jax.models.variants import Model, build, compose, count_parameters
-from jedi_jax.training.loop import evaluate, train
+from jedi_jax.training.loop import evaluate, train, train_packed
 from jedi_jax.types import EnvSpec, Segment, Trajectory
 from jedi_jax.version import __version__
 
@@ -24,4 +24,5 @@ __all__ = [
   "load_agent",
   "make_config",
   "train",
+  "train_packed",
 ]

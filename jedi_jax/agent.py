@@ -38,7 +38,7 @@ def make_act(model: Model) -> Act:
     policy_key, explore_key, uniform_key = jax.random.split(key, 3)
     action = jax.random.categorical(policy_key, logits)
     explore = jax.random.bernoulli(explore_key, epsilon, action.shape)
-    uniform = jax.random.randint(uniform_key, action.shape, 0, model.spec.num_actions)
+    uniform = jax.random.randint(uniform_key, action.shape, 0, model.num_actions(params))
     return jnp.where(explore, uniform, action).astype(jnp.int32), state
 
   return act

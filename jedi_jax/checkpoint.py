@@ -79,6 +79,13 @@ class Checkpoints:
     self._manager.close()
 
 
+def newest(directory: str | os.PathLike[str]) -> int | None:
+  """The number of the newest checkpoint in a directory, None if there is none; nothing is made."""
+  path = pathlib.Path(directory).absolute()
+  numbers = [int(entry.name) for entry in path.iterdir() if entry.name.isdigit()] if path.is_dir() else []
+  return max(numbers, default=None)
+
+
 def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   """Restores the parameters of the newest checkpoint in a directory.
 

@@ -82,6 +82,13 @@ class EnvConfig:
 
   name: str = setting("atari/Breakout", "O", "'atari/<Game>' for any Atari game of EnvPool, or 'catch'.")
   num_envs: int = setting(1, "D", "Environments that collect, each its own stream of replay.", low=1, high=1024)
+  action_slots: int = setting(
+    0,
+    "O",
+    "Actions that the networks have room for, so that games with fewer can share a program; 0 for the game's own.",
+    low=0,
+    high=1_000,
+  )
   life_loss_ends: bool = setting(True, "D", "Whether losing a life ends a training episode; the game goes on.")
   max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps (108,000 frames).", low=1)
 
@@ -410,14 +417,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.clamp_estimate": False,
     "actor_critic.entropy_weight": 0.003,
     "env.num_envs": 4,
-    "collect.total_steps": 36_000,
+    "collect.total_steps": 28_000,
     "collect.first_epoch_min_steps": 12_000,
     "collect.first_epoch_max_steps": 12_000,
     "collect.steps_per_epoch": 400,
-    "replay.capacity": 36_000,
-    "replay.final_frames": 4_000,
+    "replay.capacity": 28_000,
+    "replay.final_frames": 3_000,
     "training.batch_size": 16,
-    "training.first_updates.denoiser": 3_000,
+    "training.first_updates.denoiser": 2_500,
     "training.first_updates.reward_end": 2_500,
     "training.first_updates.actor_critic": 400,
     "training.first_updates.probe": 300,
@@ -470,6 +477,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "encoder.downsample": (True, False),
     "denoiser.channels": (32,),
     "denoiser.conditioning_width": 64,
+    "denoiser.target": "change",  # With latents as targets policies settled on wrong dreams.
+    "denoiser.clamp_estimate": False,
     "denoiser.optimizer.learning_rate": 1e-3,
     "reward_end.channels": (16,),
     "reward_end.depths": (1,),
@@ -480,16 +489,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "actor_critic.lstm_width": 64,
     "actor_critic.horizon": 9,  # A game.
     "actor_critic.optimizer.learning_rate": 1e-3,
-    "actor_critic.entropy_weight": 0.02,  # With half of it the policy of one seed in five settled while it was bad.
+    "actor_critic.entropy_weight": 0.02,
     "env.num_envs": 8,
     "collect.first_epoch_min_steps": 864,
     "collect.first_epoch_max_steps": 864,
     "collect.steps_per_epoch": 72,
-    "collect.total_steps": 3_960,
-    "replay.capacity": 4_000,
-    "replay.final_frames": 600,
+    "collect.total_steps": 2_664,
+    "replay.capacity": 3_000,
+    "replay.final_frames": 400,
     "training.batch_size": 16,
-    "training.first_updates.denoiser": 600,
+    "training.first_updates.denoiser": 1_200,
     "training.first_updates.reward_end": 800,
     "training.first_updates.actor_critic": 0,  # No policy before there are rewards to imagine.
     "training.first_updates.probe": 200,
@@ -555,6 +564,8 @@ VARIANT_PRESETS: Mapping[tuple[str, str], Mapping[str, Any]] = {
   ("diamond", "small"): {**_SMALL_PIXELS, "denoiser.target": "latent", "denoiser.clamp_estimate": True},
   ("diamond", "cpu"): _SMALL_PIXELS,
   ("diamond", "catch"): {
+    "denoiser.target": "latent",
+    "denoiser.clamp_estimate": True,
     "denoiser.channels": (16, 32),
     "denoiser.depths": (1, 1),
     "denoiser.attention": (False, False),
@@ -691,6 +702,16 @@ def describe(config: Config) -> str:
     value = value if values[path] == paper[path] else f"**{value}**"
     lines.append(f"| `{path}` | {value} | {field.metadata['tag']} | {field.metadata['doc']} |")
   return "\n".join(lines)
+
+
+def room_for(names: Sequence[str]) -> int:
+  """Returns `env.action_slots` for games that share a program: the largest number of actions, 0 if all have the same.
+
+  Raises:
+    UserError: for an unknown name.
+  """
+  numbers = {envs.spec(name).num_actions for name in names}
+  return max(numbers) if len(numbers) > 1 else 0
 
 
 def differences(old: Config, new: Config) -> list[str]:

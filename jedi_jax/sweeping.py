@@ -34,16 +34,28 @@ class PlannedRun:
   overrides: tuple[str, ...]
   log: pathlib.Path
 
-  def command(self, train: pathlib.Path) -> list[str]:
-    """The command line that trains it, with this interpreter."""
-    c = self.config
-    flags = {"env": c.env.name, "variant": c.variant, "preset": c.preset, "seed": c.seed, "workdir": self.workdir}
-    return [
-      sys.executable,
-      str(train),
-      *(f"--{name}={value}" for name, value in flags.items()),
-      *(f"--set={text}" for text in self.overrides),
-    ]
+
+def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
+  """The command line that trains a pack of runs, with this interpreter."""
+  first = runs[0]
+  names = ",".join(run.config.env.name for run in runs)
+  place = first.workdir if len(runs) == 1 else first.workdir.parents[1]
+  c = first.config
+  flags = {"env": names, "variant": c.variant, "preset": c.preset, "seed": c.seed, "workdir": place}
+  return [
+    sys.executable,
+    str(train),
+    *(f"--{name}={value}" for name, value in flags.items()),
+    *(f"--set={text}" for text in first.overrides),
+  ]
+
+
+def packs(runs: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
+  """Groups runs that can share a program, `size` at most: games of one variant and seed."""
+  groups: dict[tuple[str, int], list[PlannedRun]] = {}
+  for run in runs:
+    groups.setdefault((run.config.variant, run.config.seed), []).append(run)
+  return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 class RunState(NamedTuple):
@@ -72,6 +84,7 @@ def plan(
   variants: Sequence[str],
   preset: str,
   overrides: Sequence[str],
+  packed: bool = False,
 ) -> list[PlannedRun]:
   """Lists the runs of a sweep, seeds outermost, so that a sweep cut short has every game.
 
@@ -82,6 +95,7 @@ def plan(
     variants: names of variants.
     preset: of all runs.
     overrides: 'path=value' texts for all runs.
+    packed: whether all games shall have room for the same number of actions, so that they can share a program.
 
   Raises:
     UserError: for what no run can be made of.
@@ -92,12 +106,14 @@ def plan(
   names = list(dict.fromkeys(names))
   if not names or not variants:
     raise UserError("a sweep needs at least one game and one variant")
+  if packed and (slots := config_lib.room_for(names)):
+    overrides = [f"env.action_slots={slots}", *overrides]
   runs = []
   for seed in range(seeds):
     for variant in dict.fromkeys(variants):
       for name in names:
         config = config_lib.make_config(env=name, variant=variant, preset=preset, seed=seed, overrides=overrides)
-        place = pathlib.Path(variant) / name.removeprefix("atari/").replace("/", "_") / f"seed_{seed}"
+        place = pathlib.Path(variant) / workdir.place(config)
         log = out / "logs" / f"{'-'.join(place.parts)}.log"
         runs.append(PlannedRun(out.absolute() / place, config, tuple(overrides), log))
   return runs
@@ -189,16 +205,16 @@ def projection(states: Sequence[RunState], *, workers: int, hours_per_run: float
 
 
 class Pool:
-  """Trains runs in processes of this machine, some at a time.
+  """Trains packs of runs in processes of this machine, some at a time.
 
   Args:
-    runs: what is left, in order.
+    packs: what is left, in order.
     train: the training program.
     workers: processes at a time.
   """
 
-  def __init__(self, runs: Sequence[PlannedRun], train: pathlib.Path, *, workers: int):
-    self._waiting = list(runs)
+  def __init__(self, packs: Sequence[Sequence[PlannedRun]], train: pathlib.Path, *, workers: int):
+    self._waiting = list(packs)
     self._train, self._workers = train, workers
     self._running: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
     self._shown = -math.inf
@@ -214,13 +230,14 @@ class Pool:
         log.close()
         self._running.remove((process, log))
     while self._waiting and len(self._running) < self._workers:
-      run = self._waiting.pop(0)
+      pack = self._waiting.pop(0)
+      path = pack[0].log
       try:
-        run.log.parent.mkdir(parents=True, exist_ok=True)
-        log = run.log.open("ab")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        log = path.open("ab")
       except OSError as error:
-        raise UserError(f"cannot write {run.log}: {error.strerror}") from None
-      process = subprocess.Popen(run.command(self._train), stdout=log, stderr=subprocess.STDOUT)
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
+      process = subprocess.Popen(command(pack, self._train), stdout=log, stderr=subprocess.STDOUT)
       self._running.append((process, log))
     return bool(self._running)
 
@@ -247,7 +264,7 @@ class Pool:
 
 
 def submit(
-  runs: Sequence[PlannedRun],
+  packs: Sequence[Sequence[PlannedRun]],
   train: pathlib.Path,
   folder: pathlib.Path,
   *,
@@ -255,10 +272,10 @@ def submit(
   parameters: Mapping[str, str],
   cluster: str = "slurm",
 ) -> str:
-  """Submits runs as one array job.
+  """Submits packs of runs as one array job.
 
   Args:
-    runs: what is left.
+    packs: what is left.
     train: the training program.
     folder: where the scheduler's logs go.
     workers: jobs of the array at a time.
@@ -282,8 +299,8 @@ def submit(
     environment = dict(os.environ)
     with executor.batch():
       jobs = [
-        executor.submit(submitit.helpers.CommandFunction(run.command(train), env=environment, verbose=False))
-        for run in runs
+        executor.submit(submitit.helpers.CommandFunction(command(pack, train), env=environment, verbose=False))
+        for pack in packs
       ]
   except (OSError, RuntimeError, NameError, ValueError, TypeError) as error:
     raise UserError(f"the array job could not be submitted ({error})") from None

@@ -63,6 +63,11 @@ class Workdir:
     return self.path / "evaluation.json"
 
 
+def place(config: Config) -> pathlib.Path:
+  """Where one of several runs lies in their common directory: <game>/seed_<n>."""
+  return pathlib.Path(config.env.name.removeprefix("atari/").replace("/", "_")) / f"seed_{config.seed}"
+
+
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
   """Opens the directory of a new or interrupted run.
 

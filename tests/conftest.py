@@ -112,12 +112,28 @@ class Tiny:
       self._epochs[count] = epoch_lib.distribute(chex.assert_max_traces(epoch, n=1), self.devices(count))
     return self._epochs[count]
 
+  def packed_devices(self):
+    """Two devices with two runs each."""
+    return Devices.take(2, runs=4)
+
+  def packed_epoch(self):
+    """The epoch of four packed runs; fails if it is traced again."""
+    if "packed" not in self._epochs:
+      epoch = epoch_lib.make_epoch(
+        build(self.config, SPEC, packed=True),
+        self.optimizers,
+        batch_size=self.config.training.batch_size,
+        age_weights=self.config.replay.age_weights,
+      )
+      self._epochs["packed"] = epoch_lib.distribute(chex.assert_max_traces(epoch, n=1), self.packed_devices())
+    return self._epochs["packed"]
+
   def state(self, seed=0, devices=1):
-    return self.devices(devices).replicate(self.init(jax.random.key(seed)))
+    return self.devices(devices).distribute([self.init(jax.random.key(seed))])
 
   def replay(self, devices=1):
     """A replay of the shapes of a run, filled with episodes of noise."""
-    return self.devices(devices).replicate(noise_replay(self.config))
+    return self.devices(devices).distribute([noise_replay(self.config)])
 
 
 def noise_replay(config):

@@ -55,7 +55,7 @@ def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
   ]
   assert all(run.config.actor_critic.horizon == 3 for run in plan)
   assert len({run.log for run in plan}) == len(plan)
-  command = plan[0].command(pathlib.Path("train.py"))
+  command = sweeping.command(plan[:1], pathlib.Path("train.py"))
   assert command[:2] == [sys.executable, "train.py"]
   assert {"--env=atari/Pong", "--variant=jedi", "--seed=0", "--set=actor_critic.horizon=3"} < set(command)
 
@@ -75,7 +75,7 @@ def test_plans_that_cannot_be_are_refused(tmp_path, changes):
 
 
 def finish(plan, train, workers=1):
-  pool = sweeping.Pool(plan, train, workers=workers)
+  pool = sweeping.Pool(sweeping.packs(plan, 1), train, workers=workers)
   most = 0
   while pool.step():
     most = max(most, len(pool._running))
@@ -97,7 +97,7 @@ def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
   plan = make_plan(tmp_path / "out")
   slow = train(seconds=100)
-  pool = sweeping.Pool(plan, slow, workers=1)
+  pool = sweeping.Pool(sweeping.packs(plan, 1), slow, workers=1)
   pool.step()
   while sweeping.look(plan[0]).progress == 0:
     time.sleep(0.05)
@@ -146,7 +146,9 @@ def test_projections_by_hand(tmp_path):
 def test_an_array_job(tmp_path, train):
   pytest.importorskip("submitit")
   plan = make_plan(tmp_path / "out")
-  jobs = sweeping.submit(plan, train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
+  jobs = sweeping.submit(
+    sweeping.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local"
+  )
   assert len(jobs.split(", ")) == 2
   deadline = time.monotonic() + 120
   while any(sweeping.look(run).name != "finished" for run in plan):
@@ -157,7 +159,9 @@ def test_an_array_job(tmp_path, train):
 def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, train):
   pytest.importorskip("submitit")
   with pytest.raises(UserError, match="could not be submitted"):
-    sweeping.submit(make_plan(tmp_path / "out"), train(), tmp_path / "slurm", workers=1, parameters={})
+    sweeping.submit(
+      sweeping.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={}
+    )
 
 
 def test_a_damaged_result_is_one_line(tmp_path, train):

@@ -11,6 +11,9 @@ from jedi_jax.nn.actor_critic import ActorCriticNetwork
 from jedi_jax.ops.returns import lambda_returns
 from jedi_jax.types import Array, Losses, LstmState, Params, Term, Trajectory
 
+_NEVER = -1e9
+"""Logit of an action that the environment does not have; finite, so that its share of the entropy is 0."""
+
 
 class Behavior(NamedTuple):
   """The actor-critic as data and pure functions.
@@ -33,6 +36,7 @@ def actor_critic(
   latent_shape: tuple[int, int, int],
   *,
   num_actions: int,
+  action_slots: int = 0,
   channels: Sequence[int],
   downsample: Sequence[bool],
   lstm_width: int,
@@ -47,7 +51,9 @@ def actor_critic(
 
   Args:
     latent_shape: (h, w, c) of what it reads.
-    num_actions: A.
+    num_actions: of the environment.
+    action_slots: if positive, A: the actions that there is room for. Those beyond the environment's number, which is
+      then the parameter 'num_actions', are never chosen.
     channels: of the convolution stages, none to read the flattened latent.
     downsample: whether a stage pools.
     lstm_width: width of the LSTM.
@@ -59,7 +65,7 @@ def actor_critic(
     dtype: of the activations.
   """
   network = ActorCriticNetwork(
-    num_actions=num_actions,
+    num_actions=action_slots or num_actions,
     channels=tuple(channels),
     downsample=tuple(downsample),
     lstm_width=lstm_width,
@@ -71,12 +77,17 @@ def actor_critic(
     return blocks.zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
-    return blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
+    params = blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
+    return {**params, "num_actions": jnp.asarray(num_actions, jnp.float32)} if action_slots else params
 
   def apply(
     params: Params, latents: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
   ) -> tuple[Array, Array, LstmState]:
-    return blocks.apply(network, params, latents, state, keep, fallback)
+    logits, values, state = blocks.apply(network, params, latents, state, keep, fallback)
+    if action_slots:
+      chosen_from = jnp.arange(action_slots) < jax.lax.stop_gradient(params["num_actions"])
+      logits = jnp.where(chosen_from, logits, _NEVER)
+    return logits, values, state
 
   def losses(params: Params, trajectory: Trajectory) -> Losses:
     trajectory = jax.lax.stop_gradient(trajectory)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jedi_jax import types
@@ -51,7 +52,7 @@ class Model(NamedTuple):
   """A world model and its actor-critic, composed.
 
   Attributes:
-    spec: the environment's number of actions and observation shape.
+    spec: number of actions that there is room for, A, and the environment's observation shape.
     latent_shape: (h, w, c).
     conditioning_frames: L.
     init: key -> parameters by component. The key is consumed.
@@ -59,6 +60,8 @@ class Model(NamedTuple):
     encode: (parameters, observations [B, T, H, W, C] uint8, mask [B, T] bool) -> latents [B, T, h, w, c].
     initial_state: batch size -> state of the policy at the start of an episode.
     policy: (parameters, observations [B, H, W, C] uint8, state) -> (logits [B, A], values [B], state).
+    num_actions: parameters -> how many of the A actions the environment has; a number, or [] int32 where there is
+      room for more.
     imagine: (parameters, `Segment` of B or 2 B times L frames, keys [B], number of steps, actions [B, steps] or None
       for the policy's) -> `Trajectory`; see `imagination.imagine`.
     dynamics: latents to latents.
@@ -75,6 +78,7 @@ class Model(NamedTuple):
   encode: Callable[[dict[str, Params], Array, Array], Array]
   initial_state: Callable[[int], LstmState]
   policy: Callable[[dict[str, Params], Array, LstmState], tuple[Array, Array, LstmState]]
+  num_actions: Callable[[dict[str, Params]], int | Array]
   imagine: Callable[..., Trajectory]
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
@@ -109,17 +113,27 @@ class _Context(NamedTuple):
   spec: EnvSpec
   lowering: str
   dtype: Any
+  num_actions: int
 
 
-def build(config: Config, spec: EnvSpec) -> Model:
+def build(config: Config, spec: EnvSpec, *, packed: bool = False) -> Model:
   """Builds the model that a configuration describes, for an environment.
+
+  Args:
+    config: the configuration.
+    spec: of the environment.
+    packed: whether the model will be mapped over the parameters of several runs.
 
   Raises:
     UserError: where sizes do not fit (see `config.validate` for most).
   """
-  context = _Context(
-    config, spec, resolve_convolution(config.precision.convolution), jnp.dtype(config.precision.compute_dtype)
-  )
+  slots = config.env.action_slots
+  if slots and slots < spec.num_actions:
+    raise UserError(f"env.action_slots={slots} is too small for the {spec.num_actions} actions of {config.env.name}")
+  lowering = resolve_convolution(config.precision.convolution, packed=packed)
+  dtype = jnp.dtype(config.precision.compute_dtype)
+  context = _Context(config, spec._replace(num_actions=slots or spec.num_actions), lowering, dtype, spec.num_actions)
+  spec = context.spec
   variant = VARIANTS[config.variant]
   codec = variant.codec(context)
   updates = (config.training.first_updates.probe, config.training.updates.probe)
@@ -298,6 +312,10 @@ def compose(
     logits, values, state = behavior.apply(params["actor_critic"], latents, state)
     return logits[:, 0], values[:, 0], state
 
+  def num_actions(params: dict[str, Params]) -> int | Array:
+    own = params["actor_critic"].get("num_actions")
+    return spec.num_actions if own is None else own.astype(jnp.int32)
+
   def average(params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
     del metrics
     if not target_decay:
@@ -346,6 +364,7 @@ def compose(
     encode,
     behavior.initial_state,
     policy,
+    num_actions,
     imagine,
     dynamics,
     reward_end,
@@ -412,9 +431,17 @@ def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segm
   return types.Term(error, segment.mask[:, :time].astype(jnp.float32))
 
 
+def with_num_actions(params: dict[str, Params], num_actions: int) -> dict[str, Params]:
+  """Tells parameters how many actions the environment has, where they have room for more; else changes nothing."""
+  own = params["actor_critic"]
+  if "num_actions" not in own:
+    return params
+  return {**params, "actor_critic": {**own, "num_actions": np.asarray(num_actions, np.float32)}}
+
+
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
   """Counts the trained numbers of each component; fixed random frequencies and measured scales are not counted."""
-  untrained = ("frequencies", "latent_std", "change_std")
+  untrained = ("frequencies", "latent_std", "change_std", "num_actions")
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -533,7 +560,8 @@ def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavi
   _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape[:2])
   return behavior_lib.actor_critic(
     codec.latent_shape,
-    num_actions=context.spec.num_actions,
+    num_actions=context.num_actions,
+    action_slots=context.config.env.action_slots,
     channels=c.channels,
     downsample=c.downsample,
     lstm_width=c.lstm_width,

@@ -55,14 +55,19 @@ def dense(features: int, fan_in: int, *, name: str, dtype: Any, use_bias: bool =
   )
 
 
-def resolve_convolution(lowering: str) -> str:
+def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   """Replaces 'auto' by the lowering of 3 x 3 convolutions that suits the default backend.
+
+  Under `vmap` over kernels (`packed`) it is 'matmul', a batched matrix product; the others become grouped
+  convolutions.
 
   XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 9 to 53 times slower than as
   matrix products (see docs/performance.md); its GPU and TPU backends do not.
   """
   if lowering != "auto":
     return lowering
+  if packed:
+    return "matmul"
   return "matmul_gradient" if jax.default_backend() == "cpu" else "lax"
 
 

@@ -1,21 +1,24 @@
 """The loop: collect, train, log, evaluate, save; and again until the steps are spent."""
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jedi_jax import checkpoint, envs, telemetry, workdir
+from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
 from jedi_jax.config import Config, Updates
+from jedi_jax.errors import UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.inspection import dreams
-from jedi_jax.models.variants import Model, build, count_parameters
+from jedi_jax.models.variants import Model, build, count_parameters, with_num_actions
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import seeds
 from jedi_jax.training.collector import CHUNK_SLOTS, Collected, Collector
@@ -23,7 +26,7 @@ from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
-from jedi_jax.types import EnvSpec, VectorEnv
+from jedi_jax.types import EnvSpec
 
 
 class Progress(NamedTuple):
@@ -66,38 +69,198 @@ def train(
   Raises:
     UserError: for what the user can mend; nothing has been overwritten then.
   """
+  return train_packed([config], [directory], overwrite=overwrite, devices=devices, say=say)[0]
+
+
+def train_packed(
+  configs: Sequence[Config],
+  directories: Sequence[str | os.PathLike[str]],
+  *,
+  overwrite: bool = False,
+  devices: Devices | None = None,
+  say: telemetry.Progress | None = None,
+) -> list[dict[str, Any]]:
+  """Trains several runs in one program, each as it would train alone, or continues them.
+
+  Finished runs are left as they are. Runs whose checkpoints stand at different epochs are trained one group after the
+  other.
+
+  Args:
+    configs: one configuration a run; they differ in the seed and the game alone. Games with different numbers of
+      actions need the same `env.action_slots`.
+    directories: the runs' working directories, all different.
+    overwrite: starts anew in directories that hold a run.
+    devices: on which to train; all local devices if None. Several runs are spread over them.
+    say: where progress is told; standard output if None.
+
+  Returns:
+    What each result.json holds.
+
+  Raises:
+    UserError: for what the user can mend; nothing has been overwritten then.
+  """
   devices = devices or Devices()
   say = say or telemetry.Progress()
-  devices.check_batch(config.training.batch_size)
-  spec = envs.spec(config.env.name)
-  model = build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
-  run = workdir.prepare(directory, config, spec, overwrite=overwrite)
-  if run.result.exists():
-    say.say(f"{run.path} is complete; --overwrite starts it anew")
-    return workdir.read_json(run.result)
-  trainer = Trainer(run, model, devices, say)
-  try:
-    return trainer.run_to_end()
-  finally:
-    trainer.close()
+  specs = [envs.spec(config.env.name) for config in configs]
+  _check_pack(configs, directories, specs)
+  devices.with_runs(len(configs)).check_batch(configs[0].training.batch_size)
+  for config, spec in zip(configs, specs, strict=True):
+    build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
+  runs = [
+    workdir.prepare(directory, config, spec, overwrite=overwrite)
+    for directory, config, spec in zip(directories, configs, specs, strict=True)
+  ]
+  groups: dict[int, list[workdir.Workdir]] = {}
+  for run in runs:
+    if run.result.exists():
+      say.say(f"{run.path} is complete; --overwrite starts it anew")
+    else:
+      groups.setdefault(checkpoint.newest(run.checkpoints / "latest") or 0, []).append(run)
+  for _, group in sorted(groups.items()):
+    trainer = Trainer(group, devices.with_runs(len(group)), say)
+    try:
+      trainer.run_to_end()
+    finally:
+      trainer.close()
+  return [workdir.read_json(run.result) for run in runs]
+
+
+def _check_pack(configs: Sequence[Config], directories: Sequence[str | os.PathLike[str]], specs: list[EnvSpec]) -> None:
+  """Refuses runs that cannot share a program."""
+  if len({os.path.abspath(directory) for directory in directories}) < len(configs):
+    raise UserError("two runs have the same directory: give each its own")
+  same = {"seed": 0, "env.name": configs[0].env.name}
+  slots = {config.env.action_slots or spec.num_actions for config, spec in zip(configs, specs, strict=True)}
+  for config in configs[1:]:
+    different = config_lib.differences(config_lib.override(configs[0], same), config_lib.override(config, same))
+    if different:
+      raise UserError(f"packed runs differ in seed and game alone, not in {'; '.join(different)}")
+  if len({spec.observation_shape for spec in specs}) > 1:
+    raise UserError("packed games must have observations of one shape")
+  if len(slots) > 1:
+    most = max(spec.num_actions for spec in specs)
+    raise UserError(f"packed games have different numbers of actions: give room with --set=env.action_slots={most}")
+
+
+class _Run:
+  """What one run has on the host: files, environments, and where it stands.
+
+  Args:
+    workdir: its directory and configuration.
+    model: what the configuration describes.
+  """
+
+  def __init__(self, run: workdir.Workdir, model: Model):
+    config = run.config
+    self.workdir, self.config, self.spec = run, config, run.spec
+    self.env = envs.make(
+      config.env.name,
+      num_envs=config.env.num_envs,
+      seed=seeds.env_seed(config.seed, Purpose.COLLECTION),
+      life_loss_ends=config.env.life_loss_ends,
+      max_episode_steps=config.env.max_episode_steps,
+    )
+    self.collector = Collector(
+      self.env,
+      jax.jit(make_act(model)),
+      initial_state=model.initial_state(self.env.num_envs),
+      seed=seeds.derive(config.seed, Purpose.COLLECTION),
+      epsilon=config.collect.epsilon,
+      max_calls=config.collect.total_steps // self.env.num_envs,
+    )
+    self.latest = checkpoint.Checkpoints(run.checkpoints / "latest", keep=config.checkpoint.keep)
+    self.best = checkpoint.Checkpoints(run.checkpoints / "best", keep=1)
+    self.progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
+    self.metrics: telemetry.MetricsWriter | None = None
+
+  @property
+  def done(self) -> bool:
+    """Whether its last epoch has been trained."""
+    return 0 < self.progress.total_epochs <= self.progress.epoch
+
+  def begin(self) -> None:
+    """Opens the metrics, which forget what is after the epoch that the run stands at."""
+    self.metrics = telemetry.MetricsWriter(
+      self.workdir.metrics, self.workdir.tensorboard, last_epoch=self.progress.epoch
+    )
+
+  def close(self) -> None:
+    """Finishes what is being written and frees the environments."""
+    self.latest.close()
+    self.best.close()
+    if self.metrics is not None:
+      self.metrics.close()
+    self.env.close()
+
+  def collect(self, params: Any, on_step: Callable[[int], None]) -> tuple[list[replay_lib.Chunk], Collected]:
+    """Takes the real steps of the next epoch."""
+    if self.progress.epoch:
+      return self._collect(params, self.config.collect.steps_per_epoch, on_step)
+    c = self.config.collect
+    chunks, collected = self._collect(params, c.first_epoch_min_steps, on_step)
+    # Until enough rewards of the two rarer signs were seen, within the configured bounds.
+    while collected.steps < c.first_epoch_max_steps and _rarer_rewards(collected) < c.first_epoch_rewards:
+      steps = min(c.steps_per_epoch, c.first_epoch_max_steps - collected.steps)
+      more_chunks, more = self._collect(params, steps, on_step)
+      chunks += more_chunks
+      collected = Collected(
+        collected.steps + more.steps,
+        collected.returns + more.returns,
+        collected.lengths + more.lengths,
+        tuple(a + b for a, b in zip(collected.reward_counts, more.reward_counts, strict=True)),  # type: ignore[arg-type]
+      )
+    return chunks, collected
+
+  def _collect(
+    self, params: Any, steps: int, on_step: Callable[[int], None]
+  ) -> tuple[list[replay_lib.Chunk], Collected]:
+    """Takes up to `steps` real steps, fewer when the run's total is reached."""
+    before = self.collector.env_steps
+    steps = min(steps, self.config.collect.total_steps - before)
+    if steps <= 0 or self.done:
+      return [], Collected(0, [], [], (0, 0, 0))
+    return self.collector.collect(
+      params, [], lambda chunks, chunk: [*chunks, chunk], steps, lambda done: on_step(before + done)
+    )
+
+  def count_epochs(self) -> None:
+    """Knows after the first collection how many epochs there will be."""
+    c = self.config
+    left = c.collect.total_steps - self.collector.env_steps
+    total = 1 + math.ceil(left / c.collect.steps_per_epoch) + c.training.final_epochs
+    self.progress = self.progress._replace(total_epochs=total)
+
+  def describe_collection(self, collected: Collected, seconds: float) -> dict[str, Any]:
+    """Returns the epoch's figures of real steps."""
+    values: dict[str, Any] = {"env_steps": self.collector.env_steps, "frames": self.env.frames}
+    values["time/collect_seconds"] = seconds
+    if collected.steps:
+      values["collect/steps"] = collected.steps
+      values["collect/steps_per_second"] = collected.steps / max(seconds, 1e-9)
+      values["collect/episodes"] = len(collected.returns)
+      for sign, count in zip(("negative", "zero", "positive"), collected.reward_counts, strict=True):
+        values[f"collect/rewards_{sign}"] = count
+    if collected.returns:
+      values["collect/return"] = float(np.mean(collected.returns))
+      values["collect/length"] = float(np.mean(collected.lengths))
+    return values
 
 
 class Trainer:
-  """One run in this process.
+  """Runs that train together in this process.
 
   Args:
-    run: its directory and configuration.
-    model: what the configuration describes.
-    devices: on which to train.
+    runs: their directories and configurations, which differ in seed and game alone; all at the same epoch.
+    devices: on which to train, for so many runs.
     say: where progress is told.
   """
 
-  def __init__(self, run: workdir.Workdir, model: Model, devices: Devices, say: telemetry.Progress):
-    self._run, self._devices, self._say = run, devices, say
-    config, spec = run.config, run.spec
-    self._config = config
-    self._model = model
-    self._optimizers = make_optimizers(config, model.phases)
+  def __init__(self, runs: Sequence[workdir.Workdir], devices: Devices, say: telemetry.Progress):
+    self._devices, self._say = devices, say
+    config, spec = runs[0].config, runs[0].spec
+    self._config = config  # What it says of seed and game is the first run's.
+    self._model = build(config, spec, packed=devices.packed)
+    self._optimizers = make_optimizers(config, self._model.phases)
     self._epoch: Any = epoch_lib.distribute(
       epoch_lib.make_epoch(
         self._model,
@@ -107,67 +270,85 @@ class Trainer:
       ),
       devices,
     )
-    self._add = devices.map(replay_lib.add, in_axes=(0, None), donate=(0,))
-    self._strips = _make_strips(config, model)
-    self._evaluator = Agent(self._model, {}, config)
-    self._env = envs.make(
-      config.env.name,
-      num_envs=config.env.num_envs,
-      seed=seeds.env_seed(config.seed, Purpose.COLLECTION),
-      life_loss_ends=config.env.life_loss_ends,
-      max_episode_steps=config.env.max_episode_steps,
-    )
-    self._collector = _make_collector(config, self._model, self._env)
-    self._latest = checkpoint.Checkpoints(run.checkpoints / "latest", keep=config.checkpoint.keep)
-    self._best = checkpoint.Checkpoints(run.checkpoints / "best", keep=1)
-    self._progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
+    self._add = devices.map(replay_lib.add, donate=(0,))
+    self._strips = _make_strips(config, self._model, devices)
+    self._runs: list[_Run] = []
+    try:
+      for run in runs:
+        self._runs.append(_Run(run, self._model))
+      self._begin()
+    except BaseException:
+      self.close()
+      raise
 
-    init = make_init(self._model, self._optimizers)
-    key = jax.random.key(seeds.derive(config.seed, Purpose.TRAINING))
-    number = self._latest.latest()
-    if number is None:
-      self._state = devices.replicate(jax.jit(init)(key))
-      self._replay = devices.replicate(_empty_replay(config, spec))
-    else:
-      self._restore(number, jax.eval_shape(init, key))
-      self._best.forget_after(number)
-    self._metrics = telemetry.MetricsWriter(run.metrics, run.tensorboard, last_epoch=self._progress.epoch)
+  def _begin(self) -> None:
+    """Makes or restores the state of every run."""
+    init = jax.jit(make_init(self._model, self._optimizers))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    empty = jax.device_get(_empty_replay(self._config, self._runs[0].spec))
+    states, replays = [], []
+    for run in self._runs:
+      number = run.latest.latest()
+      if number is None:
+        state = jax.device_get(init(jax.random.key(seeds.derive(run.config.seed, Purpose.TRAINING))))
+        states.append(state.replace(params=with_num_actions(state.params, run.spec.num_actions)))
+        replays.append(empty)
+      else:
+        state, replay = self._restore(run, number, shapes)
+        states.append(state)
+        replays.append(replay)
+        run.best.forget_after(number)
+      run.begin()
+    self._state = self._devices.distribute(states)
+    self._replay = self._devices.distribute(replays)
 
   def close(self) -> None:
     """Finishes what is being written and frees the environments."""
-    self._latest.close()
-    self._best.close()
-    self._metrics.close()
-    self._env.close()
+    for run in self._runs:
+      run.close()
 
-  def run_to_end(self) -> dict[str, Any]:
-    """Runs the epochs that are left, evaluates, and writes result.json."""
+  def run_to_end(self) -> None:
+    """Runs the epochs that are left; each run that ends is evaluated and writes result.json."""
     self._describe()
     self._compile()
     config = self._config
-    while self._progress.epoch == 0 or self._progress.epoch < self._progress.total_epochs:
+    for index, run in enumerate(self._runs):
+      if run.done:  # It was stopped while its last games were played.
+        self._finish(index)
+    while not all(run.done for run in self._runs):
       start = time.monotonic()
+      going = [index for index, run in enumerate(self._runs) if not run.done]
       values = self._run_epoch()
-      epoch = self._progress.epoch
+      epoch = self._runs[going[0]].progress.epoch
       if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
-        values |= self._evaluate_and_keep_best()
-      seconds = self._progress.seconds + time.monotonic() - start
-      self._progress = self._progress._replace(seconds=seconds)
-      values["time/total_seconds"] = seconds
-      self._metrics.write(epoch, values)
-      self._say.say(self._epoch_line(values))
-      if epoch % config.checkpoint.interval_epochs == 0 or epoch == self._progress.total_epochs:
-        self._save()
-    return self._finish()
+        for index in going:
+          values[index] |= self._evaluate_and_keep_best(index)
+        self._show_dreams(going)
+      seconds = time.monotonic() - start
+      for index in going:
+        run = self._runs[index]
+        run.progress = run.progress._replace(seconds=run.progress.seconds + seconds)
+        values[index]["time/total_seconds"] = run.progress.seconds
+        assert run.metrics is not None
+        run.metrics.write(epoch, values[index])
+      self._say.say(self._epoch_line([values[index] for index in going], going))
+      for index in going:
+        if epoch % config.checkpoint.interval_epochs == 0 or self._runs[index].done:
+          self._save(index)
+      for index in going:
+        if self._runs[index].done:
+          self._finish(index)
 
   def _describe(self) -> None:
-    counts = count_parameters(self._state.params)
-    counts = {name: count // self._devices.count for name, count in counts.items()}
+    counts = count_parameters(jax.eval_shape(self._model.init, jax.random.key(0)))
+    c, first = self._config, self._runs[0]
+    what = f"{c.env.name}, variant {c.variant}, preset {c.preset}, seed {c.seed}"
+    if self._devices.packed:
+      games = dict.fromkeys(run.config.env.name for run in self._runs)
+      what = f"{len(self._runs)} runs of {', '.join(games)}, variant {c.variant}, preset {c.preset}"
     platform = self._devices.devices[0].platform
-    self._say.say(
-      f"{self._config.env.name}, variant {self._config.variant}, preset {self._config.preset}, "
-      f"seed {self._config.seed}, {self._devices.count} {platform} device(s), in {self._run.path}"
-    )
+    where = os.path.commonpath([run.workdir.path for run in self._runs]) if self._devices.packed else first.workdir.path
+    self._say.say(f"{what}, {self._devices.count} {platform} device(s), in {where}")
     shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     self._say.say(f"parameters: {shares}, in all {sum(counts.values()):,}; latent {self._model.latent_shape}")
 
@@ -178,173 +359,171 @@ class Trainer:
     self._epoch = self._epoch.lower(self._state, self._replay, nothing).compile()
     self._say.say(f"compiled in {time.monotonic() - start:.1f} s")
 
-  def _run_epoch(self) -> dict[str, Any]:
-    """Collects and trains; returns the epoch's figures."""
-    config, training = self._config, self._config.training
+  def _run_epoch(self) -> list[dict[str, Any]]:
+    """Collects and trains; returns the epoch's figures of each run."""
+    training = self._config.training
     start = time.monotonic()
-    first = self._progress.epoch == 0
-    collected = self._collect_first() if first else self._collect(config.collect.steps_per_epoch)
-    collection_seconds = time.monotonic() - start
+    first = not any(run.progress.epoch for run in self._runs)
+    met = self._collect()
     if first:
-      left = config.collect.total_steps - self._collector.env_steps
-      total = 1 + math.ceil(left / config.collect.steps_per_epoch) + training.final_epochs
-      self._progress = self._progress._replace(total_epochs=total)
-    epoch = self._progress.epoch + 1
+      for run in self._runs:
+        run.count_epochs()
+    epoch = max(run.progress.epoch for run in self._runs) + 1
     counts = self._counts(training.first_updates if first else training.updates)
-    figures = self._update(counts, split=epoch % training.time_phases_every == 0)
+    figures = self._update(counts, epoch, split=epoch % training.time_phases_every == 0)
     seconds = time.monotonic() - start
-    self._progress = self._progress._replace(epoch=epoch)
-    steps = self._collector.env_steps
-    values: dict[str, Any] = {
-      "env_steps": steps,
-      "frames": self._env.frames,
-      **figures,
-      "time/collect_seconds": collection_seconds,
-      "time/epoch_seconds": seconds,
-    }
-    if collected.steps:
-      values["collect/steps"] = collected.steps
-      values["collect/steps_per_second"] = collected.steps / max(collection_seconds, 1e-9)
-      values["collect/episodes"] = len(collected.returns)
-      for sign, count in zip(("negative", "zero", "positive"), collected.reward_counts, strict=True):
-        values[f"collect/rewards_{sign}"] = count
-    if collected.returns:
-      values["collect/return"] = float(np.mean(collected.returns))
-      values["collect/length"] = float(np.mean(collected.lengths))
+    values = []
+    for run, (collected, collection_seconds), learned in zip(self._runs, met, figures, strict=True):
+      if not run.done:
+        run.progress = run.progress._replace(epoch=epoch)
+      own = run.describe_collection(collected, collection_seconds)
+      values.append({**own, **learned, "time/epoch_seconds": seconds})
     return values
 
-  def _collect(self, steps: int) -> Collected:
-    """Takes up to `steps` real steps, fewer when the run's total is reached."""
-    steps = min(steps, self._config.collect.total_steps - self._collector.env_steps)
-    if steps <= 0:
-      return Collected(0, [], [], (0, 0, 0))
-    before, total = self._collector.env_steps, self._config.collect.total_steps
-
-    def on_step(done: int) -> None:
-      self._say.show("collecting, environment steps", before + done, total)
-
-    self._replay, collected = self._collector.collect(self._acting_params(), self._replay, self._add, steps, on_step)
-    return collected
-
-  def _collect_first(self) -> Collected:
-    """Collects until enough rewards of the two rarer signs were seen, within the configured bounds."""
-    c = self._config.collect
-    collected = self._collect(c.first_epoch_min_steps)
-    while collected.steps < c.first_epoch_max_steps and _rarer_rewards(collected) < c.first_epoch_rewards:
-      more = self._collect(min(c.steps_per_epoch, c.first_epoch_max_steps - collected.steps))
-      collected = Collected(
-        collected.steps + more.steps,
-        collected.returns + more.returns,
-        collected.lengths + more.lengths,
-        tuple(a + b for a, b in zip(collected.reward_counts, more.reward_counts, strict=True)),  # type: ignore[arg-type]
+  def _collect(self) -> list[tuple[Collected, float]]:
+    """Takes every run's real steps into replay; returns what each met, and its seconds."""
+    met, chunks = [], []
+    total = self._config.collect.total_steps
+    acting = {name: self._state.params[name] for name in ("encoder", "actor_critic")}
+    for index, run in enumerate(self._runs):
+      start = time.monotonic()
+      own, collected = run.collect(
+        self._devices.pick(acting, index),
+        lambda done: self._say.show("collecting, environment steps", done, total),
       )
-    return collected
+      met.append((collected, time.monotonic() - start))
+      chunks.append(own)
+    for parts in itertools.zip_longest(*chunks):
+      like = next(part for part in parts if part is not None)
+      nothing = jax.tree.map(np.zeros_like, like)
+      self._replay = self._add(self._replay, self._devices.distribute([part or nothing for part in parts]))
+    return met
 
   def _counts(self, updates: Updates) -> dict[str, int]:
     """Returns the number of updates of each phase that the model has, in order."""
     return {phase.name: getattr(updates, phase.name) for phase in self._model.phases}
 
-  def _update(self, counts: Mapping[str, int], *, split: bool) -> dict[str, float]:
-    """Runs one epoch's updates; returns mean metrics, seconds and rates."""
+  def _update(self, counts: Mapping[str, int], epoch: int, *, split: bool) -> list[dict[str, float]]:
+    """Runs one epoch's updates; returns each run's mean metrics, and seconds and rates."""
     total = sum(counts.values())
-    sums: dict[str, Any] = {}
+    sums: Any = None
     seconds = dict.fromkeys(counts, 0.0)
     fused_seconds, done = 0.0, 0
     for call in plan_calls(counts, limit=self._config.training.updates_per_call, split=split):
       start = time.monotonic()
       self._state, result = self._epoch(self._state, self._replay, _traced(call))
-      result = jax.device_get(self._devices.first(result))
+      result = [self._devices.to_host(result, index) for index in range(len(self._runs))]
       elapsed = time.monotonic() - start
       phases = [name for name, count in call.items() if count]
       if len(phases) == 1:
         seconds[phases[0]] += elapsed
       fused_seconds += elapsed
-      sums = jax.tree.map(np.add, sums, result) if sums else result
+      sums = result if sums is None else jax.tree.map(np.add, sums, result)
       done += sum(call.values())
-      self._say.show(f"epoch {self._progress.epoch + 1}, updates", done, total, f"({' and '.join(phases)})")
-    values = telemetry.summarise(jax.tree.map(lambda x: x[0], sums), counts)
-    values |= {f"updates/{name}": count for name, count in self._updates_done().items()}
-    values["time/update_seconds"] = fused_seconds
-    values["time/updates_per_second"] = total / max(fused_seconds, 1e-9)
+      self._say.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(phases)})")
+    timing = {
+      "time/update_seconds": fused_seconds,
+      "time/updates_per_second": total / max(fused_seconds, 1e-9),
+    }
     for name, spent in seconds.items():
       if spent > 0:
-        values[f"time/{name}_seconds"] = spent
-        values[f"time/{name}_updates_per_second"] = counts[name] / spent
-    return values
+        timing[f"time/{name}_seconds"] = spent
+        timing[f"time/{name}_updates_per_second"] = counts[name] / spent
+    return [
+      {
+        **telemetry.summarise(own, counts),
+        **{f"updates/{name}": count for name, count in self._updates_done(index).items()},
+        **timing,
+      }
+      for index, own in enumerate(sums)
+    ]
 
-  def _show_dreams(self) -> None:
+  def _show_dreams(self, going: Sequence[int]) -> None:
     """Writes the strips of real and imagined frames."""
-    if self._strips is not None:
-      epoch = self._progress.epoch
-      key = jax.random.fold_in(jax.random.key(seeds.derive(self._config.seed, Purpose.DREAMS)), epoch)
-      share = self._devices.first((self._state.params, self._replay))
-      self._metrics.write_image(epoch, "dreams/real_over_imagined", dreams.tile(self._strips(*share, key)))
+    if self._strips is None:
+      return
+    keys = []
+    for run in self._runs:
+      key = jax.random.key(seeds.derive(run.config.seed, Purpose.DREAMS))
+      keys.append(jax.random.key_data(jax.random.fold_in(key, run.progress.epoch)))
+    strips = self._strips(self._state.params, self._replay, self._devices.distribute(keys))
+    for index in going:
+      run = self._runs[index]
+      assert run.metrics is not None
+      image = dreams.tile(self._devices.to_host(strips, index))
+      run.metrics.write_image(run.progress.epoch, "dreams/real_over_imagined", image)
 
-  def _evaluate(self, params: dict[str, Any], *, episodes: int, purpose: Purpose) -> list[EpisodeResult]:
-    c = self._config
-    agent = self._evaluator
-    agent.params = jax.device_put(params)
-    num_envs = min(c.evaluation.num_envs, episodes)
-    seed = seeds.env_seed(c.seed, purpose, self._progress.epoch)
+  def _evaluate(self, index: int, *, episodes: int, purpose: Purpose) -> list[EpisodeResult]:
+    run = self._runs[index]
+    c = run.config.evaluation
+    agent = Agent(self._model, self._devices.pick(self._state.params, index), run.config)
     return evaluate(
       agent,
-      c.env.name,
+      run.config.env.name,
       episodes=episodes,
-      num_envs=num_envs,
-      seed=seed,
-      max_episode_steps=c.evaluation.max_episode_steps,
+      num_envs=min(c.num_envs, episodes),
+      seed=seeds.env_seed(run.config.seed, purpose, run.progress.epoch),
+      max_episode_steps=c.max_episode_steps,
       say=self._say,
     )
 
-  def _evaluate_and_keep_best(self) -> dict[str, float]:
+  def _evaluate_and_keep_best(self, index: int) -> dict[str, float]:
     start = time.monotonic()
-    params = self._devices.to_host(self._state.params)
-    results = self._evaluate(params, episodes=self._config.evaluation.interval_episodes, purpose=Purpose.EVALUATION)
+    run = self._runs[index]
+    results = self._evaluate(index, episodes=self._config.evaluation.interval_episodes, purpose=Purpose.EVALUATION)
     mean = float(np.mean([result.return_ for result in results]))
-    if mean > self._progress.best:
-      self._progress = self._progress._replace(best=mean)
-      self._best.save(self._progress.epoch, params=params)
-    self._show_dreams()
+    if mean > run.progress.best:
+      run.progress = run.progress._replace(best=mean)
+      run.best.save(run.progress.epoch, params=self._devices.to_host(self._state.params, index))
     return {
       "evaluation/return": mean,
       "evaluation/length": float(np.mean([result.length for result in results])),
       "time/evaluation_seconds": time.monotonic() - start,
     }
 
-  def _finish(self) -> dict[str, Any]:
-    """The final evaluation and result.json."""
+  def _finish(self, index: int) -> None:
+    """The final evaluation of a run and its result.json."""
     start = time.monotonic()
-    params = self._devices.to_host(self._state.params)
-    results = self._evaluate(params, episodes=self._config.evaluation.episodes, purpose=Purpose.FINAL)
-    seconds = self._progress.seconds + time.monotonic() - start
-    steps = self._collector.env_steps
+    run = self._runs[index]
+    c = run.config
+    results = self._evaluate(index, episodes=c.evaluation.episodes, purpose=Purpose.FINAL)
+    seconds = run.progress.seconds + time.monotonic() - start
     result = {
-      "env": self._config.env.name,
-      "variant": self._config.variant,
-      "preset": self._config.preset,
-      "seed": self._config.seed,
-      "env_steps": steps,
-      "frames": self._env.frames,
-      "updates": self._updates_done(),
-      **describe_results(self._config.env.name, results),
-      "max_episode_steps": self._config.evaluation.max_episode_steps,
+      "env": c.env.name,
+      "variant": c.variant,
+      "preset": c.preset,
+      "seed": c.seed,
+      "env_steps": run.collector.env_steps,
+      "frames": run.env.frames,
+      "updates": self._updates_done(index),
+      **describe_results(c.env.name, results),
+      "max_episode_steps": c.evaluation.max_episode_steps,
       "seconds": seconds,
+      "runs_together": len(self._runs),
     }
-    self._latest.wait()  # A run with a result has its last checkpoint.
-    self._best.wait()
-    workdir.write_json(self._run.result, result)
+    run.latest.wait()  # A run with a result has its last checkpoint.
+    run.best.wait()
+    workdir.write_json(run.workdir.result, result)
     score = result["human_normalized_score"]
     self._say.say(
       f"done: mean return {result['mean_return']:.2f} over {len(results)} games"
       + (f", human-normalised score {score:.3f}" if score is not None else "")
-      + f", {seconds:.0f} s; {self._run.result}"
+      + f", {seconds:.0f} s; {run.workdir.result}"
     )
-    return result
 
-  def _epoch_line(self, values: Mapping[str, Any]) -> str:
-    p = self._progress
-    left = (p.total_epochs - p.epoch) * values["time/epoch_seconds"] if p.epoch > 1 else math.nan
-    parts = [f"epoch {p.epoch}/{p.total_epochs}", f"{values['env_steps']:,} steps ({values['frames']:,} frames)"]
+  def _epoch_line(self, values: Sequence[Mapping[str, Any]], going: Sequence[int]) -> str:
+    """One line an epoch; of several runs the means."""
+    p = self._runs[going[0]].progress
+    total = max(self._runs[index].progress.total_epochs for index in going)
+
+    def mean(name: str) -> float | None:
+      found = [one[name] for one in values if name in one]
+      return float(np.mean(found)) if found else None
+
+    steps, frames = (sum(one[name] for one in values) for name in ("env_steps", "frames"))
+    parts = [f"epoch {p.epoch}/{total}", f"{steps:,} steps ({frames:,} frames)"]
+    if self._devices.packed:
+      parts.insert(1, f"{len(going)} runs")
     for label, name in (
       ("return", "collect/return"),
       ("evaluated", "evaluation/return"),
@@ -353,54 +532,51 @@ class Trainer:
       ("imagined return", "actor_critic/imagined_return"),
       ("entropy", "actor_critic/policy_entropy"),
     ):
-      if name in values:
-        parts.append(f"{label} {values[name]:.3g}")
-    parts.append(f"{values['time/updates_per_second']:.1f} updates/s")
-    if math.isfinite(left):
-      parts.append(f"{left / 60:.0f} min left")
+      value = mean(name)
+      if value is not None:
+        parts.append(f"{label} {value:.3g}")
+    parts.append(f"{values[0]['time/updates_per_second'] * len(going):.1f} updates/s")
+    if p.epoch > 1:
+      parts.append(f"{(total - p.epoch) * values[0]['time/epoch_seconds'] / 60:.0f} min left")
     return ", ".join(parts)
 
-  def _updates_done(self) -> dict[str, int]:
-    return {name: int(count) for name, count in self._devices.to_host(self._state.updates).items()}
+  def _updates_done(self, index: int) -> dict[str, int]:
+    return {name: int(count) for name, count in self._devices.to_host(self._state.updates, index).items()}
 
-  def _acting_params(self) -> dict[str, Any]:
-    params = self._state.params
-    return self._devices.first({name: params[name] for name in ("encoder", "actor_critic")})
-
-  def _save(self) -> None:
-    state = self._devices.to_host(self._state)
-    self._latest.save(
-      self._progress.epoch,
+  def _save(self, index: int) -> None:
+    run = self._runs[index]
+    state = self._devices.to_host(self._state, index)
+    run.latest.save(
+      run.progress.epoch,
       params=state.params,
       state={
         "train": state.replace(params={}),
-        "replay": self._devices.to_host(self._replay),
-        "collector": self._collector.save(),
-        "progress": {name: np.asarray(value, np.float64) for name, value in self._progress._asdict().items()},
+        "replay": self._devices.to_host(self._replay, index),
+        "collector": run.collector.save(),
+        "progress": {name: np.asarray(value, np.float64) for name, value in run.progress._asdict().items()},
       },
     )
 
-  def _restore(self, number: int, shapes: Any) -> None:
-    """Continues from a checkpoint."""
-    empty = jax.eval_shape(lambda: _empty_replay(self._config, self._run.spec))
+  def _restore(self, run: _Run, number: int, shapes: Any) -> tuple[Any, Any]:
+    """Continues a run from a checkpoint; returns its state and replay."""
+    empty = jax.eval_shape(lambda: _empty_replay(run.config, run.spec))
     target = {
       "train": shapes.replace(params={}),
       "replay": empty,
-      "collector": self._collector.save(),
+      "collector": run.collector.save(),
       "progress": {name: np.zeros((), np.float64) for name in Progress._fields},
     }
-    params, saved = self._latest.restore(number, params=shapes.params, state=target)
-    self._state = self._devices.replicate(saved["train"].replace(params=params))
-    self._replay = self._devices.replicate(saved["replay"])
+    params, saved = run.latest.restore(number, params=shapes.params, state=target)
     p = saved["progress"]
-    self._progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
-    steps = int(saved["collector"]["calls"]) * self._env.num_envs
+    run.progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
+    steps = int(saved["collector"]["calls"]) * run.env.num_envs
 
     def on_step(done: int) -> None:
       self._say.show("repeating environment steps", done, steps)
 
-    self._say.say(f"resuming after epoch {self._progress.epoch}: repeating {steps:,} environment steps")
-    self._collector.restore(saved["collector"], on_step)
+    self._say.say(f"resuming after epoch {run.progress.epoch}: repeating {steps:,} environment steps")
+    run.collector.restore(saved["collector"], on_step)
+    return saved["train"].replace(params=params), saved["replay"]
 
 
 def evaluate(
@@ -486,32 +662,9 @@ def _empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
   )
 
 
-def _make_strips(config: Config, model: Model) -> Any:
-  """Returns the compiled function (shares of parameters and replay, key) -> strips; None where none are wanted."""
+def _make_strips(config: Config, model: Model, devices: Devices) -> Any:
+  """Returns the compiled function (distributed parameters, replay, keys) -> strips; None where none are wanted."""
   if model.decode is None or not config.probe.strips:
     return None
   strips = dreams.make_strips(model, count=config.probe.strips, steps=config.actor_critic.horizon)
-
-  def strips_of_share(params: Any, replay: Any, key: Any) -> Any:
-    params, replay = jax.tree.map(lambda x: x[0], (params, replay))
-    return strips(params, replay, key)
-
-  return jax.jit(strips_of_share)
-
-
-def _make_collector(config: Config, model: Model, env: VectorEnv) -> Collector:
-  act = make_act(model)
-
-  @jax.jit
-  def act_on_share(share: Any, *rest: Any) -> Any:
-    # A device's share has a leading axis of length 1; taking it off here costs no copy outside.
-    return act(jax.tree.map(lambda x: x[0], share), *rest)
-
-  return Collector(
-    env,
-    act_on_share,
-    initial_state=model.initial_state(env.num_envs),
-    seed=seeds.derive(config.seed, Purpose.COLLECTION),
-    epsilon=config.collect.epsilon,
-    max_calls=config.collect.total_steps // env.num_envs,
-  )
+  return devices.map(lambda params, replay, key: strips(params, replay, jax.random.wrap_key_data(key)))

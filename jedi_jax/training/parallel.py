@@ -1,8 +1,10 @@
-"""Devices: the only place that knows how many there are.
+"""Devices: the only place that knows how many there are, and how runs lie on them.
 
-`jax.pmap` is in maintenance mode; all of its uses are here. A distributed array has a leading axis over devices.
+`jax.pmap` is in maintenance mode; all of its uses are here. A distributed array has a leading axis over devices and,
+where several runs are packed, a second one over the runs of a device.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,96 +16,157 @@ from jedi_jax.errors import UserError
 from jedi_jax.types import Array, Term
 
 AXIS = "devices"
+"""Axis between the devices that share one run. Without it a run has its device to itself."""
+_PACKS = "packs"
 
 
 class Devices:
-  """The local devices of a run.
+  """The local devices, and the runs that they train: one that all of them share, or several, each whole on one device.
 
   Args:
     devices: which ones; all local devices if None.
+    runs: how many runs are trained together; several must be a multiple of the number of devices.
+
+  Raises:
+    UserError: if the runs cannot be spread evenly.
   """
 
-  def __init__(self, devices: Sequence[jax.Device] | None = None):
+  def __init__(self, devices: Sequence[jax.Device] | None = None, *, runs: int = 1):
     self.devices = tuple(jax.local_devices() if devices is None else devices)
+    self.runs = runs
+    if runs > 1 and runs % self.count:
+      raise UserError(
+        f"{runs} runs cannot be spread evenly over {self.count} devices: "
+        f"take a multiple of {self.count} runs, or other --devices"
+      )
 
   @classmethod
-  def take(cls, count: int) -> "Devices":
+  def take(cls, count: int, *, runs: int = 1) -> "Devices":
     """The first `count` local devices, all of them for 0.
 
     Raises:
-      UserError: if there are fewer.
+      UserError: if there are fewer, or the runs cannot be spread evenly.
     """
     available = jax.local_devices()
     if not 0 <= count <= len(available):
       raise UserError(
         f"{count} devices are asked for and {len(available)} are here: take --devices=0 (all) to {len(available)}"
       )
-    return cls(available[:count] if count else None)
+    return cls(available[:count] if count else None, runs=runs)
+
+  def with_runs(self, runs: int) -> "Devices":
+    """The same devices for another number of runs; of fewer runs than devices each gets one of the first devices."""
+    return Devices(self.devices[:runs] if 1 < runs < self.count else self.devices, runs=runs)
 
   @property
   def count(self) -> int:
     """Number of devices."""
     return len(self.devices)
 
+  @property
+  def packed(self) -> bool:
+    """Whether there are several runs."""
+    return self.runs > 1
+
   def check_batch(self, batch_size: int) -> None:
-    """Refuses a global batch that the devices cannot share equally.
+    """Refuses a batch that the devices of one run cannot share equally.
 
     Raises:
       UserError: if the batch size is no multiple of the number of devices.
     """
-    if batch_size % self.count:
+    if not self.packed and batch_size % self.count:
       raise UserError(
         f"training.batch_size={batch_size} is not divisible by {self.count} devices: "
         f"take a multiple of {self.count}, or fewer devices (--devices)"
       )
 
-  def replicate(self, tree: Any) -> Any:
-    """Copies every array to every device; leaves gain a leading axis over devices."""
-    mesh = jax.sharding.Mesh(np.asarray(self.devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-
-    def put(x: Any) -> Array:
-      x = np.asarray(x)
-      # One shard a device, each a copy of its own: leaves that alias could not be donated.
-      shards = [jax.device_put(x[None].copy(), device) for device in self.devices]
-      return jax.make_array_from_single_device_arrays((self.count, *x.shape), sharding, shards)
-
-    return jax.tree.map(put, tree)
-
-  def first(self, tree: Any) -> Any:
-    """Returns the first device's share of a distributed tree, its leading axis of length 1 kept; no copy."""
-    return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
-
-  def to_host(self, tree: Any) -> Any:
-    """Copies the first device's share to NumPy arrays that later donation cannot touch."""
-    return jax.tree.map(lambda x: np.array(x[0], copy=True), jax.device_get(self.first(tree)))
-
-  def map(self, function: Callable[..., Any], *, in_axes: Any = 0, donate: tuple[int, ...] = ()) -> Any:
-    """Compiles `function` to run on every device, with the axis `AXIS` between them.
+  def distribute(self, trees: Sequence[Any]) -> Any:
+    """Copies each run's arrays to where the run lies.
 
     Args:
-      function: sees its arguments without the leading axis.
-      in_axes: 0 for distributed arguments, None for those that all devices share.
+      trees: one pytree of arrays a run, all of the same shapes.
+
+    Returns:
+      The tree with leaves [devices, ...], every device with a copy, or [devices, runs of a device, ...].
+    """
+    mesh = jax.sharding.Mesh(np.asarray(self.devices), (AXIS,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    share = self.runs // self.count
+
+    def put(*leaves: Any) -> Array:
+      arrays = [np.asarray(x) for x in leaves]
+      # One shard a device, each a copy of its own: leaves that alias could not be donated.
+      if self.packed:
+        parts = [np.stack(arrays[i * share : (i + 1) * share])[None] for i in range(self.count)]
+      else:
+        parts = [arrays[0][None].copy() for _ in self.devices]
+      shards = [jax.device_put(part, device) for part, device in zip(parts, self.devices, strict=True)]
+      return jax.make_array_from_single_device_arrays((self.count, *parts[0].shape[1:]), sharding, shards)
+
+    return jax.tree.map(put, *trees)
+
+  def pick(self, tree: Any, run: int = 0) -> Any:
+    """Returns one run's arrays, as copies on its device."""
+    share = max(self.runs // self.count, 1)
+    device, place = divmod(run, share)
+    index = (0, place) if self.packed else (0,)
+    return jax.tree.map(lambda x: _index(x.addressable_shards[device].data, index), tree)
+
+  def to_host(self, tree: Any, run: int = 0) -> Any:
+    """Copies one run's arrays to NumPy arrays that later donation cannot touch."""
+
+    def fetch(x: Array) -> np.ndarray:
+      if self.packed:
+        return np.array(self.pick(x, run), copy=True)
+      return np.array(np.asarray(x.addressable_shards[0].data)[0], copy=True)
+
+    return jax.tree.map(fetch, tree)
+
+  def map(self, function: Callable[..., Any], *, in_axes: Any = 0, donate: tuple[int, ...] = ()) -> Any:
+    """Compiles `function` to run for every run on its devices, with the axis `AXIS` between the devices of one run.
+
+    Args:
+      function: sees its arguments without the leading axes.
+      in_axes: 0 for distributed arguments, None for those that all share; one for all arguments, or a tuple.
       donate: positions of arguments whose memory the results may take.
     """
-    return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
+    if not self.packed:
+      return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
+    packed = jax.vmap(function, in_axes=in_axes)
+    return jax.pmap(packed, axis_name=_PACKS, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _index(x: Array, index: tuple[int, ...]) -> Array:
+  return x[index]
+
+
+def _shared() -> bool:
+  """Whether what is being traced shares its run with other devices."""
+  try:
+    jax.lax.axis_size(AXIS)
+  except NameError:
+    return False
+  return True
 
 
 def local_share(x: Array) -> Array:
-  """Returns this device's contiguous share of an array that all devices have, along its first axis."""
+  """Returns this device's contiguous share of an array that all devices of the run have, along its first axis."""
+  if not _shared():
+    return x
   count = jax.lax.axis_size(AXIS)
   share = x.shape[0] // count
   return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXIS) * share, share)
 
 
 def mean(tree: Any) -> Any:
-  """Averages over devices; gradients are synchronised here and nowhere else."""
-  return jax.lax.pmean(tree, AXIS)
+  """Averages over the devices of a run; gradients are synchronised here and nowhere else."""
+  return jax.lax.pmean(tree, AXIS) if _shared() else tree
 
 
 def total(tree: Any) -> Any:
-  """Adds over devices."""
-  return jax.lax.psum(tree, AXIS)
+  """Adds over the devices of a run."""
+  return jax.lax.psum(tree, AXIS) if _shared() else tree
 
 
 def weighted_mean(term: Term) -> Array:

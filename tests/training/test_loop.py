@@ -162,10 +162,10 @@ def interrupted(tiny, train_tiny, tmp_path_factory):
   directory = tmp_path_factory.mktemp("runs") / "interrupted"
   original = loop.Trainer._update
 
-  def stop(trainer, updates, *, split):
-    if trainer._progress.epoch == LAST_BEFORE:
+  def stop(trainer, updates, epoch, *, split):
+    if epoch == LAST_BEFORE + 1:
       raise KeyboardInterrupt
-    return original(trainer, updates, split=split)
+    return original(trainer, updates, epoch, split=split)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.Trainer, "_update", stop)

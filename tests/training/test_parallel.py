@@ -32,19 +32,18 @@ def test_a_negative_number_of_devices_is_refused():
 
 
 @pytest.mark.parametrize("count", [1, 4])
-def test_replicate_first_and_to_host(count):
+def test_distribute_pick_and_to_host(count):
   devices = Devices.take(count)
-  spread = devices.replicate(tree())
+  spread = devices.distribute([tree()])
   for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(tree()), strict=True):
     assert x.shape == (count, *np.shape(y))
     assert x.dtype == np.asarray(y).dtype
     assert {shard.device for shard in x.addressable_shards} == set(devices.devices)
     for shard in x.addressable_shards:
       np.testing.assert_array_equal(shard.data[0], y)
-  for x, y in zip(jax.tree.leaves(devices.first(spread)), jax.tree.leaves(tree()), strict=True):
-    assert x.shape == (1, *np.shape(y))
+  for x, y in zip(jax.tree.leaves(devices.pick(spread)), jax.tree.leaves(tree()), strict=True):
     assert x.devices() == {devices.devices[0]}
-    np.testing.assert_array_equal(x[0], y)
+    np.testing.assert_array_equal(x, y)
   host = devices.to_host(spread)
   assert jax.tree.structure(host) == jax.tree.structure(tree())
   for x, y in zip(jax.tree.leaves(host), jax.tree.leaves(tree()), strict=True):
@@ -57,7 +56,7 @@ def test_replicate_first_and_to_host(count):
 def test_leaves_that_alias_can_be_donated_and_host_copies_survive(count):
   devices = Devices.take(count)
   shared = np.arange(4096, dtype=np.float32)
-  spread = devices.replicate({"a": shared, "b": shared})
+  spread = devices.distribute([{"a": shared, "b": shared}])
   host = devices.to_host(spread)
   double = devices.map(lambda tree: jax.tree.map(lambda x: 2.0 * x + 1.0, tree), donate=(0,))
   after = double(double(spread))
@@ -110,3 +109,40 @@ def test_collectives_between_devices():
   np.testing.assert_array_equal(got["total"], np.full(4, 6.0))
   np.testing.assert_array_equal(got["scalar"], np.full(4, 1.5))
   np.testing.assert_array_equal(got["matrix"], np.full((4, 2, 2), 6.0))
+
+
+@pytest.mark.parametrize(("count", "runs"), [(1, 3), (2, 4), (4, 4)])
+def test_packed_runs_lie_on_the_devices_in_order(count, runs):
+  devices = Devices.take(count, runs=runs)
+  trees = [{"a": np.arange(6.0, dtype=np.float32).reshape(2, 3) + 10 * i, "b": np.int32(i)} for i in range(runs)]
+  spread = devices.distribute(trees)
+  assert spread["a"].shape == (count, runs // count, 2, 3)
+  double = devices.map(lambda tree, shared: jax.tree.map(lambda x: shared * x, tree), in_axes=(0, None), donate=(0,))
+  spread = double(spread, np.int32(2))
+  for i, tree in enumerate(trees):
+    assert devices.pick(spread, i)["a"].devices() == {devices.devices[i // (runs // count)]}
+    host = devices.to_host(spread, i)
+    np.testing.assert_array_equal(host["a"], 2 * tree["a"])
+    np.testing.assert_array_equal(host["b"], 2 * i)
+
+
+def test_packed_runs_have_their_batch_and_their_averages_to_themselves():
+  devices = Devices.take(2, runs=4)
+  devices.check_batch(7)
+
+  def function(x, shared):
+    return {"share": parallel.local_share(shared), "mean": parallel.mean(x), "total": parallel.total(x)}
+
+  got = devices.map(function, in_axes=(0, None))(devices.distribute(list(np.arange(4.0))), np.arange(3))
+  for i in range(4):
+    own = devices.to_host(got, i)
+    np.testing.assert_array_equal(own["share"], np.arange(3))
+    assert own["mean"] == own["total"] == i
+
+
+def test_runs_that_cannot_be_spread_evenly_are_refused():
+  with pytest.raises(UserError, match="6 runs cannot be spread evenly over 4 devices"):
+    Devices.take(4, runs=6)
+  assert Devices.take(4).with_runs(3).count == 3
+  assert Devices.take(4).with_runs(1).count == 4
+  assert Devices.take(2).with_runs(8).runs == 8

@@ -1,0 +1,162 @@
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import jedi_jax
+from jedi_jax import checkpoint, workdir
+from jedi_jax.config import make_config, override
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.errors import UserError
+from jedi_jax.models.variants import build, with_num_actions
+from jedi_jax.training import loop
+from jedi_jax.types import EnvSpec
+
+COUNTS = {"denoiser": np.int32(4), "reward_end": np.int32(4), "actor_critic": np.int32(3), "probe": np.int32(3)}
+RUNS = 4
+
+
+def test_each_packed_run_is_what_it_is_alone(tiny):
+  devices = tiny.packed_devices()
+  states = [tiny.init(jax.random.key(seed)) for seed in range(RUNS)]
+  replay = tiny.devices().to_host(tiny.replay())
+  start = [jax.device_get(state) for state in states]
+  state, sums = tiny.packed_epoch()(devices.distribute(states), devices.distribute([replay] * RUNS), COUNTS)
+  for seed in range(RUNS):
+    alone, alone_sums = tiny.epoch()(tiny.state(seed), tiny.replay(), COUNTS)
+    alone, alone_sums = (tiny.devices().to_host(tree) for tree in (alone, alone_sums))
+    got, got_sums = devices.to_host(state, seed), devices.to_host(sums, seed)
+    chex.assert_trees_all_close(got.params, alone.params, rtol=1e-3, atol=2e-5)
+    chex.assert_trees_all_close(got.optimizers, alone.optimizers, rtol=2e-3, atol=2e-5)
+    chex.assert_trees_all_equal(got.updates, alone.updates)
+    for phase, metrics in alone_sums.items():
+      for name, value in metrics.items():
+        np.testing.assert_allclose(got_sums[phase][name], value, rtol=2e-3, atol=1e-4, err_msg=f"{phase}/{name}")
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), got.params, start[seed].params)
+    assert max(jax.tree.leaves(moved)) > 50 * 2e-5
+
+
+@pytest.fixture(scope="module")
+def packed(tiny, tmp_path_factory, quiet):
+  """Four seeds trained together to their end; returns (configurations, directories, results)."""
+  out = tmp_path_factory.mktemp("packed")
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(RUNS)]
+  places = [out / workdir.place(config) for config in configs]
+  return configs, places, _train(tiny, configs, places, quiet)
+
+
+@pytest.fixture(scope="module")
+def quiet():
+  class Quiet(loop.telemetry.Progress):
+    def say(self, text):
+      self.lines = [*getattr(self, "lines", []), text]
+
+    def show(self, task, done, total, detail=""):
+      pass
+
+  return Quiet()
+
+
+def _train(tiny, configs, places, say):
+  def shared(trainer):
+    assert trainer._devices.runs == RUNS
+    trainer._epoch = tiny.packed_epoch()
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Trainer, "_compile", shared)
+    return loop.train_packed(configs, places, devices=tiny.devices(2), say=say)
+
+
+def test_every_run_has_its_own_files_and_result(packed, finished_run, timeless):
+  configs, places, results = packed
+  assert [place.relative_to(places[0].parents[1]).as_posix() for place in places] == [
+    f"catch/seed_{seed}" for seed in range(RUNS)
+  ]
+  alone = json.loads((finished_run / "result.json").read_text())
+  for config, place, result in zip(configs, places, results, strict=True):
+    assert result == json.loads((place / "result.json").read_text())
+    assert (result["seed"], result["runs_together"]) == (config.seed, RUNS)
+    for name in ("env_steps", "frames", "updates"):
+      assert result[name] == alone[name]
+    assert set(result) == set(alone)
+    assert set(timeless(place / "metrics.jsonl")[-1]) == set(timeless(finished_run / "metrics.jsonl")[-1])
+  assert len({tuple(result["episode_returns"]) for result in results}) > 1
+
+
+def test_the_first_epoch_of_a_packed_run_is_that_of_the_run_alone(packed, finished_run, timeless):
+  together, alone = timeless(packed[1][0] / "metrics.jsonl")[0], timeless(finished_run / "metrics.jsonl")[0]
+  for name in ("collect/rewards_negative", "collect/rewards_positive", "env_steps", "updates/denoiser"):
+    assert together[name] == alone[name]
+  for name in ("denoiser/loss", "reward_end/loss", "actor_critic/loss", "denoiser/latent_std"):
+    assert together[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-4)
+
+
+def test_finished_runs_are_not_repeated(packed, tiny, quiet, snapshot):
+  configs, places, results = packed
+  before = [snapshot(place) for place in places]
+  assert _train(tiny, configs, places, quiet) == results
+  assert [snapshot(place) for place in places] == before
+
+
+def test_a_packed_run_goes_on_alone(tiny, quiet, train_tiny, tmp_path):
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(RUNS)]
+  places = [tmp_path / str(config.seed) for config in configs]
+  original = loop.Trainer._update
+
+  def stop(trainer, counts, epoch, *, split):
+    if epoch == 4:
+      raise KeyboardInterrupt
+    return original(trainer, counts, epoch, split=split)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Trainer, "_update", stop)
+    with pytest.raises(KeyboardInterrupt):
+      _train(tiny, configs, places, quiet)
+  assert checkpoint.newest(places[2] / "checkpoints" / "latest") == 2
+  result = train_tiny(places[2], config=configs[2])
+  assert (result["seed"], result["runs_together"], result["env_steps"]) == (2, 1, 70)
+  assert not (places[1] / "result.json").exists()
+
+
+def test_runs_that_cannot_share_a_program_are_refused(tiny, tmp_path):
+  config = tiny.config
+  other = override(config, {"seed": 1, "collect.epsilon": 0.5})
+  with pytest.raises(UserError, match=r"differ in seed and game alone, not in collect\.epsilon"):
+    loop.train_packed([config, other], [tmp_path / "a", tmp_path / "b"])
+  with pytest.raises(UserError, match="same directory"):
+    loop.train_packed([config, override(config, {"seed": 1})], [tmp_path / "a", tmp_path / "a"])
+  games = [make_config(env=name, preset="debug") for name in ("atari/Pong", "atari/Breakout")]
+  with pytest.raises(UserError, match=r"env\.action_slots=6"):
+    loop.train_packed(games, [tmp_path / "a", tmp_path / "b"])
+  with pytest.raises(UserError, match="observations of one shape"):
+    loop.train_packed(
+      [make_config(env="catch", preset="debug"), make_config(env="atari/Breakout", preset="debug")],
+      [tmp_path / "a", tmp_path / "b"],
+    )
+  assert not list(tmp_path.iterdir())
+
+
+def test_actions_that_a_game_does_not_have_are_never_chosen(tiny):
+  config = override(tiny.config, {"env.action_slots": 7})
+  model = build(config, SPEC)
+  assert model.spec.num_actions == 7
+  params = with_num_actions(jax.jit(model.init)(jax.random.key(0)), 2)  # As of a game with two actions.
+  own = params["actor_critic"]
+  own["actor"]["bias"] = np.arange(7.0, dtype=np.float32)
+  observations = np.random.default_rng(0).integers(256, size=(64, *SPEC.observation_shape), dtype=np.uint8)
+  agent = jedi_jax.Agent(model, params)
+  for epsilon in (0.0, 1.0):
+    actions, _ = agent.act(observations, agent.initial_state(64), jax.random.key(1), epsilon=epsilon)
+    assert set(np.unique(actions)) == {0, 1}
+  logits, _, _ = jax.jit(model.policy)(params, observations, model.initial_state(64))
+  shares = jax.nn.softmax(logits)
+  np.testing.assert_allclose(shares[:, 0], 1 / (1 + np.e), rtol=0.2)
+  assert np.all(np.asarray(shares[:, 2:]) == 0)
+
+
+def test_too_few_slots_are_refused(tiny):
+  with pytest.raises(UserError, match=r"env\.action_slots=2 is too small for the 3 actions"):
+    build(override(tiny.config, {"env.action_slots": 2}), SPEC)
+  assert build(override(tiny.config, {"env.action_slots": 3}), EnvSpec(3, SPEC.observation_shape)).spec.num_actions == 3
