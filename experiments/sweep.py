@@ -29,7 +29,10 @@ _WORKERS = flags.DEFINE_integer(
   "workers", 1, "Runs side by side on this machine, or jobs at once of the array.", lower_bound=1
 )
 _PACK = flags.DEFINE_integer(
-  "pack", 1, "Games of one variant and seed that share a process and its program.", lower_bound=1
+  "pack",
+  1,
+  "Games of one variant and seed that share a process and its program; 0 for as many as fit on a device.",
+  lower_bound=0,
 )
 _HOURS = flags.DEFINE_float(
   "hours_per_run", 0.0, "Hours of one run, for the projection; 0 to take what runs here took.", lower_bound=0.0
@@ -51,16 +54,17 @@ def main() -> None:
     variants=_VARIANTS.value,
     preset=_PRESET.value,
     overrides=_SET.value,
-    packed=_PACK.value > 1,
+    packed=_PACK.value != 1,
   )
   states = [sweeping.look(run) for run in plan]
   print(sweeping.table(states))
-  print(sweeping.projection(states, workers=_WORKERS.value * _PACK.value, hours_per_run=_HOURS.value))
+  train = pathlib.Path(__file__).with_name("train.py")
+  size = _PACK.value or sweeping.runs_that_fit(plan[0], train)
+  print(sweeping.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
   if _DRY.value or not left:
     return
-  packs = sweeping.packs(left, _PACK.value)
-  train = pathlib.Path(__file__).with_name("train.py")
+  packs = sweeping.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
     job = sweeping.submit(

@@ -17,7 +17,8 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import runtime, workdir
+from jedi_jax import envs, runtime, workdir
+from jedi_jax.training import memory
 from jedi_jax.training.parallel import Devices
 
 _ENV = flags.DEFINE_list(
@@ -40,6 +41,7 @@ _SET = flags.DEFINE_multi_string(
   "set", [], "Overrides a setting, as in --set=actor_critic.horizon=10; may be repeated. --settings lists them all."
 )
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
+_FIT = flags.DEFINE_bool("fit", False, "Prints what one run takes of a device and how many runs fit, and exits.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many local devices; 0 for all.", lower_bound=0)
 
 
@@ -57,6 +59,13 @@ def main() -> None:
   ]
   if _SETTINGS.value:
     print(config_lib.describe(configs[0]))
+    return
+  if _FIT.value:
+    runtime.enable_compilation_cache()
+    found = memory.of_run(configs[0], envs.spec(configs[0].env.name))
+    parts = ", ".join(f"{name} {getattr(found, name) / 2**20:,.0f} MiB" for name in ("replay", "state", "working"))
+    print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
+    print(f"runs that fit: {found.fit}")
     return
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")

@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from jedi_jax import config as config_lib
-from jedi_jax import workdir
+from jedi_jax import envs, workdir
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores
@@ -51,10 +51,11 @@ def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
 
 
 def packs(runs: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
-  """Groups runs that can share a program, `size` at most: games of one variant and seed."""
-  groups: dict[tuple[str, int], list[PlannedRun]] = {}
+  """Groups runs that can share a program, `size` at most: games of one variant, seed and shape of observations."""
+  groups: dict[Any, list[PlannedRun]] = {}
   for run in runs:
-    groups.setdefault((run.config.variant, run.config.seed), []).append(run)
+    shape = envs.spec(run.config.env.name).observation_shape
+    groups.setdefault((run.config.variant, run.config.seed, shape), []).append(run)
   return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
@@ -261,6 +262,21 @@ class Pool:
         process.wait()
       log.close()
     self._running = []
+
+
+def runs_that_fit(run: PlannedRun, train: pathlib.Path) -> int:
+  """Asks the training program, in a process of its own, how many runs like this one a device can hold.
+
+  Raises:
+    UserError: if it does not answer.
+  """
+  told = subprocess.run([*command([run], train), "--fit"], capture_output=True, text=True, check=False)
+  for line in told.stdout.splitlines():
+    label, _, number = line.partition(": ")
+    if label == "runs that fit":
+      return int(number)
+  reason = (told.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+  raise UserError(f"how many runs fit is not known ({reason}): give --pack")
 
 
 def submit(

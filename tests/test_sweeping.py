@@ -74,6 +74,31 @@ def test_plans_that_cannot_be_are_refused(tmp_path, changes):
     make_plan(tmp_path, **changes)
 
 
+def test_packs_hold_games_that_can_share_a_program(tmp_path):
+  plan = make_plan(tmp_path, games=["Pong", "catch", "Breakout", "Boxing"], packed=True)
+  packs = sweeping.packs(plan, 2)
+  assert [[(run.config.env.name, run.config.seed) for run in pack] for pack in packs] == [
+    group
+    for seed in (0, 1)
+    for group in ([("atari/Pong", seed), ("atari/Breakout", seed)], [("atari/Boxing", seed)], [("catch", seed)])
+  ]
+  assert {run.config.env.action_slots for run in plan} == {18}  # Boxing's.
+  command = sweeping.command(packs[0], pathlib.Path("train.py"))
+  assert {"--env=atari/Pong,atari/Breakout", "--seed=0", f"--workdir={tmp_path / 'jedi'}"} < set(command)
+  # That is where the program puts them.
+  assert [run.workdir for run in packs[0]] == [tmp_path / "jedi" / workdir.place(run.config) for run in packs[0]]
+
+
+def test_how_many_runs_fit_is_asked_of_the_program(tmp_path):
+  [run] = make_plan(tmp_path, seeds=1)
+  program = tmp_path / "train.py"
+  program.write_text("import sys; assert '--fit' in sys.argv; print('one run: ...'); print('runs that fit: 3')")
+  assert sweeping.runs_that_fit(run, program) == 3
+  program.write_text("import sys; sys.exit('no accelerator')")
+  with pytest.raises(UserError, match=r"no accelerator\): give --pack"):
+    sweeping.runs_that_fit(run, program)
+
+
 def finish(plan, train, workers=1):
   pool = sweeping.Pool(sweeping.packs(plan, 1), train, workers=workers)
   most = 0

@@ -21,7 +21,8 @@ from jedi_jax.inspection import dreams
 from jedi_jax.models.variants import Model, build, count_parameters, with_num_actions
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import seeds
-from jedi_jax.training.collector import CHUNK_SLOTS, Collected, Collector
+from jedi_jax.training.collector import Collected, Collector
+from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
@@ -285,7 +286,7 @@ class Trainer:
     """Makes or restores the state of every run."""
     init = jax.jit(make_init(self._model, self._optimizers))
     shapes = jax.eval_shape(init, jax.random.key(0))
-    empty = jax.device_get(_empty_replay(self._config, self._runs[0].spec))
+    empty = jax.device_get(empty_replay(self._config, self._runs[0].spec))
     states, replays = [], []
     for run in self._runs:
       number = run.latest.latest()
@@ -559,7 +560,7 @@ class Trainer:
 
   def _restore(self, run: _Run, number: int, shapes: Any) -> tuple[Any, Any]:
     """Continues a run from a checkpoint; returns its state and replay."""
-    empty = jax.eval_shape(lambda: _empty_replay(run.config, run.spec))
+    empty = jax.eval_shape(lambda: empty_replay(run.config, run.spec))
     target = {
       "train": shapes.replace(params={}),
       "replay": empty,
@@ -651,15 +652,6 @@ def _traced(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
 
 def _rarer_rewards(collected: Collected) -> int:
   return sum(sorted(collected.reward_counts)[:-1])
-
-
-def _empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
-  slots = -(-(config.replay.capacity + config.replay.final_frames) // config.env.num_envs)
-  return replay_lib.init(
-    num_streams=config.env.num_envs,
-    slots_per_stream=max(slots, CHUNK_SLOTS),
-    observation_shape=spec.observation_shape,
-  )
 
 
 def _make_strips(config: Config, model: Model, devices: Devices) -> Any:

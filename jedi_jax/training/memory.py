@@ -1,0 +1,97 @@
+"""Memory: what a run takes of a device, by the compiler's account, and how many runs fit."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jedi_jax import replay as replay_lib
+from jedi_jax.config import Config
+from jedi_jax.models.variants import build
+from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training.collector import CHUNK_SLOTS
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.state import make_init
+from jedi_jax.training.updates import make_optimizers
+from jedi_jax.types import EnvSpec
+
+_SHARE = 0.9
+"""Of a device's memory, what runs may take: policies that play and evaluate need some as well."""
+
+
+class Memory(NamedTuple):
+  """Bytes of a device that a run takes.
+
+  Attributes:
+    replay: its ring of frames.
+    state: parameters and optimisers.
+    working: the most that an epoch needs besides, by XLA's account of the compiled epoch.
+    device: what the device has.
+  """
+
+  replay: int
+  state: int
+  working: int
+  device: int
+
+  @property
+  def run(self) -> int:
+    """All that one run takes."""
+    return self.replay + self.state + self.working
+
+  @property
+  def fit(self) -> int:
+    """How many runs a device can hold, at least 1."""
+    return max(int(_SHARE * self.device / self.run), 1)
+
+
+def of_run(config: Config, spec: EnvSpec, *, packed: bool = False) -> Memory:
+  """Compiles the epoch of a run for the first device, without running it, and takes its measure.
+
+  Args:
+    config: the run's configuration.
+    spec: of its environment.
+    packed: whether to compile it as one of several runs are.
+  """
+  device = jax.local_devices()[0]
+  devices = Devices([device])
+  model = build(config, spec, packed=packed)
+  optimizers = make_optimizers(config, model.phases)
+  epoch = epoch_lib.make_epoch(
+    model, optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
+  )
+
+  def distributed(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
+
+  state = jax.eval_shape(make_init(model, optimizers), jax.random.key(0))
+  replay = jax.eval_shape(lambda: empty_replay(config, spec))
+  counts = {phase.name: jax.ShapeDtypeStruct((), np.int32) for phase in model.phases}
+  compiled = epoch_lib.distribute(epoch, devices).lower(distributed(state), distributed(replay), counts).compile()
+  analysis = compiled.memory_analysis()
+  return Memory(
+    replay=_size(replay), state=_size(state), working=int(analysis.temp_size_in_bytes), device=_device_bytes(device)
+  )
+
+
+def empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
+  """The replay of a run before its first step."""
+  slots = -(-(config.replay.capacity + config.replay.final_frames) // config.env.num_envs)
+  return replay_lib.init(
+    num_streams=config.env.num_envs,
+    slots_per_stream=max(slots, CHUNK_SLOTS),
+    observation_shape=spec.observation_shape,
+  )
+
+
+def _size(tree: Any) -> int:
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _device_bytes(device: jax.Device) -> int:
+  """Memory of a device; of the CPU what is free in the machine."""
+  stats = device.memory_stats()
+  if stats and "bytes_limit" in stats:
+    return int(stats["bytes_limit"])
+  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

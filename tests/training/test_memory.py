@@ -1,0 +1,26 @@
+import jax
+import numpy as np
+
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.training import memory
+
+
+def test_what_a_run_takes(tiny):
+  found = memory.of_run(tiny.config, SPEC)
+
+  def size(tree):
+    return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))
+
+  assert found.replay == size(tiny.devices().to_host(tiny.replay()))
+  assert found.state == size(tiny.devices().to_host(tiny.state()))
+  assert 0 < found.working < 2**30
+  assert found.run == found.replay + found.state + found.working
+  assert found.device > 2**28
+
+
+def test_as_many_fit_as_nine_tenths_of_the_device_hold():
+  one = memory.Memory(replay=60, state=30, working=10, device=1000)
+  assert one.fit == 9
+  assert one._replace(device=1111).fit == 9
+  assert one._replace(device=1112).fit == 10
+  assert one._replace(device=50).fit == 1  # One is always tried.
