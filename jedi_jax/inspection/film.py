@@ -118,12 +118,11 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
         brush.rectangle((left - 2, _GAP - 2, left + width + 1, _GAP + height + 1), outline=rim, width=2)
         under = height + _GAP + 4
         brush.text((left, under), name, fill=(230, 230, 230), font=font)
-        brush.text(
-          (left, under + 13),
-          f"reward {reward:+.2f}  end {end:.2f}  value {value:+.2f}",
-          fill=(170, 170, 176),
-          font=font,
-        )
+        reward, value = round(reward, 2) + 0.0, round(value, 2) + 0.0  # No "-0.00".
+        caption = f"reward {reward:+.2f}  end {end:.2f}" + ("" if dim else f"  value {value:+.2f}")
+        brush.text((left, under + 13), caption, fill=(170, 170, 176), font=font)
+        if dim:
+          continue  # Nothing follows an end, so there is no value.
         middle = left + width // 2
         tip = middle + round(value / top * width / 2)
         color = (60, 200, 90) if value >= 0 else (220, 60, 60)

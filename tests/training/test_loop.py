@@ -69,6 +69,7 @@ def test_result(finished_run):
   assert set(got) == {
     "env", "variant", "preset", "seed", "env_steps", "frames", "updates", "episode_returns", "episode_lengths",
     "episodes_truncated", "max_episode_steps", "mean_return", "human_normalized_score", "seconds",
+    "runs_together",
   }  # fmt: skip
   assert (got["env"], got["variant"], got["preset"], got["seed"]) == ("catch", "jedi", "debug", 0)
   assert got["env_steps"] == got["frames"] == 70

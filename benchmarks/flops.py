@@ -1,0 +1,49 @@
+"""Counts the floating-point operations of matrix products and convolutions in a traced function.
+
+XLA's own cost analysis counts the body of a loop once, however often it runs. This follows the trace instead: the
+length of a scan is known there.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def count(function: Callable[..., Any], *args: Any) -> int:
+  """Returns the operations of one call, a multiplication and an addition being two.
+
+  Args:
+    function: anything that JAX can trace. A loop whose number of rounds is not known counts as one round.
+    args: arrays or `jax.ShapeDtypeStruct`.
+  """
+  return _of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of(jaxpr: Any) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+      (contracted, _), _ = params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[i] for i in contracted)
+    elif name == "conv_general_dilated":
+      kernel = equation.invars[1].aval.shape
+      outputs = params["dimension_numbers"].rhs_spec[0]
+      total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
+    else:
+      inner = sum(_of(sub) for value in params.values() for sub in _jaxprs(value))
+      total += inner * params.get("length", 1) if name == "scan" else inner
+  return total
+
+
+def _jaxprs(value: Any) -> list[Any]:
+  if hasattr(value, "jaxpr"):
+    return [value.jaxpr]
+  if hasattr(value, "eqns"):
+    return [value]
+  if isinstance(value, tuple | list):
+    return [jaxpr for item in value for jaxpr in _jaxprs(item)]
+  return []

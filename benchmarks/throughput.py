@@ -1,0 +1,216 @@
+"""Times sampling, every update and the epoch, side by side for the variants, alone and packed.
+
+  python benchmarks/throughput.py --variants=jedi,diamond --preset=paper --batch_size=32 --runs=1,2
+
+Every variant takes its turn in every repetition, so that what else the machine does falls on all of them. The replay
+holds noise: no time depends on what is in it. `triple` is one update of the denoiser, of the reward / end model and of
+the actor-critic; its FLOP are counted in the trace (see flops.py), and the projected hours are those of all updates of
+a run of the preset, without collection and evaluation. Written to benchmarks/results/throughput_<platform>.json.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flops
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+from absl import flags
+
+from jedi_jax import config as config_lib
+from jedi_jax import envs, replay, runtime
+from jedi_jax.config import Config
+from jedi_jax.models.variants import Model, build
+from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training.memory import empty_replay
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.state import make_init
+from jedi_jax.training.updates import make_optimizers, make_update
+from jedi_jax.types import EnvSpec
+
+_VARIANTS = flags.DEFINE_list("variants", ["jedi", "diamond"], "World models.")
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Gives the number of actions and the shape of frames.")
+_PRESET = flags.DEFINE_string("preset", "paper", "Preset.")
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Batch of every update.", lower_bound=1)
+_RUNS = flags.DEFINE_list("runs", ["1"], "Numbers of packed runs, on one device.")
+_UPDATES = flags.DEFINE_integer("updates", 1, "Updates of a phase in a timed call.", lower_bound=1)
+_FRAMES = flags.DEFINE_integer("frames", 15, "Successive frames of a timed sampling call.", lower_bound=1)
+_REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Format of activations: float32 or bfloat16.")
+_PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak of the device, for the share of it that is reached; 0 for none.")
+_SET = flags.DEFINE_multi_string("set", [], "Overrides a setting.")
+_NAME = flags.DEFINE_string("name", None, "Name of the record; throughput_<platform> if left out.")
+
+PHASES = ("denoiser", "reward_end", "actor_critic")
+_SLOTS = 2_000
+
+
+class Case:
+  """One variant and number of runs, compiled.
+
+  Args:
+    variant: name.
+    runs: packed runs.
+    spec: of the environment.
+  """
+
+  def __init__(self, variant: str, runs: int, spec: EnvSpec):
+    overrides = [
+      f"training.batch_size={_BATCH.value}",
+      f"precision.compute_dtype={_DTYPE.value}",
+      "training.first_updates.probe=0",
+      "training.updates.probe=0",
+    ]
+    config = config_lib.make_config(
+      env=_ENV.value, variant=variant, preset=_PRESET.value, overrides=[*overrides, *_SET.value]
+    )
+    self.variant, self.runs, self.config = variant, runs, config
+    self._devices = Devices(jax.local_devices()[:1], runs=runs)
+    self._model = build(config, spec, packed=self._devices.packed)
+    optimizers = make_optimizers(config, self._model.phases)
+    init = jax.jit(make_init(self._model, optimizers))
+    states = [jax.device_get(init(jax.random.key(seed))) for seed in range(runs)]
+    stored = noise_replay(config, spec)
+    self._state, self._replay = self._devices.distribute(states), self._devices.distribute([stored] * runs)
+    epoch = epoch_lib.make_epoch(
+      self._model, optimizers, batch_size=_BATCH.value, age_weights=config.replay.age_weights
+    )
+    start = time.perf_counter()
+    nothing = {phase.name: np.int32(0) for phase in self._model.phases}
+    self._epoch = epoch_lib.distribute(epoch, self._devices).lower(self._state, self._replay, nothing).compile()
+    self.compile_seconds = time.perf_counter() - start
+    self._sampler = self._devices.map(_sampling(self._model, _BATCH.value, _FRAMES.value))
+    self._keys = self._devices.distribute([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
+    self.flop = {
+      phase.name: flops.count(
+        make_update(phase, i, optimizers[phase.name], batch_size=_BATCH.value, age_weights=config.replay.age_weights),
+        states[0],
+        stored,
+      )
+      for i, phase in enumerate(self._model.phases)
+    }
+
+  def run(self, **counts: int) -> Any:
+    """Makes so many updates of each phase, and waits."""
+    calls = {phase.name: np.int32(counts.get(phase.name, 0)) for phase in self._model.phases}
+    self._state, sums = self._epoch(self._state, self._replay, calls)
+    return jax.block_until_ready(sums)
+
+  def sample(self) -> Any:
+    """Samples `--frames` successive frames for a batch, and waits."""
+    return jax.block_until_ready(self._sampler(self._state.params, self._keys))
+
+
+def _sampling(model: Model, batch: int, frames: int) -> Callable[[Any, Any], Any]:
+  def sample(params: Any, key: Any) -> Any:
+    keys = jax.random.split(jax.random.wrap_key_data(key), batch)
+    noise = model.dynamics.sample_noise(keys, frames)
+    past = jnp.zeros((batch, model.conditioning_frames, *model.latent_shape))
+    actions = jnp.zeros((batch, model.conditioning_frames), jnp.int32)
+
+    def step(past: Any, draws: Any) -> tuple[Any, None]:
+      following = model.dynamics.sample(params["denoiser"], past, actions, draws)
+      return jnp.concatenate([past[:, 1:], following[:, None]], axis=1), None
+
+    return jax.lax.scan(step, past, noise)[0]
+
+  return sample
+
+
+def noise_replay(config: Config, spec: EnvSpec) -> replay.ReplayState:
+  """A replay of episodes of 100 steps of noise."""
+  small = config_lib.override(config, {"replay.capacity": _SLOTS, "replay.final_frames": 0, "env.num_envs": 1})
+  state, steps = empty_replay(small, spec), _SLOTS - 50
+  rng = np.random.default_rng(0)
+  place = np.arange(steps)[None] % 101
+  chunk = replay.Chunk(
+    frames=rng.integers(256, size=(1, steps, *spec.observation_shape), dtype=np.uint8),
+    actions=rng.integers(spec.num_actions, size=(1, steps)).astype(np.int32),
+    rewards=rng.integers(-1, 2, size=(1, steps)).astype(np.float32),
+    ends=place == 99,
+    first=place == 0,
+    final=place == 100,
+    count=np.asarray([steps], np.int32),
+  )
+  return jax.device_get(jax.jit(replay.add)(state, chunk))
+
+
+def projected_hours(config: Config, seconds: dict[str, float]) -> float:
+  """Hours of all updates of a run, of which the first collection is the shortest that the settings allow."""
+  c, t = config.collect, config.training
+  epochs = math.ceil((c.total_steps - c.first_epoch_min_steps) / c.steps_per_epoch) + t.final_epochs
+  total = sum(seconds[name] * (getattr(t.first_updates, name) + epochs * getattr(t.updates, name)) for name in PHASES)
+  return total / 3600
+
+
+def main() -> None:
+  """Measures and writes."""
+  started = record.machine()
+  spec = envs.spec(_ENV.value)
+  cases = [Case(variant, int(runs), spec) for runs in _RUNS.value for variant in _VARIANTS.value]
+  together = dict.fromkeys(PHASES, _UPDATES.value)
+  measures: dict[str, Callable[[Case], Any]] = {
+    "sampling": Case.sample,
+    **{name: (lambda case, name=name: case.run(**{name: _UPDATES.value})) for name in PHASES},
+    "triple": lambda case: case.run(**together),
+  }
+  times: dict[tuple[int, str], list[float]] = {(i, name): [] for i in range(len(cases)) for name in measures}
+  for repeat in range(_REPEATS.value + 1):  # The first is not counted.
+    for name, measure in measures.items():
+      for i, case in enumerate(cases):
+        start = time.perf_counter()
+        measure(case)
+        if repeat:
+          times[i, name].append(time.perf_counter() - start)
+  rows = []
+  for i, case in enumerate(cases):
+    each = {name: [t / _UPDATES.value / case.runs for t in times[i, name]] for name in (*PHASES, "triple")}
+    medians = {name: statistics.median(values) for name, values in each.items()}
+    frames = [case.runs * _BATCH.value * _FRAMES.value / t for t in times[i, "sampling"]]
+    flop = sum(case.flop[name] for name in PHASES)
+    row = {
+      "variant": case.variant,
+      "runs": case.runs,
+      "batch": _BATCH.value,
+      "frames/s": statistics.median(frames),
+      "frames/s, each": frames,
+      **{f"{name}, a run": values for name, values in each.items()},
+      "TFLOP": flop / 1e12,
+      "TFLOP/s": flop / medians["triple"] / 1e12,
+      "compile s": case.compile_seconds,
+      "projected hours": projected_hours(case.config, medians),
+      "flop": case.flop,
+    }
+    if _PEAK.value:
+      row["share of peak"] = row["TFLOP/s"] / _PEAK.value
+    rows.append(row)
+  columns = ["variant", "runs", "frames/s", *(f"{name}, a run" for name in (*PHASES, "triple"))]
+  columns += ["TFLOP", "TFLOP/s", "compile s", "projected hours"] + (["share of peak"] if _PEAK.value else [])
+  print(record.table(rows, columns))
+  for line in _ratios(rows):
+    print(line)
+  path = record.write(_NAME.value or f"throughput_{jax.default_backend()}", rows, started=started)
+  print(f"written to {path}")
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[str]:
+  """Compares the first variant with the others, at equal numbers of runs."""
+  lines = []
+  for ours in rows:
+    for other in rows:
+      if ours["variant"] == rows[0]["variant"] != other["variant"] and ours["runs"] == other["runs"]:
+        sampling = ours["frames/s"] / other["frames/s"]
+        triple = statistics.median(other["triple, a run"]) / statistics.median(ours["triple, a run"])
+        lines.append(
+          f"{ours['variant']} against {other['variant']}, {ours['runs']} run(s): "
+          f"sampling {sampling:.1f} times faster, triple {triple:.1f} times faster"
+        )
+  return lines
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")
