@@ -28,6 +28,8 @@ from jedi_jax.envs.catch import SPEC
 from jedi_jax.models.variants import build
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import loop
+from jedi_jax.training.collector import CHUNK_SLOTS
+from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
@@ -139,14 +141,9 @@ class Tiny:
 def noise_replay(config):
   """Two streams of episodes of 5 to 9 steps whose frames, actions and rewards are noise."""
   generator = np.random.default_rng(0)
-  slots = (config.replay.capacity + config.replay.final_frames) // config.env.num_envs
-  state = replay_lib.init(
-    num_streams=config.env.num_envs,
-    slots_per_stream=max(slots, loop.CHUNK_SLOTS),
-    observation_shape=SPEC.observation_shape,
-  )
+  state = empty_replay(config, SPEC)
   streams = config.env.num_envs
-  writer = replay_lib.ChunkWriter(num_streams=streams, size=loop.CHUNK_SLOTS, observation_shape=SPEC.observation_shape)
+  writer = replay_lib.ChunkWriter(num_streams=streams, size=CHUNK_SLOTS, observation_shape=SPEC.observation_shape)
   left = np.asarray([5, 7])
   frames = generator.integers(256, size=(streams, *SPEC.observation_shape), dtype=np.uint8)
   while not writer.is_full:

@@ -68,6 +68,10 @@ class Devices:
     """Whether there are several runs."""
     return self.runs > 1
 
+  @property
+  def _axis(self) -> str:
+    return _PACKS if self.packed else AXIS
+
   def check_batch(self, batch_size: int) -> None:
     """Refuses a batch that the devices of one run cannot share equally.
 
@@ -89,8 +93,8 @@ class Devices:
     Returns:
       The tree with leaves [devices, ...], every device with a copy, or [devices, runs of a device, ...].
     """
-    mesh = jax.sharding.Mesh(np.asarray(self.devices), (AXIS,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
+    mesh = jax.sharding.Mesh(np.asarray(self.devices), (self._axis,))  # As `map` gives its results.
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(self._axis))
     share = self.runs // self.count
 
     def put(*leaves: Any) -> Array:
@@ -130,10 +134,8 @@ class Devices:
       in_axes: 0 for distributed arguments, None for those that all share; one for all arguments, or a tuple.
       donate: positions of arguments whose memory the results may take.
     """
-    if not self.packed:
-      return jax.pmap(function, axis_name=AXIS, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
-    packed = jax.vmap(function, in_axes=in_axes)
-    return jax.pmap(packed, axis_name=_PACKS, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
+    mapped = jax.vmap(function, in_axes=in_axes) if self.packed else function
+    return jax.pmap(mapped, axis_name=self._axis, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -81,7 +81,12 @@ def test_every_run_has_its_own_files_and_result(packed, finished_run, timeless):
     for name in ("env_steps", "frames", "updates"):
       assert result[name] == alone[name]
     assert set(result) == set(alone)
-    assert set(timeless(place / "metrics.jsonl")[-1]) == set(timeless(finished_run / "metrics.jsonl")[-1])
+    # Precision and recall are there for what was met.
+    names = [
+      {name for name in timeless(directory / "metrics.jsonl")[-1] if "recall" not in name and "precision" not in name}
+      for directory in (place, finished_run)
+    ]
+    assert names[0] == names[1]
   assert len({tuple(result["episode_returns"]) for result in results}) > 1
 
 
