@@ -144,8 +144,9 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
   if not isinstance(noise, DenoisingNoise):
     return {}
 
+  # Segment and noise are arguments: as constants they would be folded into the program for minutes.
   @jax.jit
-  def measure(params: dict[str, Params], level: Array) -> tuple[Array, Array]:
+  def measure(params: dict[str, Params], segment: Segment, noise: DenoisingNoise, level: Array) -> tuple[Array, Array]:
     at_level = noise._replace(sigma=jnp.full_like(noise.sigma, level), use_estimate=jnp.zeros((), bool))
     latents = model.encode(params, segment.observations, segment.mask)
     clean, weights = latents[:, length:], segment.mask[:, length:].astype(jnp.float32)
@@ -170,7 +171,7 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
     return loss, jnp.average(nothing, weights=weights.reshape(-1))
 
   levels = np.geomspace(c.sigma_min, c.sigma_max, 12)
-  pairs = [jax.device_get(measure(agent.params, level)) for level in levels.astype(np.float32)]
+  pairs = [jax.device_get(measure(agent.params, segment, noise, level)) for level in levels.astype(np.float32)]
   return {
     "sigma": levels.tolist(),
     "loss": [float(loss) for loss, _ in pairs],
