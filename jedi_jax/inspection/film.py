@@ -16,7 +16,7 @@ from jedi_jax.inspection import dreams
 from jedi_jax.types import Array, Params, Segment
 
 PANES = ("real game", "dream, same actions", "dream, own policy")
-_CAPTION = 46
+_CAPTION = 59
 _GAP = 6
 
 
@@ -119,14 +119,14 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
         under = height + _GAP + 4
         brush.text((left, under), name, fill=(230, 230, 230), font=font)
         reward, value = round(reward, 2) + 0.0, round(value, 2) + 0.0  # No "-0.00".
-        caption = f"reward {reward:+.2f}  end {end:.2f}" + ("" if dim else f"  value {value:+.2f}")
-        brush.text((left, under + 13), caption, fill=(170, 170, 176), font=font)
+        brush.text((left, under + 13), f"reward {reward:+.2f}  end {end:.2f}", fill=(170, 170, 176), font=font)
         if dim:
           continue  # Nothing follows an end, so there is no value.
+        brush.text((left, under + 26), f"value {value:+.2f}", fill=(170, 170, 176), font=font)
         middle = left + width // 2
         tip = middle + round(value / top * width / 2)
         color = (60, 200, 90) if value >= 0 else (220, 60, 60)
-        brush.rectangle((min(middle, tip), under + 30, max(middle, tip), under + 35), fill=color)
+        brush.rectangle((min(middle, tip), under + 43, max(middle, tip), under + 48), fill=color)
       images.append(canvas)
   return images
 
