@@ -26,7 +26,7 @@ ALLOWED = {
   "evaluation/report.py": {"errors", "evaluation", "figures", "workdir"},
   "runtime.py": {"errors"},
   "figures.py": set(),
-  "sweeping.py": {"errors", "config", "workdir", "evaluation"},
+  "sweeping.py": {"errors", "config", "envs", "workdir", "evaluation"},
   "telemetry.py": {"errors"},
   "checkpoint.py": {"errors"},
   "workdir.py": {"types", "errors", "config", "version"},

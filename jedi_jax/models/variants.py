@@ -328,15 +328,17 @@ def compose(
 
   def measure(params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
     params = average(params, metrics)
-    measured = {"latent_std": _channel_std(metrics["latent_gram"])}
-    if "change_square" in metrics:
-      measured["change_std"] = jnp.sqrt(metrics["change_square"])
     before = params["denoiser"]
-    following = {
-      name: jnp.where(before[name] > 0, optax.incremental_update(std, before[name], _STD_RATE), std)
-      for name, std in ((name, jnp.maximum(std, _LEAST_STD)) for name, std in measured.items())
-      if name in before
+    measures: dict[str, Callable[[], Array]] = {
+      "latent_std": lambda: _channel_std(metrics["latent_gram"]),
+      "change_std": lambda: jnp.sqrt(metrics["change_square"]),
     }
+    following = {}
+    for name in [name for name in measures if name in before]:
+      std = jnp.maximum(measures[name](), _LEAST_STD)
+      following[name] = jnp.where(before[name] > 0, optax.incremental_update(std, before[name], _STD_RATE), std)
+    if not following:
+      return params
     return {**params, "denoiser": {**before, **following}}
 
   phases: tuple[Phase, ...] = (

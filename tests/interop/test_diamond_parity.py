@@ -55,7 +55,7 @@ def loaded(state_dict):
 @pytest.fixture(scope="module")
 def parts(loaded):
   config, spec, _ = loaded
-  context = variants._Context(config, spec, "matmul_gradient", jnp.float32)
+  context = variants._Context(config, spec, "matmul_gradient", jnp.float32, spec.num_actions)
   codec = codecs.identity(spec.observation_shape)
   return {
     "dynamics": variants._diffusion(context, codec),

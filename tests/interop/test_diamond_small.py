@@ -53,7 +53,9 @@ def loaded():
 def context(loaded, **sampler):
   config, spec, _ = loaded
   config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **sampler))
-  return variants._Context(config, spec, "lax", jnp.dtype("float32")), codecs.identity(spec.observation_shape)
+  return variants._Context(config, spec, "lax", jnp.dtype("float32"), spec.num_actions), codecs.identity(
+    spec.observation_shape
+  )
 
 
 def nhwc(x):
