@@ -377,6 +377,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.sigma_data": 0.5,
     "denoiser.follow_scale": False,
     "denoiser.target": "latent",
+    "denoiser.clamp_estimate": True,
     "reward_end.downsample": True,
     "actor_critic.channels": (32, 32, 64, 64),
     "actor_critic.downsample": (True, True, True, True),
@@ -549,7 +550,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "probe.strips": 0,
   },
 }
-"""What a preset changes in the settings of the variant."""
+"""What a preset changes in the `paper` settings, but for what the variant sets."""
 
 _SMALL_PIXELS = {
   "denoiser.channels": (16, 16, 32, 32),
@@ -561,11 +562,9 @@ _SMALL_PIXELS = {
 }
 
 VARIANT_PRESETS: Mapping[tuple[str, str], Mapping[str, Any]] = {
-  ("diamond", "small"): {**_SMALL_PIXELS, "denoiser.target": "latent", "denoiser.clamp_estimate": True},
+  ("diamond", "small"): _SMALL_PIXELS,
   ("diamond", "cpu"): _SMALL_PIXELS,
   ("diamond", "catch"): {
-    "denoiser.target": "latent",
-    "denoiser.clamp_estimate": True,
     "denoiser.channels": (16, 32),
     "denoiser.depths": (1, 1),
     "denoiser.attention": (False, False),
@@ -613,7 +612,8 @@ def make_config(
   _check_names(variant, preset)
   if not isinstance(overrides, Mapping):
     overrides = dict(split_override(text) for text in overrides)
-  values: dict[str, Any] = {**VARIANTS[variant], **PRESETS[preset], **VARIANT_PRESETS.get((variant, preset), {})}
+  # What makes a variant what it is stands against a preset; only `VARIANT_PRESETS` may undo it.
+  values: dict[str, Any] = {**PRESETS[preset], **VARIANTS[variant], **VARIANT_PRESETS.get((variant, preset), {})}
   values |= {"variant": variant, "preset": preset, "seed": seed}
   values["env.name"] = env = env or values.get("env.name", EnvConfig.name)
   if envs.is_stochastic(env):
