@@ -15,7 +15,6 @@ import record
 import throughput
 from absl import flags
 
-from jedi_jax import config as config_lib
 from jedi_jax import envs, runtime
 from jedi_jax.errors import UserError
 from jedi_jax.training import memory
@@ -33,15 +32,7 @@ def main() -> None:
   spec = envs.spec(_FLAGS.env)
   rows: list[dict[str, Any]] = []
   for variant in variants:
-    overrides = [
-      f"training.batch_size={_FLAGS.batch_size}",
-      f"precision.compute_dtype={_FLAGS.dtype}",
-      "training.first_updates.probe=0",
-      "training.updates.probe=0",
-      *_FLAGS.set,
-    ]
-    config = config_lib.make_config(env=_FLAGS.env, variant=variant, preset=_FLAGS.preset, overrides=overrides)
-    found = memory.of_run(config, spec)
+    found = memory.of_run(throughput.make_config(variant), spec)
     row: dict[str, Any] = {"variant": variant, "batch": _FLAGS.batch_size}
     for name in ("state", "working", "replay"):
       row[f"{name} MiB"] = getattr(found, name) / 2**20

@@ -49,6 +49,19 @@ PHASES = ("denoiser", "reward_end", "actor_critic")
 _SLOTS = 2_000
 
 
+def make_config(variant: str) -> Config:
+  """Returns a variant's configuration as the flags ask for it, without a probe."""
+  overrides = [
+    f"training.batch_size={_BATCH.value}",
+    f"precision.compute_dtype={_DTYPE.value}",
+    "training.first_updates.probe=0",
+    "training.updates.probe=0",
+  ]
+  return config_lib.make_config(
+    env=_ENV.value, variant=variant, preset=_PRESET.value, overrides=[*overrides, *_SET.value]
+  )
+
+
 class Case:
   """One variant and number of runs, compiled.
 
@@ -59,15 +72,7 @@ class Case:
   """
 
   def __init__(self, variant: str, runs: int, spec: EnvSpec):
-    overrides = [
-      f"training.batch_size={_BATCH.value}",
-      f"precision.compute_dtype={_DTYPE.value}",
-      "training.first_updates.probe=0",
-      "training.updates.probe=0",
-    ]
-    config = config_lib.make_config(
-      env=_ENV.value, variant=variant, preset=_PRESET.value, overrides=[*overrides, *_SET.value]
-    )
+    config = make_config(variant)
     self.variant, self.runs, self.config = variant, runs, config
     self._devices = Devices(jax.local_devices()[:1], runs=runs)
     self._model = build(config, spec, packed=self._devices.packed)

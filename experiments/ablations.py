@@ -75,7 +75,7 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
       {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0, "denoiser.clamp_estimate": False},
     ),
     "scale followed": ("jedi", {"denoiser.follow_scale": True}),
-    "change as target": ("jedi", {"denoiser.target": "change", "denoiser.clamp_estimate": False}),
+    "latent as target": ("jedi", {"denoiser.target": "latent", "denoiser.clamp_estimate": True}),
     "denoiser rate 1e-3": ("jedi", {"denoiser.optimizer.learning_rate": 1e-3}),
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
     "coin: always encoder": ("jedi", {"denoiser.switching": "always_encoder"}),

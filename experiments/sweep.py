@@ -59,9 +59,9 @@ def main() -> None:
   states = [sweeping.look(run) for run in plan]
   print(sweeping.table(states))
   train = pathlib.Path(__file__).with_name("train.py")
-  size = _PACK.value or sweeping.runs_that_fit(plan[0], train)
-  print(sweeping.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
+  size = _PACK.value or (sweeping.runs_that_fit(left[0], train) if left else 1)
+  print(sweeping.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
   packs = sweeping.packs(left, size)

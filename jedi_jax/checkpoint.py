@@ -97,15 +97,13 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
     UserError: if there is none, or it does not fit.
   """
   path = pathlib.Path(directory).absolute()
-  if not path.is_dir():
+  number = newest(path)
+  if number is None:
     raise UserError(f"there is no checkpoint in {path}")
   manager = ocp.CheckpointManager(
     path, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
   )
   try:
-    number = manager.latest_step()
-    if number is None:
-      raise UserError(f"there is no checkpoint in {path}")
     return _restore(manager, number, _PARAMS, target)
   finally:
     manager.close()

@@ -116,7 +116,7 @@ class Tiny:
 
   def packed_devices(self):
     """Two devices with two runs each."""
-    return Devices.take(2, runs=4)
+    return Devices.take(2).with_runs(4)
 
   def packed_epoch(self):
     """The epoch of four packed runs; fails if it is traced again."""

@@ -68,7 +68,7 @@ def test_a_preset_may_choose_the_environment():
 def test_presets_are_valid_and_take_effect(env, preset, variant):
   config = make_config(env=env, preset=preset, variant=variant, seed=5)
   assert (config.env.name, config.preset, config.variant, config.seed) == (env, preset, variant, 5)
-  changed = {**VARIANTS[variant], **PRESETS[preset], **config_lib.VARIANT_PRESETS.get((variant, preset), {})}
+  changed = {**PRESETS[preset], **VARIANTS[variant], **config_lib.VARIANT_PRESETS.get((variant, preset), {})}
   changed.pop("env.name", None)  # The one that is given counts.
   for path, value in changed.items():
     assert get(config, path) == value

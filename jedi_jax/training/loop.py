@@ -1,5 +1,6 @@
 """The loop: collect, train, log, evaluate, save; and again until the steps are spent."""
 
+import functools
 import itertools
 import math
 import os
@@ -149,9 +150,10 @@ class _Run:
   Args:
     workdir: its directory and configuration.
     model: what the configuration describes.
+    act: its compiled policy, which all runs share.
   """
 
-  def __init__(self, run: workdir.Workdir, model: Model):
+  def __init__(self, run: workdir.Workdir, model: Model, act: Any):
     config = run.config
     self.workdir, self.config, self.spec = run, config, run.spec
     self.env = envs.make(
@@ -163,7 +165,7 @@ class _Run:
     )
     self.collector = Collector(
       self.env,
-      jax.jit(make_act(model)),
+      act,
       initial_state=model.initial_state(self.env.num_envs),
       seed=seeds.derive(config.seed, Purpose.COLLECTION),
       epsilon=config.collect.epsilon,
@@ -273,10 +275,12 @@ class Trainer:
     )
     self._add = devices.map(replay_lib.add, donate=(0,))
     self._strips = _make_strips(config, self._model, devices)
+    self._evaluator = Agent(self._model, {}, config)
+    act = jax.jit(make_act(self._model))
     self._runs: list[_Run] = []
     try:
       for run in runs:
-        self._runs.append(_Run(run, self._model))
+        self._runs.append(_Run(run, self._model, act))
       self._begin()
     except BaseException:
       self.close()
@@ -286,14 +290,14 @@ class Trainer:
     """Makes or restores the state of every run."""
     init = jax.jit(make_init(self._model, self._optimizers))
     shapes = jax.eval_shape(init, jax.random.key(0))
-    empty = jax.device_get(empty_replay(self._config, self._runs[0].spec))
+    empty = functools.cache(lambda: jax.device_get(empty_replay(self._config, self._runs[0].spec)))
     states, replays = [], []
     for run in self._runs:
       number = run.latest.latest()
       if number is None:
         state = jax.device_get(init(jax.random.key(seeds.derive(run.config.seed, Purpose.TRAINING))))
         states.append(state.replace(params=with_num_actions(state.params, run.spec.num_actions)))
-        replays.append(empty)
+        replays.append(empty())
       else:
         state, replay = self._restore(run, number, shapes)
         states.append(state)
@@ -457,9 +461,10 @@ class Trainer:
   def _evaluate(self, index: int, *, episodes: int, purpose: Purpose) -> list[EpisodeResult]:
     run = self._runs[index]
     c = run.config.evaluation
-    agent = Agent(self._model, self._devices.pick(self._state.params, index), run.config)
+    # Parameters on the device of the evaluator's program, wherever the run lies.
+    self._evaluator.params = jax.device_put(self._devices.pick(self._state.params, index), self._devices.devices[0])
     return evaluate(
-      agent,
+      self._evaluator,
       run.config.env.name,
       episodes=episodes,
       num_envs=min(c.num_envs, episodes),

@@ -46,17 +46,16 @@ class Memory(NamedTuple):
     return max(int(_SHARE * self.device / self.run), 1)
 
 
-def of_run(config: Config, spec: EnvSpec, *, packed: bool = False) -> Memory:
+def of_run(config: Config, spec: EnvSpec) -> Memory:
   """Compiles the epoch of a run for the first device, without running it, and takes its measure.
 
   Args:
     config: the run's configuration.
     spec: of its environment.
-    packed: whether to compile it as one of several runs are.
   """
   device = jax.local_devices()[0]
   devices = Devices([device])
-  model = build(config, spec, packed=packed)
+  model = build(config, spec)
   optimizers = make_optimizers(config, model.phases)
   epoch = epoch_lib.make_epoch(
     model, optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights

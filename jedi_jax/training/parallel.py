@@ -41,21 +41,25 @@ class Devices:
       )
 
   @classmethod
-  def take(cls, count: int, *, runs: int = 1) -> "Devices":
+  def take(cls, count: int) -> "Devices":
     """The first `count` local devices, all of them for 0.
 
     Raises:
-      UserError: if there are fewer, or the runs cannot be spread evenly.
+      UserError: if there are fewer.
     """
     available = jax.local_devices()
     if not 0 <= count <= len(available):
       raise UserError(
         f"{count} devices are asked for and {len(available)} are here: take --devices=0 (all) to {len(available)}"
       )
-    return cls(available[:count] if count else None, runs=runs)
+    return cls(available[:count] if count else None)
 
   def with_runs(self, runs: int) -> "Devices":
-    """The same devices for another number of runs; of fewer runs than devices each gets one of the first devices."""
+    """The same devices for another number of runs; of fewer runs than devices each gets one of the first devices.
+
+    Raises:
+      UserError: if the runs cannot be spread evenly.
+    """
     return Devices(self.devices[:runs] if 1 < runs < self.count else self.devices, runs=runs)
 
   @property
@@ -71,6 +75,10 @@ class Devices:
   @property
   def _axis(self) -> str:
     return _PACKS if self.packed else AXIS
+
+  @property
+  def _runs_of_a_device(self) -> int:
+    return max(self.runs // self.count, 1)
 
   def check_batch(self, batch_size: int) -> None:
     """Refuses a batch that the devices of one run cannot share equally.
@@ -95,7 +103,7 @@ class Devices:
     """
     mesh = jax.sharding.Mesh(np.asarray(self.devices), (self._axis,))  # As `map` gives its results.
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(self._axis))
-    share = self.runs // self.count
+    share = self._runs_of_a_device
 
     def put(*leaves: Any) -> Array:
       arrays = [np.asarray(x) for x in leaves]
@@ -111,8 +119,7 @@ class Devices:
 
   def pick(self, tree: Any, run: int = 0) -> Any:
     """Returns one run's arrays, as copies on its device."""
-    share = max(self.runs // self.count, 1)
-    device, place = divmod(run, share)
+    device, place = divmod(run, self._runs_of_a_device)
     index = (0, place) if self.packed else (0,)
     return jax.tree.map(lambda x: _index(x.addressable_shards[device].data, index), tree)
 
@@ -120,7 +127,7 @@ class Devices:
     """Copies one run's arrays to NumPy arrays that later donation cannot touch."""
 
     def fetch(x: Array) -> np.ndarray:
-      if self.packed:
+      if self.packed:  # Only this run's part leaves the device; a run alone needs no copy there.
         return np.array(self.pick(x, run), copy=True)
       return np.array(np.asarray(x.addressable_shards[0].data)[0], copy=True)
 

@@ -39,27 +39,15 @@ def test_each_packed_run_is_what_it_is_alone(tiny):
 
 
 @pytest.fixture(scope="module")
-def packed(tiny, tmp_path_factory, quiet):
+def packed(tiny, tmp_path_factory):
   """Four seeds trained together to their end; returns (configurations, directories, results)."""
   out = tmp_path_factory.mktemp("packed")
   configs = [override(tiny.config, {"seed": seed}) for seed in range(RUNS)]
   places = [out / workdir.place(config) for config in configs]
-  return configs, places, _train(tiny, configs, places, quiet)
+  return configs, places, _train(tiny, configs, places)
 
 
-@pytest.fixture(scope="module")
-def quiet():
-  class Quiet(loop.telemetry.Progress):
-    def say(self, text):
-      self.lines = [*getattr(self, "lines", []), text]
-
-    def show(self, task, done, total, detail=""):
-      pass
-
-  return Quiet()
-
-
-def _train(tiny, configs, places, say):
+def _train(tiny, configs, places, say=None):
   def shared(trainer):
     assert trainer._devices.runs == RUNS
     trainer._epoch = tiny.packed_epoch()

@@ -113,7 +113,7 @@ def test_collectives_between_devices():
 
 @pytest.mark.parametrize(("count", "runs"), [(1, 3), (2, 4), (4, 4)])
 def test_packed_runs_lie_on_the_devices_in_order(count, runs):
-  devices = Devices.take(count, runs=runs)
+  devices = Devices.take(count).with_runs(runs)
   trees = [{"a": np.arange(6.0, dtype=np.float32).reshape(2, 3) + 10 * i, "b": np.int32(i)} for i in range(runs)]
   spread = devices.distribute(trees)
   assert spread["a"].shape == (count, runs // count, 2, 3)
@@ -127,7 +127,7 @@ def test_packed_runs_lie_on_the_devices_in_order(count, runs):
 
 
 def test_packed_runs_have_their_batch_and_their_averages_to_themselves():
-  devices = Devices.take(2, runs=4)
+  devices = Devices.take(2).with_runs(4)
   devices.check_batch(7)
 
   def function(x, shared):
@@ -142,7 +142,7 @@ def test_packed_runs_have_their_batch_and_their_averages_to_themselves():
 
 def test_runs_that_cannot_be_spread_evenly_are_refused():
   with pytest.raises(UserError, match="6 runs cannot be spread evenly over 4 devices"):
-    Devices.take(4, runs=6)
+    Devices.take(4).with_runs(6)
   assert Devices.take(4).with_runs(3).count == 3
   assert Devices.take(4).with_runs(1).count == 4
   assert Devices.take(2).with_runs(8).runs == 8
