@@ -4,8 +4,9 @@
 
 Every variant takes its turn in every repetition, so that what else the machine does falls on all of them. The replay
 holds noise: no time depends on what is in it. `triple` is one update of the denoiser, of the reward / end model and of
-the actor-critic; its FLOP are counted in the trace (see flops.py), and the projected hours are those of all updates of
-a run of the preset, without collection and evaluation. Written to benchmarks/results/throughput_<platform>.json.
+the actor-critic, in one call or (--nofused) their sum; its FLOP are counted in the trace (see flops.py), and the
+projected hours are those of all updates of a run of the preset, without collection and evaluation. Written to
+benchmarks/results/throughput_<platform>.json.
 """
 
 import math
@@ -40,6 +41,8 @@ _RUNS = flags.DEFINE_list("runs", ["1"], "Numbers of packed runs, on one device.
 _UPDATES = flags.DEFINE_integer("updates", 1, "Updates of a phase in a timed call.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", 15, "Successive frames of a timed sampling call.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
+_WARMUP = flags.DEFINE_integer("warmup", 1, "Calls before them that are not counted.", lower_bound=0)
+_FUSED = flags.DEFINE_bool("fused", True, "Times the triple as one call; else it is the sum of its three updates.")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Format of activations: float32 or bfloat16.")
 _PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak of the device, for the share of it that is reached; 0 for none.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting.")
@@ -157,23 +160,24 @@ def main() -> None:
   started = record.machine()
   spec = envs.spec(_ENV.value)
   cases = [Case(variant, int(runs), spec) for runs in _RUNS.value for variant in _VARIANTS.value]
-  together = dict.fromkeys(PHASES, _UPDATES.value)
   measures: dict[str, Callable[[Case], Any]] = {
     "sampling": Case.sample,
     **{name: (lambda case, name=name: case.run(**{name: _UPDATES.value})) for name in PHASES},
-    "triple": lambda case: case.run(**together),
   }
+  if _FUSED.value:
+    measures["triple"] = lambda case: case.run(**dict.fromkeys(PHASES, _UPDATES.value))
   times: dict[tuple[int, str], list[float]] = {(i, name): [] for i in range(len(cases)) for name in measures}
-  for repeat in range(_REPEATS.value + 1):  # The first is not counted.
+  for repeat in range(_WARMUP.value + _REPEATS.value):
     for name, measure in measures.items():
       for i, case in enumerate(cases):
         start = time.perf_counter()
         measure(case)
-        if repeat:
+        if repeat >= _WARMUP.value:
           times[i, name].append(time.perf_counter() - start)
   rows = []
   for i, case in enumerate(cases):
-    each = {name: [t / _UPDATES.value / case.runs for t in times[i, name]] for name in (*PHASES, "triple")}
+    each = {name: [t / _UPDATES.value / case.runs for t in times[i, name]] for name in measures if name != "sampling"}
+    each.setdefault("triple", [sum(parts) for parts in zip(*each.values(), strict=True)])
     medians = {name: statistics.median(values) for name, values in each.items()}
     frames = [case.runs * _BATCH.value * _FRAMES.value / t for t in times[i, "sampling"]]
     flop = sum(case.flop[name] for name in PHASES)

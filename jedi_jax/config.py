@@ -219,6 +219,9 @@ class ActorCriticConfig:
     False, "O", "Whether a trajectory goes on from other frames of replay after its first imagined end, else it is cut."
   )
   horizon: int = setting(15, "R", "Imagined steps H.", low=1)
+  unroll: int = setting(
+    1, "O", "Imagined steps that a round of the compiled loop holds: more compile longer and launch less.", low=1
+  )
   gamma: float = setting(0.985, "R", "Discount.", low=0, high=1)
   lambda_: float = setting(0.95, "R", "Mixing of the lambda-returns.", low=0, high=1)
   entropy_weight: float = setting(0.001, "R", "Weight of the entropy bonus, in nats.", low=0)

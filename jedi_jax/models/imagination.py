@@ -71,6 +71,7 @@ def imagine(
   *,
   actions: Array | None = None,
   forget_padding: bool = True,
+  unroll: int = 1,
 ) -> Trajectory:
   """Imagines T steps, under the policy or with given actions. No gradient flows back.
 
@@ -88,6 +89,7 @@ def imagine(
     noise: the random numbers of B trajectories.
     actions: [B, T] int32 to take instead of the policy's.
     forget_padding: whether the policy's burn-in forgets padding, because a real episode begins with an empty state.
+    unroll: steps that a round of the compiled loop holds.
 
   Returns:
     `Trajectory`; after its last imagined end the remaining steps have `alive` 0.
@@ -154,7 +156,7 @@ def imagine(
 
   given = None if actions is None else jnp.moveaxis(actions, 1, 0)
   carry = _Carry(start, jnp.ones((batch,)), jnp.full((batch,), restart is not None))
-  _, outputs = jax.lax.scan(step, carry, (noise, given))
+  _, outputs = jax.lax.scan(step, carry, (noise, given), unroll=unroll)
   latents, taken, rewards, ends, alive, restarts, reward_logits, end_logits, values = (
     jnp.moveaxis(x, 0, 1) for x in outputs
   )

@@ -156,6 +156,7 @@ def build(config: Config, spec: EnvSpec, *, packed: bool = False) -> Model:
     final_frames=config.denoiser.final_frames,
     forget_padding=config.actor_critic.forget_padding,
     restart_after_end=config.actor_critic.restart_after_end,
+    unroll=config.actor_critic.unroll,
   )
 
 
@@ -178,6 +179,7 @@ def compose(
   final_frames: bool = True,
   forget_padding: bool = True,
   restart_after_end: bool = False,
+  unroll: int = 1,
 ) -> Model:
   """Composes a model from its parts.
 
@@ -201,6 +203,7 @@ def compose(
     final_frames: whether the true final frames of episodes are targets too.
     forget_padding: see `imagination.imagine`.
     restart_after_end: whether the actor-critic's trajectories go on from another segment after their first end.
+    unroll: see `imagination.imagine`.
   """
   length = conditioning_frames
   show = _show(codec, decoder, probe)
@@ -286,6 +289,7 @@ def compose(
       noise,
       actions=actions,
       forget_padding=forget_padding,
+      unroll=unroll,
     )
 
   def actor_critic_losses(

@@ -28,12 +28,11 @@ def noise(draw_noise):
 
 @pytest.fixture(scope="module")
 def imagine(world, jit):
-  def run(params, past, past_actions, mask, noise, actions=None):
-    return imagination.imagine(
-      world.dynamics, world.reward_end, world.behavior, params, past, past_actions, mask, noise, actions=actions
-    )
+  def run(params, past, past_actions, mask, noise, actions=None, **options):
+    parts = world.dynamics, world.reward_end, world.behavior
+    return imagination.imagine(*parts, params, past, past_actions, mask, noise, actions=actions, **options)
 
-  return jit(run)
+  return jit(run, static_argnames="unroll")
 
 
 def forced_ends(noise, ends):
@@ -157,6 +156,12 @@ def test_one_frame_needs_no_burn_in(world, jit, make_dynamics, random_params, st
   )(start[0][:, :1], jnp.zeros((B, 0), jnp.int32), jnp.ones((B, 1), bool))
   assert trajectory.latents.shape == (B, 2, *world.codec.latent_shape)
   np.testing.assert_array_equal(trajectory.policy_state.hidden, 0)
+
+
+def test_unrolling_changes_nothing_but_the_program(world, start, noise, imagine):
+  plain, unrolled = (imagine(world.params, *start, noise, unroll=unroll) for unroll in (1, 3))
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(unrolled), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_given_actions_are_taken_instead_of_the_policys(world, start, noise, imagine):
