@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags
 
 import jedi_jax
@@ -130,6 +131,7 @@ def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Ma
     directory = out / name / f"seed_{seed}"
     result = jedi_jax.train(config, directory)
     written = directory / "diagnosis.json"
+    jax.clear_caches()  # Every run compiles programs of its own, which would all be kept.
     figures = workdir.read_json(written) if written.exists() else None
     if figures is None:
       figures = diagnosis.diagnose_run(directory, steps=_STEPS.value)
