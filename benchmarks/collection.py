@@ -8,7 +8,6 @@ policy runs on the device of this process. Written to benchmarks/results/collect
 """
 
 import statistics
-import time
 
 import jax
 import numpy as np
@@ -93,19 +92,9 @@ def _measure(config: config_lib.Config) -> dict[str, list[float]]:
         np.asarray(act(params, observations, state, restart, key, epsilon)[0])
 
     parts = {"emulators": emulate, "policy": choose, "collection": collect}
-    return {name: [t / steps for t in _seconds(part)] for name, part in parts.items()}
+    return {name: [t / steps for t in record.seconds(part, repeats=_FLAGS.repeats)] for name, part in parts.items()}
   finally:
     env.close()
-
-
-def _seconds(part) -> list[float]:
-  times = []
-  for repeat in range(_FLAGS.repeats + 1):  # The first compiles.
-    start = time.perf_counter()
-    part()
-    if repeat:
-      times.append(time.perf_counter() - start)
-  return times
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ benchmarks/results/hot_path_<platform>.json.
 
 import math
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -64,12 +63,8 @@ def main() -> None:
     results = plain(*piece.args), ours(*piece.args)
     if piece.same:
       _check(piece.name, *results)
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(_FLAGS.repeats):
-      for program, own in zip((plain, ours), times, strict=True):
-        start = time.perf_counter()
-        jax.block_until_ready(program(*piece.args))
-        own.append(time.perf_counter() - start)
+    calls = [{piece.name: lambda form=form: jax.block_until_ready(form(*piece.args))} for form in (plain, ours)]
+    times = [taken[piece.name] for taken in record.in_turn(calls, repeats=_FLAGS.repeats)]
     gain = statistics.median(times[0]) / statistics.median(times[1])
     work = [flops.count(form, *piece.args) / 1e9 for form in (piece.plain, piece.ours)]
     rows.append(

@@ -32,13 +32,14 @@ def main() -> None:
   spec = envs.spec(_FLAGS.env)
   rows: list[dict[str, Any]] = []
   for variant in variants:
-    found = memory.of_run(throughput.make_config(variant), spec)
+    config = throughput.make_config(variant)
+    found = memory.of_run(config, spec)
     row: dict[str, Any] = {"variant": variant, "batch": _FLAGS.batch_size}
     for name in ("state", "working", "replay"):
       row[f"{name} MiB"] = getattr(found, name) / 2**20
     row["without replay MiB"] = row["state MiB"] + row["working MiB"]
     if _MEASURE.value:
-      case = throughput.Case(variant, 1, spec)
+      case = throughput.Case(config, 1, spec)
       case.run(**dict.fromkeys(throughput.PHASES, 1))
       stats = jax.local_devices()[0].memory_stats() or {}
       row["peak MiB"] = stats.get("peak_bytes_in_use", 0) / 2**20

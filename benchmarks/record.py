@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax
@@ -28,6 +28,32 @@ def seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 1) -> li
     jax.block_until_ready(function())
     if i >= warmup:
       times.append(time.perf_counter() - start)
+  return times
+
+
+def in_turn(
+  cases: Sequence[Mapping[str, Callable[[], Any]]], *, repeats: int, warmup: int = 1
+) -> list[dict[str, list[float]]]:
+  """Times calls that wait for their results, those of the same name in turn.
+
+  What else the machine does then falls on all cases.
+
+  Args:
+    cases: calls by name, the same names in every case.
+    repeats: rounds that are counted.
+    warmup: rounds before them.
+
+  Returns:
+    The seconds of every round, by case and name.
+  """
+  times: list[dict[str, list[float]]] = [{name: [] for name in case} for case in cases]
+  for i in range(warmup + repeats):
+    for name in cases[0]:
+      for case, taken in zip(cases, times, strict=True):
+        start = time.perf_counter()
+        case[name]()
+        if i >= warmup:
+          taken[name].append(time.perf_counter() - start)
   return times
 
 

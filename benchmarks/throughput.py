@@ -49,7 +49,8 @@ _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting.")
 _NAME = flags.DEFINE_string("name", None, "Name of the record; throughput_<platform> if left out.")
 
 PHASES = ("denoiser", "reward_end", "actor_critic")
-_SLOTS = 2_000
+SLOTS = 2_000
+"""Frames of the replay, where their number does not matter."""
 
 
 def make_config(variant: str) -> Config:
@@ -66,36 +67,36 @@ def make_config(variant: str) -> Config:
 
 
 class Case:
-  """One variant and number of runs, compiled.
+  """One configuration and number of runs, compiled.
 
   Args:
-    variant: name.
+    config: of every run.
     runs: packed runs.
     spec: of the environment.
+    slots: frames of the replay.
   """
 
-  def __init__(self, variant: str, runs: int, spec: EnvSpec):
-    config = make_config(variant)
-    self.variant, self.runs, self.config = variant, runs, config
+  def __init__(self, config: Config, runs: int, spec: EnvSpec, *, slots: int = SLOTS):
+    self.runs, self.config = runs, config
+    batch, age_weights = config.training.batch_size, config.replay.age_weights
     self._devices = Devices(jax.local_devices()[:1], runs=runs)
     self._model = build(config, spec, packed=self._devices.packed)
     optimizers = make_optimizers(config, self._model.phases)
     init = jax.jit(make_init(self._model, optimizers))
     states = [jax.device_get(init(jax.random.key(seed))) for seed in range(runs)]
-    stored = noise_replay(config, spec)
+    stored = noise_replay(config, spec, slots)
     self._state, self._replay = self._devices.distribute(states), self._devices.distribute([stored] * runs)
-    epoch = epoch_lib.make_epoch(
-      self._model, optimizers, batch_size=_BATCH.value, age_weights=config.replay.age_weights
-    )
+    epoch = epoch_lib.make_epoch(self._model, optimizers, batch_size=batch, age_weights=age_weights)
     start = time.perf_counter()
     nothing = {phase.name: np.int32(0) for phase in self._model.phases}
     self._epoch = epoch_lib.distribute(epoch, self._devices).lower(self._state, self._replay, nothing).compile()
     self.compile_seconds = time.perf_counter() - start
-    self._sampler = self._devices.map(_sampling(self._model, _BATCH.value, _FRAMES.value))
     self._keys = self._devices.distribute([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
+    sampling = self._devices.map(_sampling(self._model, batch, _FRAMES.value))
+    self._sampler = sampling.lower(self._state.params, self._keys).compile()
     self.flop = {
       phase.name: flops.count(
-        make_update(phase, i, optimizers[phase.name], batch_size=_BATCH.value, age_weights=config.replay.age_weights),
+        make_update(phase, i, optimizers[phase.name], batch_size=batch, age_weights=age_weights),
         states[0],
         stored,
       )
@@ -111,6 +112,13 @@ class Case:
   def sample(self) -> Any:
     """Samples `--frames` successive frames for a batch, and waits."""
     return jax.block_until_ready(self._sampler(self._state.params, self._keys))
+
+  def calls(self) -> dict[str, Callable[[], Any]]:
+    """What is timed: sampling, and `--updates` updates of every phase."""
+    updates: dict[str, Callable[[], Any]] = {
+      name: (lambda name=name: self.run(**{name: _UPDATES.value})) for name in PHASES
+    }
+    return {"sampling": self.sample, **updates}
 
 
 def _sampling(model: Model, batch: int, frames: int) -> Callable[[Any, Any], Any]:
@@ -129,10 +137,10 @@ def _sampling(model: Model, batch: int, frames: int) -> Callable[[Any, Any], Any
   return sample
 
 
-def noise_replay(config: Config, spec: EnvSpec) -> replay.ReplayState:
-  """A replay of episodes of 100 steps of noise."""
-  small = config_lib.override(config, {"replay.capacity": _SLOTS, "replay.final_frames": 0, "env.num_envs": 1})
-  state, steps = empty_replay(small, spec), _SLOTS - 50
+def noise_replay(config: Config, spec: EnvSpec, slots: int = SLOTS) -> replay.ReplayState:
+  """A replay of so many frames, in episodes of 100 steps of noise."""
+  small = config_lib.override(config, {"replay.capacity": slots, "replay.final_frames": 0, "env.num_envs": 1})
+  state, steps = empty_replay(small, spec), slots - 50
   rng = np.random.default_rng(0)
   place = np.arange(steps)[None] % 101
   chunk = replay.Chunk(
@@ -159,30 +167,22 @@ def main() -> None:
   """Measures and writes."""
   started = record.machine()
   spec = envs.spec(_ENV.value)
-  cases = [Case(variant, int(runs), spec) for runs in _RUNS.value for variant in _VARIANTS.value]
-  measures: dict[str, Callable[[Case], Any]] = {
-    "sampling": Case.sample,
-    **{name: (lambda case, name=name: case.run(**{name: _UPDATES.value})) for name in PHASES},
-  }
+  variants = [(variant, int(runs)) for runs in _RUNS.value for variant in _VARIANTS.value]
+  cases = [Case(make_config(variant), runs, spec) for variant, runs in variants]
+  calls = [case.calls() for case in cases]
   if _FUSED.value:
-    measures["triple"] = lambda case: case.run(**dict.fromkeys(PHASES, _UPDATES.value))
-  times: dict[tuple[int, str], list[float]] = {(i, name): [] for i in range(len(cases)) for name in measures}
-  for repeat in range(_WARMUP.value + _REPEATS.value):
-    for name, measure in measures.items():
-      for i, case in enumerate(cases):
-        start = time.perf_counter()
-        measure(case)
-        if repeat >= _WARMUP.value:
-          times[i, name].append(time.perf_counter() - start)
+    together = dict.fromkeys(PHASES, _UPDATES.value)
+    calls = [{**own, "triple": lambda case=case: case.run(**together)} for own, case in zip(calls, cases, strict=True)]
+  times = record.in_turn(calls, repeats=_REPEATS.value, warmup=_WARMUP.value)
   rows = []
-  for i, case in enumerate(cases):
-    each = {name: [t / _UPDATES.value / case.runs for t in times[i, name]] for name in measures if name != "sampling"}
+  for case, taken in zip(cases, times, strict=True):
+    each = {name: [t / _UPDATES.value / case.runs for t in taken[name]] for name in taken if name != "sampling"}
     each.setdefault("triple", [sum(parts) for parts in zip(*each.values(), strict=True)])
     medians = {name: statistics.median(values) for name, values in each.items()}
-    frames = [case.runs * _BATCH.value * _FRAMES.value / t for t in times[i, "sampling"]]
+    frames = [case.runs * _BATCH.value * _FRAMES.value / t for t in taken["sampling"]]
     flop = sum(case.flop[name] for name in PHASES)
     row = {
-      "variant": case.variant,
+      "variant": case.config.variant,
       "runs": case.runs,
       "batch": _BATCH.value,
       "frames/s": statistics.median(frames),

@@ -1,5 +1,6 @@
 """The programs as a user runs them. Every process costs seconds of imports, so most mistakes share one, which forks."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,6 +13,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
   str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
+)
+SCALING, AGAINST_TORCH, TPU_COMPILE = (
+  str(ROOT / "benchmarks" / f"{name}.py") for name in ("scaling", "against_torch", "tpu_compile")
 )
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
@@ -145,6 +149,7 @@ for i, (program, *argv) in enumerate(cases):
     os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
     sys.argv = [program, *argv]
+    sys.path.insert(0, os.path.dirname(program))
     try:
       runpy.run_path(program, run_name="__main__")
       status = 0
@@ -159,6 +164,8 @@ for i, (program, *argv) in enumerate(cases):
   results.append((status, open(out).read(), open(err).read()))
 json.dump(results, sys.stdout)
 """
+
+SWEEPS = ("batch_sizes", "horizons", "conditioning", "packed", "replays")
 
 MISTAKES = {
   "unknown game": ([TRAIN, *FINE, "--env=atari/Brekout"], ["atari/Brekout", "atari/Breakout"]),
@@ -197,7 +204,15 @@ MISTAKES = {
   "report of something else": ([REPORT, "--out=new", "--results=file"], ["file", "cannot be read"]),
   "report beside an unknown method": ([REPORT, "--out=new", "--methods", "--compare=DIAMONT"], ["DIAMONT", "DIAMOND"]),
   "evaluate another checkpoint": ([EVALUATE, "--workdir=taken", "--checkpoint=worst"], ["checkpoint", "worst"]),
+  "sweep of nothing": ([SCALING, *(f"--{name}=" for name in SWEEPS)], ["nothing is swept", "--batch_sizes"]),
+  "sweep of words": ([SCALING, "--horizons=5,ten"], ["--horizons=5,ten", "integers"]),
+  "sweep from 0": ([SCALING, "--packed=0,1"], ["--packed", "at least 1"]),
+  "against no clone": ([AGAINST_TORCH], ["--diamond_repo", "git clone"]),
+  "against another clone": ([AGAINST_TORCH, "--diamond_repo=empty"], ["empty", "config/trainer.yaml"]),
+  "unknown program for a TPU": ([TPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
 }
+if importlib.util.find_spec("libtpu") is None:
+  MISTAKES["no compiler for TPUs"] = ([TPU_COMPILE], ["libtpu is missing", "pip install libtpu"])
 
 ANSWERS = {
   "train help": [TRAIN, "--help"],

@@ -1,18 +1,20 @@
 """Memory: what a run takes of a device, by the compiler's account, and how many runs fit."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
-from jedi_jax.models.variants import build
+from jedi_jax.models.variants import Model, build
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.state import make_init
+from jedi_jax.training.state import TrainState, make_init
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec
 
@@ -61,16 +63,13 @@ def of_run(config: Config, spec: EnvSpec) -> Memory:
     model, optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
   )
 
-  def distributed(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), tree)
-
-  state = jax.eval_shape(make_init(model, optimizers), jax.random.key(0))
-  replay = jax.eval_shape(lambda: empty_replay(config, spec))
+  state, replay = shapes(config, spec, model, optimizers)
   counts = {phase.name: jax.ShapeDtypeStruct((), np.int32) for phase in model.phases}
-  compiled = epoch_lib.distribute(epoch, devices).lower(distributed(state), distributed(replay), counts).compile()
+  lowered = epoch_lib.distribute(epoch, devices).lower(distributed(state, 1), distributed(replay, 1), counts)
+  compiled = lowered.compile()
   analysis = compiled.memory_analysis()
   return Memory(
-    replay=_size(replay), state=_size(state), working=int(analysis.temp_size_in_bytes), device=_device_bytes(device)
+    replay=size(replay), state=size(state), working=int(analysis.temp_size_in_bytes), device=_device_bytes(device)
   )
 
 
@@ -84,7 +83,21 @@ def empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
   )
 
 
-def _size(tree: Any) -> int:
+def shapes(
+  config: Config, spec: EnvSpec, model: Model, optimizers: Mapping[str, optax.GradientTransformation]
+) -> tuple[TrainState, replay_lib.ReplayState]:
+  """State and replay of a run without their arrays, as `jax.ShapeDtypeStruct`."""
+  state = jax.eval_shape(make_init(model, optimizers), jax.random.key(0))
+  return state, jax.eval_shape(lambda: empty_replay(config, spec))
+
+
+def distributed(tree: Any, count: int) -> Any:
+  """The shapes of a tree of arrays or shapes when it is distributed over `count` devices of one run."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), tree)
+
+
+def size(tree: Any) -> int:
+  """Bytes of a tree of arrays or shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

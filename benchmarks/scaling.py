@@ -1,0 +1,159 @@
+"""Times an update against the batch, the horizon, the frames of conditioning, packed runs and the size of the replay.
+
+  python benchmarks/scaling.py --preset=small --variants=jedi --figure=scaling.png
+
+Each is swept with the others left at the preset's value, all values in turn in every repetition. Beside the curve
+stands its exponent: the least-squares slope of log seconds (and of the FLOP in the trace, see flops.py) over log value;
+1 is proportional, 0 free. With packed runs the time is that of the call, for all of them: below 1 packing gains.
+Written to benchmarks/results/scaling_<platform>.json.
+"""
+
+import itertools
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import record
+import throughput
+from absl import flags
+
+from jedi_jax import config as config_lib
+from jedi_jax import envs, figures, runtime
+from jedi_jax.errors import UserError
+
+_SWEEPS = {
+  "batch_size": flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Batches; empty for no sweep."),
+  "horizon": flags.DEFINE_list("horizons", ["5", "10", "20"], "Imagined steps."),
+  "conditioning": flags.DEFINE_list("conditioning", ["1", "2", "4", "8"], "Frames L of conditioning."),
+  "runs": flags.DEFINE_list("packed", ["1", "2", "4"], "Packed runs on one device."),
+  "replay": flags.DEFINE_list("replays", ["500", "2000", "8000", "32000"], "Frames that the replay has room for."),
+}
+_SETTINGS = {
+  "batch_size": "training.batch_size",
+  "horizon": "actor_critic.horizon",
+  "conditioning": "denoiser.conditioning_frames",
+}
+"""The setting that a sweep changes; the others are no settings of a run."""
+_LEAST = {"replay": 100}
+_FIGURE = flags.DEFINE_string("figure", None, "Also draws the curves to this PNG file.")
+_FLAGS = flags.FLAGS
+_FLAGS.set_default("preset", "small")
+_FLAGS.set_default("variants", ["jedi"])
+_FLAGS.set_default("batch_size", 16)
+_FLAGS.set_default("updates", 2)
+_FLAGS.set_default("repeats", 5)
+
+
+def main() -> None:
+  """Measures, writes and draws."""
+  started = record.machine()
+  sweeps = {name: _values(name) for name, flag in _SWEEPS.items() if flag.value}
+  if not sweeps:
+    raise UserError(
+      "nothing is swept: give at least one of " + ", ".join(f"--{flag.name}" for flag in _SWEEPS.values())
+    )
+  spec = envs.spec(_FLAGS.env)
+  cases: dict[tuple[Any, ...], throughput.Case] = {}  # A point that several sweeps share is compiled once.
+
+  def case(config: config_lib.Config, runs: int, slots: int) -> throughput.Case:
+    key = (config, runs, slots)
+    if key not in cases:
+      cases[key] = throughput.Case(config, runs, spec, slots=slots)
+    return cases[key]
+
+  rows = []
+  for variant in _FLAGS.variants:
+    base = throughput.make_config(variant)
+    for name, values in sweeps.items():
+      points = []
+      for value in values:
+        changed = config_lib.override(base, {_SETTINGS[name]: value}) if name in _SETTINGS else base
+        points.append(case(changed, value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS))
+      calls = [{phase: point.calls()[phase] for phase in throughput.PHASES} for point in points]
+      times = record.in_turn(calls, repeats=_FLAGS.repeats)
+      rows.append({"variant": variant, "sweep": name, "values": values, **_curves(values, points, times)})
+  print(record.table(*_tabulate(rows)))
+  path = record.write(_FLAGS.name or f"scaling_{jax.default_backend()}", rows, started=started)
+  print(f"written to {path}")
+  if _FIGURE.value:
+    _draw(rows, pathlib.Path(_FIGURE.value))
+
+
+def _values(sweep: str) -> list[int]:
+  flag = _SWEEPS[sweep]
+  try:
+    values = [int(text) for text in flag.value]
+  except ValueError:
+    raise UserError(f"--{flag.name}={','.join(flag.value)} is not a list of integers") from None
+  least = _LEAST.get(sweep, 1)
+  if min(values) < least:
+    raise UserError(f"--{flag.name}: {min(values)} is too small: at least {least}")
+  return values
+
+
+def _curves(
+  values: Sequence[int], points: Sequence[throughput.Case], times: Sequence[dict[str, list[float]]]
+) -> dict[str, Any]:
+  """Seconds of every repetition and FLOP, point by point, by phase and of all three together; and the exponents."""
+  seconds = {name: [[t / _FLAGS.updates for t in taken[name]] for taken in times] for name in throughput.PHASES}
+  flop = {name: [point.runs * point.flop[name] for point in points] for name in throughput.PHASES}
+  together = zip(*seconds.values(), strict=True)
+  seconds["triple"] = [[sum(parts) for parts in zip(*each, strict=True)] for each in together]
+  flop["triple"] = [sum(parts) for parts in zip(*flop.values(), strict=True)]
+  medians = {name: [statistics.median(each) for each in curve] for name, curve in seconds.items()}
+  return {
+    "seconds": seconds,
+    "flop": flop,
+    "exponents": {name: exponent(values, curve) for name, curve in medians.items()},
+    "flop_exponents": {name: exponent(values, curve) for name, curve in flop.items()},
+  }
+
+
+def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
+  """The least-squares slope of log y over log x; None for fewer than two different values."""
+  if len(set(xs)) < 2:
+    return None
+  return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
+
+
+def _tabulate(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+  """A line a point, and under each sweep its exponents, with those of the FLOP in brackets."""
+  lines: list[dict[str, Any]] = []
+  for row in rows:
+    about = {"variant": row["variant"], "sweep": row["sweep"]}
+    for i, value in enumerate(row["values"]):
+      lines.append({**about, "value": value, **{name: curve[i] for name, curve in row["seconds"].items()}})
+    slopes = {name: (slope, row["flop_exponents"][name]) for name, slope in row["exponents"].items()}
+    if slopes["triple"][0] is not None:
+      texts = {name: f"{slope:.2f} ({counted:.2f})" for name, (slope, counted) in slopes.items()}
+      lines.append({**about, "value": "exponent (of FLOP)", **texts})
+  return lines, ["variant", "sweep", "value", *rows[0]["seconds"]]
+
+
+def _draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
+  """One panel a sweep: the curves of the phases, each with its exponent; line styles tell variants apart."""
+  plt = figures.pyplot(path)
+  if plt is None:
+    return
+  sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
+  styles = dict(zip(dict.fromkeys(row["variant"] for row in rows), itertools.cycle(("-", "--", ":")), strict=False))
+  figure, axes = plt.subplots(1, len(sweeps), figsize=(3.4 * len(sweeps), 3.6), layout="constrained", squeeze=False)
+  for ax, sweep in zip(axes[0], sweeps, strict=True):
+    for row in (row for row in rows if row["sweep"] == sweep):
+      for i, (name, curve) in enumerate(row["seconds"].items()):
+        slope = row["exponents"][name]
+        label = f"{row['variant']} {name}" + ("" if slope is None else f" {slope:.2f}")
+        milliseconds = [1e3 * statistics.median(each) for each in curve]
+        ax.loglog(row["values"], milliseconds, f"C{i}{styles[row['variant']]}", marker=".", label=label)
+      ax.set_xticks(row["values"], list(map(str, row["values"])), minor=False)
+    ax.minorticks_off()
+    ax.set(xlabel=sweep, ylabel="milliseconds an update" if ax is axes[0, 0] else "")
+    ax.legend(fontsize=6)
+  figures.save(figure, path)
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

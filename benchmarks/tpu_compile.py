@@ -1,0 +1,191 @@
+"""Compiles the updates for TPUs that are not here, and tells what the compiler says of memory and time.
+
+  pip install libtpu
+  python benchmarks/tpu_compile.py --slices=v5e:2x2,v5p:2x2x1 --chips=1,4 --variants=jedi,diamond
+
+Nothing is run: libtpu compiles for the chips of a named slice, and the programs are those that train there (`pmap` over
+its devices). A program is one of
+
+  draw: drawing the denoiser's batch, from the whole replay of the preset.
+  denoiser, reward_end, actor_critic: one update, from a replay of --slots frames, so that the working memory is that of
+    the networks.
+  epoch: all of them in their loops, from the whole replay; what a run executes. It takes as long to compile as the
+    others together, and is left out unless it is asked for.
+
+Memory is XLA's account (`Compiled.memory_analysis`) for one chip. The estimate of time is its cost model's
+(`optimal_seconds`), for one chip; it counts the body of a loop once, and imagination is a loop, so it is multiplied by
+the operations in the trace (see flops.py) over those that it counted. Outside of loops that is 1.1, since the trace
+counts products with the zeros around a frame. An operation of which the model knows nothing seems to count as -1 s;
+these are taken out and their number is told. It is no measurement.
+
+Compiling takes minutes a program on a small machine: the record is written after each, and --add goes on with one.
+Written to benchmarks/results/tpu_compile.json.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flops
+import jax
+import numpy as np
+import record
+import throughput
+from absl import flags
+from jax.experimental import topologies
+
+from jedi_jax import config as config_lib
+from jedi_jax import envs, replay, runtime
+from jedi_jax.errors import UserError
+from jedi_jax.models.variants import build
+from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.training import memory
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.updates import make_optimizers, make_update
+from jedi_jax.types import Array, EnvSpec
+
+_PROGRAMS = (*throughput.PHASES, "draw", "epoch")
+_SLICES = flags.DEFINE_list("slices", ["v5e:2x2"], "Slices, by libtpu's names; v5p:2x2x1 is another of four chips.")
+_CHIPS = flags.DEFINE_list("chips", ["1"], "Numbers of chips of a slice that share the run.")
+_WHICH = flags.DEFINE_list("programs", ["draw", *throughput.PHASES], f"What to compile: {', '.join(_PROGRAMS)}.")
+_SLOTS = flags.DEFINE_integer("slots", 2_000, "Frames of the replay that updates draw from.", lower_bound=100)
+_LEVEL = flags.DEFINE_enum(
+  "level", "default", ["default", "O0", "O1", "O2", "O3"], "The compiler's effort (jax_optimization_level)."
+)
+_ADD = flags.DEFINE_bool("add", False, "Keeps the programs in the record, and compiles what it lacks.")
+_FLAGS = flags.FLAGS
+
+_NAME = "tpu_compile"
+_KEY = ("slice", "chips", "variant", "program", "preset", "batch", "level")
+_COLUMNS = [*_KEY, "compile s", "arguments MiB", "working MiB", "output MiB", "TFLOP", "estimate ms"]
+
+
+def main() -> None:
+  """Compiles and writes."""
+  unknown = [name for name in _WHICH.value if name not in _PROGRAMS]
+  if unknown:
+    raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(_PROGRAMS)}")
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError("libtpu is missing, which holds the compiler for TPUs: pip install libtpu")
+  jax.config.update("jax_platforms", "cpu")  # The default device; libtpu would look for a TPU.
+  if _LEVEL.value != "default":
+    jax.config.update("jax_optimization_level", _LEVEL.value)
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # No TPU machine's metadata to ask for.
+  started = {**record.machine(), "libtpu": importlib.metadata.version("libtpu")}
+  spec = envs.spec(_FLAGS.env)
+  path = record.RESULTS / f"{_NAME}.json"
+  rows = json.loads(path.read_text())["rows"] if _ADD.value and path.exists() else []
+  done = {tuple(row[name] for name in _KEY) for row in rows}
+  for name in _SLICES.value:
+    chips = _chips(name)
+    for text in _CHIPS.value:
+      count = int(text) if text.isdigit() else 0
+      if not 1 <= count <= len(chips):
+        raise UserError(f"--chips: {text!r} is no number of chips from 1 to {len(chips)}, those of {name}")
+      devices = Devices(chips[:count])
+      devices.check_batch(_FLAGS.batch_size)
+      for program in _WHICH.value:
+        for variant in _FLAGS.variants:
+          key = (name, count, variant, program, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
+          if key not in done:
+            rows.append({**dict(zip(_KEY, key, strict=True)), **_measure(program, variant, spec, devices)})
+            record.write(_NAME, rows, started=started)
+            print(record.table(rows[-1:], _COLUMNS), flush=True)
+  print(record.table(rows, _COLUMNS))
+  for line in _ratios(rows):
+    print(line)
+  print(f"written to {path}")
+
+
+def _chips(name: str) -> list[jax.Device]:
+  try:
+    return topologies.get_topology_desc(topology_name=name, platform="tpu").devices
+  except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
+    raise UserError(f"--slices: no slice {name!r}: {str(error).splitlines()[0][:200]}") from None
+
+
+def _measure(program: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
+  """Compiles one program and returns what is known of it."""
+  config = config_lib.override(throughput.make_config(variant), {"precision.convolution": "lax"})
+  if program in throughput.PHASES:
+    config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
+  model = build(config, spec)
+  optimizers = make_optimizers(config, model.phases)
+  settings: dict[str, Any] = {"batch_size": _FLAGS.batch_size, "age_weights": config.replay.age_weights}
+  state, stored = memory.shapes(config, spec, model, optimizers)
+  spread = [memory.distributed(tree, devices.count) for tree in (state, stored)]
+  phases = {phase.name: (i, phase) for i, phase in enumerate(model.phases)}
+  row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}
+  if program == "epoch":
+    counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in phases}
+    lowered = epoch_lib.distribute(epoch_lib.make_epoch(model, optimizers, **settings), devices).lower(*spread, counts)
+  elif program == "draw":
+    draw = _draw(phases["denoiser"][1].length, **settings)
+    lowered = devices.map(draw, in_axes=(0, None)).lower(spread[1], jax.ShapeDtypeStruct((2,), np.uint32))
+  else:
+    index, phase = phases[program]
+    update = make_update(phase, index, optimizers[program], **settings)
+    row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
+    lowered = devices.map(update, donate=(0,)).lower(*spread)
+  start = time.perf_counter()
+  compiled = lowered.compile()
+  row["compile s"] = time.perf_counter() - start
+  found = compiled.memory_analysis()
+  row |= {
+    "arguments MiB": found.argument_size_in_bytes / 2**20,
+    "working MiB": found.temp_size_in_bytes / 2**20,
+    "output MiB": (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**20,  # Without what is donated.
+  }
+  costs = compiled.cost_analysis()
+  row |= {name: costs.get(name) for name in ("optimal_seconds", "flops", "bytes accessed")}
+  if "TFLOP" in row:
+    row |= estimate(row["optimal_seconds"], row["flops"], 1e12 * row["TFLOP"])
+  return row
+
+
+def _draw(
+  length: int, *, batch_size: int, age_weights: tuple[float, ...]
+) -> Callable[[replay.ReplayState, Array], Any]:
+  def draw(stored: replay.ReplayState, key: Array) -> Any:
+    keys = jax.random.split(jax.random.wrap_key_data(key), batch_size)
+    return replay.sample(stored, keys, length=length, age_weights=age_weights, beyond_end=False, final_frames=True)
+
+  return draw
+
+
+def estimate(seconds: float | None, counted: float | None, traced: float) -> dict[str, Any]:
+  """Completes the compiler's estimate by what its count of operations missed.
+
+  Args:
+    seconds: its estimate; every operation that it knows nothing of added -1.
+    counted: operations that it counted.
+    traced: operations of the trace.
+  """
+  if seconds is None or not counted:
+    return {}
+  unknown = max(math.ceil(-seconds), 0)
+  return {"unknown operations": unknown, "estimate ms": 1e3 * (seconds + unknown) * max(traced / counted, 1.0)}
+
+
+def _ratios(rows: list[dict[str, Any]]) -> list[str]:
+  """Compares the first variant with the others, program by program."""
+  lines = []
+  for ours in rows:
+    for other in rows:
+      same = all(ours[name] == other[name] for name in _KEY if name != "variant")
+      if same and ours["variant"] == rows[0]["variant"] != other["variant"]:
+        text = f"{ours['slice']}, {ours['chips']} chip(s), {ours['program']}: {other['variant']} takes "
+        text += f"{other['working MiB'] / ours['working MiB']:.2f} times the working memory of {ours['variant']}"
+        if "estimate ms" in ours and "estimate ms" in other:
+          text += f" and, by the estimate, {other['estimate ms'] / ours['estimate ms']:.1f} times its time"
+        lines.append(text)
+  return lines
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")

@@ -1,0 +1,116 @@
+"""The parts of the benchmarks that compute; the programs themselves are in test_programs.py."""
+
+import importlib
+import json
+import math
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+  monkeypatch.syspath_prepend(str(BENCHMARKS))
+  return importlib.import_module
+
+
+def test_the_exponent_of_a_power_law(benchmark_module):
+  exponent = benchmark_module("scaling").exponent
+  xs = [4, 8, 16, 32]
+  for power in (-1.0, 0.0, 0.5, 2.0):
+    assert exponent(xs, [3e-3 * x**power for x in xs]) == pytest.approx(power, abs=1e-9)
+
+
+def test_the_exponent_is_the_least_squares_slope(benchmark_module):
+  # log y = 0, 2, 1 over log x = 0, 1, 2: slope (1 * 1) / 2.
+  assert benchmark_module("scaling").exponent([1, math.e, math.e**2], [1, math.e**2, math.e]) == pytest.approx(0.5)
+
+
+def test_there_is_no_exponent_of_a_single_value(benchmark_module):
+  exponent = benchmark_module("scaling").exponent
+  assert exponent([4], [1.0]) is None
+  assert exponent([4, 4], [1.0, 2.0]) is None
+
+
+class FakeCase:
+  """Stands in for `throughput.Case`, whose compilation takes most of a minute; FLOP in proportion to the batch."""
+
+  made = 0
+
+  def __init__(self, config, runs, spec, *, slots):
+    FakeCase.made += 1
+    self.runs, self.flop = runs, dict.fromkeys(("denoiser", "reward_end", "actor_critic"), config.training.batch_size)
+
+  def calls(self):
+    return dict.fromkeys(("sampling", "denoiser", "reward_end", "actor_critic"), lambda: time.sleep(1e-3))
+
+
+def test_the_sweeps_of_scaling(benchmark_module, monkeypatch, tmp_path, capsys):
+  scaling = benchmark_module("scaling")
+  monkeypatch.setattr(scaling.throughput, "Case", FakeCase)
+  lists = ["--batch_sizes=2,4,8", "--horizons=", "--conditioning=2", "--packed=1,2", "--replays=2000,4000"]
+  about = ["--env=catch", "--preset=debug", "--batch_size=4", "--updates=2", "--repeats=3", f"--name={tmp_path}/found"]
+  scaling.flags.FLAGS(["scaling.py", *lists, *about])
+  scaling.main()
+  rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+  assert [(row["sweep"], row["values"]) for row in rows] == [
+    ("batch_size", [2, 4, 8]),
+    ("conditioning", [2]),
+    ("runs", [1, 2]),
+    ("replay", [2000, 4000]),
+  ]
+  assert FakeCase.made == 6  # The preset's own point is in three sweeps.
+  batch, conditioning, runs, stored = rows
+  assert batch["flop_exponents"] == pytest.approx(dict.fromkeys(batch["seconds"], 1.0))
+  assert batch["flop"]["triple"] == [6, 12, 24]
+  assert runs["flop_exponents"]["triple"] == pytest.approx(1.0)
+  assert stored["flop_exponents"]["triple"] == pytest.approx(0.0, abs=1e-9)
+  assert conditioning["exponents"]["triple"] is None
+  for row in rows:
+    assert list(row["seconds"]) == ["denoiser", "reward_end", "actor_critic", "triple"]
+    for each in zip(*row["seconds"].values(), strict=True):
+      *parts, triple = each
+      assert triple == pytest.approx([sum(part) for part in zip(*parts, strict=True)])
+      assert len(triple) == 3
+      assert min(triple) >= 1.5e-3  # Three sleeps of two updates each.
+  assert "| jedi | replay | exponent (of FLOP) |" in capsys.readouterr().out
+
+
+def test_calls_are_timed_in_turn(benchmark_module):
+  made = []
+  cases = [{name: lambda i=i, name=name: made.append((name, i)) for name in ("a", "b")} for i in range(2)]
+  times = benchmark_module("record").in_turn(cases, repeats=2)
+  assert made == [("a", 0), ("a", 1), ("b", 0), ("b", 1)] * 3
+  assert [{name: len(each) for name, each in taken.items()} for taken in times] == [{"a": 2, "b": 2}] * 2
+
+
+def test_operations_of_products_convolutions_and_scans(benchmark_module):
+  count = benchmark_module("flops").count
+  x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+
+  def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  assert count(jnp.matmul, jnp.zeros((2, 3)), jnp.zeros((3, 5))) == 2 * 2 * 3 * 5
+  assert count(convolve, x, kernel) == 2 * (2 * 8 * 8 * 5) * (3 * 3 * 3)
+
+  def repeated(carry, square):
+    return jax.lax.scan(lambda carry, _: (carry @ square, None), carry, length=7)[0]
+
+  assert count(repeated, jnp.zeros((2, 3)), jnp.zeros((3, 3))) == 7 * 2 * 2 * 3 * 3
+
+
+def test_the_estimate_of_a_tpu_is_completed(benchmark_module):
+  estimate = benchmark_module("tpu_compile").estimate
+  assert estimate(0.002, 1e9, 1e9) == {"unknown operations": 0, "estimate ms": 2.0}
+  assert estimate(0.002, 1e9, 15e9)["estimate ms"] == pytest.approx(30.0)  # A loop of fifteen rounds.
+  assert estimate(0.002, 1e9, 0.9e9)["estimate ms"] == 2.0
+  three = estimate(-2.991, 1e9, 1e9)
+  assert three["unknown operations"] == 3
+  assert three["estimate ms"] == pytest.approx(9.0)
+  assert estimate(None, 1e9, 1e9) == estimate(0.002, 0.0, 1e9) == {}
