@@ -9,6 +9,10 @@ epoch), tensorboard/, checkpoints/ and, at the end, result.json.
 
 trains four seeds of two games in one program, which an accelerator does in far less than eight times one run's time:
 each in <workdir>/<game>/seed_<n>, as if it had been trained alone, and to be continued alone or together.
+
+  srun python experiments/train.py --distributed --env=atari/Breakout --workdir=runs/breakout
+
+trains one run on the devices of all tasks; the first has the workdir. Of several runs every task takes its share.
 """
 
 import pathlib
@@ -42,11 +46,18 @@ _SET = flags.DEFINE_multi_string(
 )
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
 _FIT = flags.DEFINE_bool("fit", False, "Prints what one run takes of a device and how many runs fit, and exits.")
-_DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many local devices; 0 for all.", lower_bound=0)
+_DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many devices of each process; 0 for all.", lower_bound=0)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "This is one of several processes, and the cluster (SLURM, a TPU pod) tells which one."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 
 
 def main() -> None:
   """Reads the flags and trains."""
+  processes = runtime.Processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   names = list(dict.fromkeys(_ENV.value)) or [None]
   slots = config_lib.room_for(_ENV.value)
   overrides = [f"env.action_slots={slots}", *_SET.value] if slots else _SET.value
@@ -72,6 +83,10 @@ def main() -> None:
   out = pathlib.Path(_WORKDIR.value)
   places = [out] if len(configs) == 1 else [out / workdir.place(config) for config in configs]
   runtime.enable_compilation_cache()
+  if len(configs) == 1:
+    processes.connect()
+  else:
+    configs, places = processes.share(configs), processes.share(places)
   jedi_jax.train_packed(configs, places, overwrite=_OVERWRITE.value, devices=Devices.take(_DEVICES.value))
 
 

@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 
 from jedi_jax.errors import UserError
 
+# The first of several processes reads and writes; no barrier waits for the others, who know of no checkpoint.
+_FIRST_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _PARAMS = "params"
 _STATE = "state"
 
@@ -28,8 +30,9 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=_FIRST_ALONE)
     self._path = pathlib.Path(directory).absolute()
+    self._path.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(self._path, options=options)
 
   def latest(self) -> int | None:

@@ -1,14 +1,18 @@
-"""Settings of the process: the persistent compilation cache, and how programs meet their user."""
+"""Settings of the process: the compilation cache, its place among processes, and how programs meet their user."""
 
+import dataclasses
 import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 from absl import app, flags, logging
 
 from jedi_jax.errors import UserError
+
+T = TypeVar("T")
 
 USAGE_STATUS = 2
 """Exit status of a mistake in what the user asked for."""
@@ -22,6 +26,87 @@ def enable_compilation_cache() -> str:
     directory = str(pathlib.Path(root) / "jedi_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", directory)
   return directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+  """The processes that were started together, of which this is one; it is alone if nothing is said.
+
+  Attributes:
+    detect: whether the cluster is asked what the others say.
+    coordinator: HOST:PORT at which the first process can be reached.
+    count: how many they are.
+    index: the place of this one, from 0.
+
+  Raises:
+    UserError: unless the cluster is asked, or all of the others are given, or nothing.
+  """
+
+  detect: bool = False
+  coordinator: str | None = None
+  count: int | None = None
+  index: int | None = None
+
+  def __post_init__(self) -> None:
+    given = {"--coordinator": self.coordinator, "--num_processes": self.count, "--process_id": self.index}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+      return
+    if self.detect:
+      raise UserError(f"--distributed asks the cluster: leave out {', '.join(name for name in given)}")
+    if self.coordinator is None or self.count is None or self.index is None:
+      raise UserError(f"{' and '.join(missing)} missing: {', '.join(given)} go together")
+    host, _, port = self.coordinator.rpartition(":")
+    if not host or not port.isdigit():
+      raise UserError(f"--coordinator={self.coordinator} is not HOST:PORT of the first process")
+    if not 0 <= self.index < self.count:
+      raise UserError(f"--process_id={self.index} is not one of 0 to {self.count - 1} (--num_processes={self.count})")
+
+  def connect(self) -> None:
+    """Makes JAX see the devices of all processes; to be called before it sees any.
+
+    Raises:
+      UserError: if no cluster is found, or the processes do not find one another.
+    """
+    try:
+      if self.detect:
+        jax.distributed.initialize()
+      elif self.coordinator is not None:
+        # What is said is enough; a cluster might restrict the devices besides.
+        jax.distributed.initialize(self.coordinator, self.count, self.index, cluster_detection_method="deactivate")
+    except ValueError:
+      raise UserError(
+        "--distributed finds no cluster (SLURM, a TPU pod): give --coordinator, --num_processes and --process_id"
+      ) from None
+    except RuntimeError as error:
+      raise UserError(f"the processes do not find one another ({str(error).splitlines()[0][:200]})") from None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+      # Seen twice in two: epochs read from the cache stood still in their collectives; compiled ones do not.
+      jax.config.update("jax_enable_compilation_cache", False)
+
+  def share(self, items: Sequence[T]) -> Sequence[T]:
+    """Returns this process's contiguous share of what processes that do not communicate do side by side.
+
+    Raises:
+      UserError: if there is no equal share, or no cluster that tells which one this process is.
+    """
+    index, count = self.index, self.count
+    if self.detect:
+      try:
+        index, count = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+      except (KeyError, ValueError):
+        raise UserError(
+          "--distributed shares several runs out among the tasks of SLURM, and finds none: "
+          "give --coordinator, --num_processes and --process_id"
+        ) from None
+    if index is None or count is None:
+      return items
+    share, rest = divmod(len(items), count)
+    if rest:
+      raise UserError(
+        f"{len(items)} runs cannot be shared out evenly among {count} processes: take a multiple of {count} runs"
+      )
+    return items[index * share : (index + 1) * share]
 
 
 def run(main: Callable[[], None], description: str) -> None:

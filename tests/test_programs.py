@@ -185,6 +185,12 @@ MISTAKES = {
   "flag of a wrong type": ([TRAIN, *FINE, "--seed=many"], ["seed", "many"]),
   "stray argument": ([TRAIN, *FINE, "atari/Pong"], ["atari/Pong", "--name=value"]),
   "too many devices": ([TRAIN, *FINE, "--devices=64"], ["64 devices", "4 are here"]),
+  "no place among processes": ([TRAIN, *FINE, "--coordinator=host:1", "--num_processes=2"], ["--process_id"]),
+  "no cluster": ([TRAIN, *FINE, "--distributed"], ["--distributed", "--coordinator"]),
+  "an unequal share": (
+    [TRAIN, *FINE, "--runs=3", "--coordinator=host:1", "--num_processes=2", "--process_id=0"],
+    ["3 runs", "2 processes"],
+  ),
   "evaluate nothing": ([EVALUATE], ["--workdir"]),
   "evaluate no run": ([EVALUATE, "--workdir=empty"], ["holds no run", "empty"]),
   "evaluate no checkpoint": ([EVALUATE, "--workdir=taken"], ["no checkpoint", "taken"]),

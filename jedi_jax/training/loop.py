@@ -20,14 +20,14 @@ from jedi_jax.errors import UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.inspection import dreams
 from jedi_jax.models.variants import Model, build, count_parameters, with_num_actions
-from jedi_jax.training import epoch as epoch_lib
-from jedi_jax.training import seeds
+from jedi_jax.training import hosts, seeds
 from jedi_jax.training.collector import Collected, Collector
+from jedi_jax.training.hosts import Operation
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
+from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
-from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec
 
 
@@ -62,11 +62,12 @@ def train(
     config: the configuration.
     directory: the run's working directory.
     overwrite: starts anew in a directory that holds a run.
-    devices: on which to train; all local devices if None.
+    devices: on which to train; all if None. They may be those of several processes that `jax.distributed` has
+      connected, each of which calls this alike; the first one has the environments and the files.
     say: where progress is told; standard output if None.
 
   Returns:
-    What result.json holds.
+    What result.json holds; nothing in a process that is not the first.
 
   Raises:
     UserError: for what the user can mend; nothing has been overwritten then.
@@ -92,7 +93,7 @@ def train_packed(
       actions need the same `env.action_slots`.
     directories: the runs' working directories, all different.
     overwrite: starts anew in directories that hold a run.
-    devices: on which to train; all local devices if None. Several runs are spread over them.
+    devices: on which to train; all if None. Several runs are spread over them, which must be of one process.
     say: where progress is told; standard output if None.
 
   Returns:
@@ -104,10 +105,28 @@ def train_packed(
   devices = devices or Devices()
   say = say or telemetry.Progress()
   specs = [envs.spec(config.env.name) for config in configs]
-  _check_pack(configs, directories, specs)
+  _check_pack(configs, directories, specs, devices)
   devices.with_runs(len(configs)).check_batch(configs[0].training.batch_size)
   for config, spec in zip(configs, specs, strict=True):
     build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
+  hosts.meet(devices)
+  if devices.processes > 1 and jax.process_index() > 0:
+    hosts.follow(configs[0], specs[0], devices)
+    return [{}]
+  with hosts.Leader(devices) as leader:
+    return _lead(configs, directories, specs, overwrite, devices, leader, say)
+
+
+def _lead(
+  configs: Sequence[Config],
+  directories: Sequence[str | os.PathLike[str]],
+  specs: Sequence[EnvSpec],
+  overwrite: bool,
+  devices: Devices,
+  leader: hosts.Leader,
+  say: telemetry.Progress,
+) -> list[dict[str, Any]]:
+  """Trains runs that have been checked, in the process that has their files; see `train_packed`."""
   runs = [
     workdir.prepare(directory, config, spec, overwrite=overwrite)
     for directory, config, spec in zip(directories, configs, specs, strict=True)
@@ -119,7 +138,7 @@ def train_packed(
     else:
       groups.setdefault(checkpoint.newest(run.checkpoints / "latest") or 0, []).append(run)
   for _, group in sorted(groups.items()):
-    trainer = Trainer(group, devices.with_runs(len(group)), say)
+    trainer = Trainer(group, devices.with_runs(len(group)), leader, say)
     try:
       trainer.run_to_end()
     finally:
@@ -127,8 +146,15 @@ def train_packed(
   return [workdir.read_json(run.result) for run in runs]
 
 
-def _check_pack(configs: Sequence[Config], directories: Sequence[str | os.PathLike[str]], specs: list[EnvSpec]) -> None:
+def _check_pack(
+  configs: Sequence[Config],
+  directories: Sequence[str | os.PathLike[str]],
+  specs: Sequence[EnvSpec],
+  devices: Devices,
+) -> None:
   """Refuses runs that cannot share a program."""
+  if len(configs) > 1 and devices.processes > 1:
+    raise UserError("several runs share no program over connected processes: give each process runs of its own")
   if len({os.path.abspath(directory) for directory in directories}) < len(configs):
     raise UserError("two runs have the same directory: give each its own")
   same = {"seed": 0, "env.name": configs[0].env.name}
@@ -255,26 +281,15 @@ class Trainer:
   Args:
     runs: their directories and configurations, which differ in seed and game alone; all at the same epoch.
     devices: on which to train, for so many runs.
+    leader: tells other processes what to do.
     say: where progress is told.
   """
 
-  def __init__(self, runs: Sequence[workdir.Workdir], devices: Devices, say: telemetry.Progress):
-    self._devices, self._say = devices, say
+  def __init__(self, runs: Sequence[workdir.Workdir], devices: Devices, leader: hosts.Leader, say: telemetry.Progress):
+    self._devices, self._leader, self._say = devices, leader, say
     config, spec = runs[0].config, runs[0].spec
     self._config = config  # What it says of seed and game is the first run's.
-    self._model = build(config, spec, packed=devices.packed)
-    self._optimizers = make_optimizers(config, self._model.phases)
-    self._epoch: Any = epoch_lib.distribute(
-      epoch_lib.make_epoch(
-        self._model,
-        self._optimizers,
-        batch_size=config.training.batch_size,
-        age_weights=config.replay.age_weights,
-      ),
-      devices,
-    )
-    self._add = devices.map(replay_lib.add, donate=(0,))
-    self._strips = _make_strips(config, self._model, devices)
+    self._model, self._optimizers, self._epoch, self._add, self._strips = make_programs(config, spec, devices)
     self._evaluator = Agent(self._model, {}, config)
     act = jax.jit(make_act(self._model))
     self._runs: list[_Run] = []
@@ -304,8 +319,9 @@ class Trainer:
         replays.append(replay)
         run.best.forget_after(number)
       run.begin()
-    self._state = self._devices.distribute(states)
-    self._replay = self._devices.distribute(replays)
+    with self._leader.doing(Operation.BEGIN):
+      self._state = self._devices.distribute(states)
+      self._replay = self._devices.distribute(replays)
 
   def close(self) -> None:
     """Finishes what is being written and frees the environments."""
@@ -360,7 +376,7 @@ class Trainer:
   def _compile(self) -> None:
     self._say.say("compiling the epoch (the result is cached on disk) ...")
     start = time.monotonic()
-    nothing = _traced(dict.fromkeys(self._counts(self._config.training.updates), 0))
+    nothing = traced(dict.fromkeys(self._counts(self._config.training.updates), 0))
     self._epoch = self._epoch.lower(self._state, self._replay, nothing).compile()
     self._say.say(f"compiled in {time.monotonic() - start:.1f} s")
 
@@ -401,7 +417,8 @@ class Trainer:
     for parts in itertools.zip_longest(*chunks):
       like = next(part for part in parts if part is not None)
       nothing = jax.tree.map(np.zeros_like, like)
-      self._replay = self._add(self._replay, self._devices.distribute([part or nothing for part in parts]))
+      with self._leader.doing(Operation.ADD):
+        self._replay = self._add(self._replay, self._devices.distribute([part or nothing for part in parts]))
     return met
 
   def _counts(self, updates: Updates) -> dict[str, int]:
@@ -416,8 +433,9 @@ class Trainer:
     fused_seconds, done = 0.0, 0
     for call in plan_calls(counts, limit=self._config.training.updates_per_call, split=split):
       start = time.monotonic()
-      self._state, result = self._epoch(self._state, self._replay, _traced(call))
-      result = [self._devices.to_host(result, index) for index in range(len(self._runs))]
+      with self._leader.doing(Operation.EPOCH, call):
+        self._state, result = self._epoch(self._state, self._replay, traced(call))
+        result = [self._devices.to_host(result, index) for index in range(len(self._runs))]
       elapsed = time.monotonic() - start
       phases = [name for name, count in call.items() if count]
       if len(phases) == 1:
@@ -451,7 +469,8 @@ class Trainer:
     for run in self._runs:
       key = jax.random.key(seeds.derive(run.config.seed, Purpose.DREAMS))
       keys.append(jax.random.key_data(jax.random.fold_in(key, run.progress.epoch)))
-    strips = self._strips(self._state.params, self._replay, self._devices.distribute(keys))
+    with self._leader.doing(Operation.STRIPS):
+      strips = self._strips(self._state.params, self._replay, self._devices.distribute(keys))
     for index in going:
       run = self._runs[index]
       assert run.metrics is not None
@@ -651,17 +670,5 @@ def plan_calls(counts: Mapping[str, int], *, limit: int, split: bool) -> Iterato
       yield {**nothing, name: min(count - done, limit)}
 
 
-def _traced(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
-  return {name: np.asarray(count, np.int32) for name, count in counts.items()}
-
-
 def _rarer_rewards(collected: Collected) -> int:
   return sum(sorted(collected.reward_counts)[:-1])
-
-
-def _make_strips(config: Config, model: Model, devices: Devices) -> Any:
-  """Returns the compiled function (distributed parameters, replay, keys) -> strips; None where none are wanted."""
-  if model.decode is None or not config.probe.strips:
-    return None
-  strips = dreams.make_strips(model, count=config.probe.strips, steps=config.actor_critic.horizon)
-  return devices.map(lambda params, replay, key: strips(params, replay, jax.random.wrap_key_data(key)))

@@ -1,7 +1,8 @@
 """Devices: the only place that knows how many there are, and how runs lie on them.
 
 `jax.pmap` is in maintenance mode; all of its uses are here. A distributed array has a leading axis over devices and,
-where several runs are packed, a second one over the runs of a device.
+where several runs are packed, a second one over the runs of a device. Devices may be those of several processes, of
+which each sees its own shards of an array.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jedi_jax.errors import UserError
 from jedi_jax.types import Array, Term
@@ -21,10 +23,10 @@ _PACKS = "packs"
 
 
 class Devices:
-  """The local devices, and the runs that they train: one that all of them share, or several, each whole on one device.
+  """Devices, and the runs that they train: one that all of them share, or several, each whole on one device.
 
   Args:
-    devices: which ones; all local devices if None.
+    devices: which ones; all if None, of every process that `jax.distributed` has connected.
     runs: how many runs are trained together; several must be a multiple of the number of devices.
 
   Raises:
@@ -32,7 +34,7 @@ class Devices:
   """
 
   def __init__(self, devices: Sequence[jax.Device] | None = None, *, runs: int = 1):
-    self.devices = tuple(jax.local_devices() if devices is None else devices)
+    self.devices = tuple(_first(None) if devices is None else devices)
     self.runs = runs
     if runs > 1 and runs % self.count:
       raise UserError(
@@ -42,7 +44,7 @@ class Devices:
 
   @classmethod
   def take(cls, count: int) -> "Devices":
-    """The first `count` local devices, all of them for 0.
+    """The first `count` devices of every process, all of them for 0.
 
     Raises:
       UserError: if there are fewer.
@@ -52,7 +54,7 @@ class Devices:
       raise UserError(
         f"{count} devices are asked for and {len(available)} are here: take --devices=0 (all) to {len(available)}"
       )
-    return cls(available[:count] if count else None)
+    return cls(_first(count) if count else None)
 
   def with_runs(self, runs: int) -> "Devices":
     """The same devices for another number of runs; of fewer runs than devices each gets one of the first devices.
@@ -66,6 +68,11 @@ class Devices:
   def count(self) -> int:
     """Number of devices."""
     return len(self.devices)
+
+  @property
+  def processes(self) -> int:
+    """Number of processes whose devices these are."""
+    return len({device.process_index for device in self.devices})
 
   @property
   def packed(self) -> bool:
@@ -93,16 +100,18 @@ class Devices:
       )
 
   def distribute(self, trees: Sequence[Any]) -> Any:
-    """Copies each run's arrays to where the run lies.
+    """Copies each run's arrays to where the run lies. Of several processes all must call this together.
 
     Args:
-      trees: one pytree of arrays a run, all of the same shapes.
+      trees: one pytree of arrays a run, all of the same shapes; of several processes the first one's arrays count.
 
     Returns:
       The tree with leaves [devices, ...], every device with a copy, or [devices, runs of a device, ...].
     """
-    mesh = jax.sharding.Mesh(np.asarray(self.devices), (self._axis,))  # As `map` gives its results.
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(self._axis))
+    if self.processes > 1:
+      trees = broadcast(trees)
+    sharding = self._sharding(0)  # As `map` gives its results.
+    local = [device for device in self.devices if device.process_index == jax.process_index()]
     share = self._runs_of_a_device
 
     def put(*leaves: Any) -> Array:
@@ -111,8 +120,8 @@ class Devices:
       if self.packed:
         parts = [np.stack(arrays[i * share : (i + 1) * share])[None] for i in range(self.count)]
       else:
-        parts = [arrays[0][None].copy() for _ in self.devices]
-      shards = [jax.device_put(part, device) for part, device in zip(parts, self.devices, strict=True)]
+        parts = [arrays[0][None].copy() for _ in local]
+      shards = [jax.device_put(part, device) for part, device in zip(parts, local, strict=True)]
       return jax.make_array_from_single_device_arrays((self.count, *parts[0].shape[1:]), sharding, shards)
 
     return jax.tree.map(put, *trees)
@@ -141,8 +150,42 @@ class Devices:
       in_axes: 0 for distributed arguments, None for those that all share; one for all arguments, or a tuple.
       donate: positions of arguments whose memory the results may take.
     """
+    if self.processes > 1:
+      return self._map_over_processes(function, in_axes, donate)
     mapped = jax.vmap(function, in_axes=in_axes) if self.packed else function
     return jax.pmap(mapped, axis_name=self._axis, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
+
+  def _map_over_processes(self, function: Callable[..., Any], in_axes: Any, donate: tuple[int, ...]) -> Any:
+    """As `map`, for arrays of which this process has a part: `jax.pmap` would copy them and give local ones back."""
+
+    def on_device(*args: Any) -> Any:
+      axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+      own = [jax.tree.map(lambda x: x[0], x) if axis == 0 else x for x, axis in zip(args, axes, strict=True)]
+      return jax.tree.map(lambda x: x[None], function(*own))
+
+    axes = in_axes if isinstance(in_axes, tuple) else (in_axes,)
+    shardings = tuple(self._sharding(axis) for axis in axes)
+    inputs = shardings if isinstance(in_axes, tuple) else shardings[0]
+    specs = jax.tree.map(lambda sharding: sharding.spec, inputs)
+    output = self._sharding(0)
+    mapped = jax.shard_map(on_device, mesh=output.mesh, in_specs=specs, out_specs=output.spec, check_vma=False)
+    return jax.jit(mapped, in_shardings=inputs, out_shardings=output, donate_argnums=donate)
+
+  def _sharding(self, axis: int | None) -> jax.sharding.NamedSharding:
+    """How an argument of a mapped function lies: by its leading axis for 0, the same everywhere for None."""
+    mesh = jax.sharding.Mesh(np.asarray(self.devices), (self._axis,))
+    spec = jax.sharding.PartitionSpec() if axis is None else jax.sharding.PartitionSpec(self._axis)
+    return jax.sharding.NamedSharding(mesh, spec)
+
+
+def broadcast(tree: Any) -> Any:
+  """Returns the first process's arrays in all of them, as NumPy arrays; all call this together, with equal shapes."""
+  return multihost_utils.broadcast_one_to_all(tree)
+
+
+def _first(count: int | None) -> list[jax.Device]:
+  """The first devices of each process, those of one after those of the other."""
+  return [device for index in range(jax.process_count()) for device in jax.local_devices(index)[:count]]
 
 
 @functools.partial(jax.jit, static_argnums=1)

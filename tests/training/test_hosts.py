@@ -1,0 +1,184 @@
+"""Training by two processes on one machine, connected over loopback as several hosts would be."""
+
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import jedi_jax
+from jedi_jax import workdir
+from jedi_jax.config import override
+from jedi_jax.errors import UserError
+from jedi_jax.runtime import Processes
+
+TRAIN = str(pathlib.Path(__file__).parents[2] / "experiments" / "train.py")
+
+LAST_BEFORE = 3
+"""The leader is stopped within the epoch after this one; the last checkpoint is that of epoch 2."""
+
+# What runs the program in a process, with an epoch that compiles in no time and needs all devices and the replay.
+DRIVER = f"""
+import runpy, sys
+import jax, jax.numpy as jnp
+from jedi_jax.training import epoch, loop, parallel
+
+_, how, *sys.argv = sys.argv
+
+def make_epoch(model, optimizers, *, batch_size, age_weights):
+  def run(state, replay, counts):
+    share = parallel.local_share(jnp.arange(batch_size) + replay.rewards.sum() + replay.written.sum())
+    value = parallel.mean(jnp.mean(share**2))
+    step = 1e-6 * value * sum(counts.values())
+    updates = {{name: state.updates[name] + count for name, count in counts.items()}}
+    sums = {{name: {{"loss": value * count}} for name, count in counts.items()}}
+    return state.replace(params=jax.tree.map(lambda x: x + step, state.params), updates=updates), sums
+  return run
+
+def stop(trainer, counts, number, *, split, update=loop.Trainer._update):
+  if number > {LAST_BEFORE}:
+    raise KeyboardInterrupt
+  return update(trainer, counts, number, split=split)
+
+if "toy" in how:
+  epoch.make_epoch = make_epoch
+if "stop" in how:
+  loop.Trainer._update = stop
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def text(value):
+  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def free_port():
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def start(how, *argv, devices):
+  """Starts the program in a process with so many devices."""
+  flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+  return subprocess.Popen(
+    [sys.executable, "-c", DRIVER, how, TRAIN, *argv],
+    env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+
+
+def finish(*processes):
+  """Returns each process's status, output and errors."""
+  try:
+    outputs = [process.communicate(timeout=400) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def both(port):
+  """The flags of two processes."""
+  return [[f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={index}"] for index in range(2)]
+
+
+@pytest.fixture(scope="module")
+def toy_flags(tiny):
+  none = {"training.first_updates.probe": 0, "training.updates.probe": 0}
+  return flags_of({**tiny.overrides, **none})
+
+
+def flags_of(overrides):
+  return ["--env=catch", "--preset=debug", *(f"--set={name}={text(value)}" for name, value in overrides.items())]
+
+
+@pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.slow)])
+def runs(request, tiny, toy_flags, tmp_path_factory):
+  """A run by one process, and one by two of which the leader was stopped: (directories, outcomes of the two)."""
+  how = request.param
+  flags = toy_flags if how == "toy" else flags_of(tiny.overrides)
+  straight, resumed = (tmp_path_factory.mktemp("runs") / name for name in ("straight", "resumed"))
+  ((status, _, err),) = finish(start(how, *flags, f"--workdir={straight}", devices=4))
+  assert status == 0, err
+  outcomes = []
+  for what in (f"{how} stop", how):
+    port = free_port()
+    outcomes.append(finish(*(start(what, *flags, f"--workdir={resumed}", *own, devices=2) for own in both(port))))
+  return (straight, resumed), outcomes
+
+
+def test_a_stopped_leader_dismisses_the_others(runs):
+  (leader, follower), _ = runs[1]
+  assert leader[0] != 0
+  assert "KeyboardInterrupt" in leader[2]
+  assert follower[0] == 0, follower[2]
+
+
+def test_the_leader_alone_tells_and_writes(runs):
+  (_, directory), (_, (leader, follower)) = runs
+  assert (leader[0], follower[0]) == (0, 0), leader[2] + follower[2]
+  for mark in ("parameters: ", "epoch ", "done: "):
+    assert mark not in follower[1]
+  lines = leader[1].splitlines()
+  assert any("4 cpu device(s)" in line for line in lines)
+  assert sum(line.startswith("resuming after epoch 2") for line in lines) == 1
+  assert sum(line.startswith("done: mean return") for line in lines) == 1
+  assert json.loads((directory / "result.json").read_text())["env_steps"] == 70
+  assert [record["epoch"] for record in workdir.read_metrics(directory / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_two_processes_train_what_one_trains(runs, timeless):
+  straight, resumed = runs[0]
+  for ours, theirs in zip(*(timeless(d / "metrics.jsonl") for d in (resumed, straight)), strict=True):
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+      assert ours[name] == pytest.approx(value, rel=2e-3, abs=1e-4), f"epoch {theirs['epoch']}, {name}"
+  ours, theirs = (jedi_jax.load_agent(directory).params for directory in (resumed, straight))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), ours, theirs)
+
+
+def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
+  """They need not meet: one process ends before the other begins."""
+  for index, own in enumerate(both(free_port())):
+    ((status, out, err),) = finish(
+      start("toy", *toy_flags, *own, "--runs=2", "--devices=1", f"--workdir={tmp_path}", devices=2)
+    )
+    assert status == 0, err
+    directory = tmp_path / workdir.place(override(tiny.config, {"seed": index}))
+    assert f"in {directory}" in out
+    result = json.loads((directory / "result.json").read_text())
+    assert (result["seed"], result["runs_together"], result["env_steps"]) == (index, 1, 70)
+    assert len(list(tmp_path.rglob("result.json"))) == index + 1
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"coordinator": "host:1", "count": 2}, "--process_id missing"),
+    ({"detect": True, "index": 0}, "--distributed asks the cluster"),
+    ({"coordinator": "host", "count": 2, "index": 0}, "not HOST:PORT"),
+    ({"coordinator": "host:1", "count": 2, "index": 2}, "not one of 0 to 1"),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused(given, message):
+  with pytest.raises(UserError, match=message) as caught:
+    Processes(**given)
+  assert "\n" not in str(caught.value)
+
+
+def test_shares_are_contiguous_and_equal(monkeypatch):
+  assert Processes().share("abc") == "abc"
+  assert [Processes(coordinator="host:1", count=2, index=index).share("abcd") for index in range(2)] == ["ab", "cd"]
+  with pytest.raises(UserError, match="3 runs cannot be shared out evenly among 2 processes"):
+    Processes(coordinator="host:1", count=2, index=0).share("abc")
+  with pytest.raises(UserError, match="among the tasks of SLURM"):
+    Processes(detect=True).share("ab")
+  monkeypatch.setenv("SLURM_PROCID", "1")
+  monkeypatch.setenv("SLURM_NTASKS", "2")
+  assert Processes(detect=True).share("ab") == "b"
