@@ -63,7 +63,9 @@ def main() -> None:
     results = plain(*piece.args), ours(*piece.args)
     if piece.same:
       _check(piece.name, *results)
-    calls = [{piece.name: lambda form=form: jax.block_until_ready(form(*piece.args))} for form in (plain, ours)]
+    calls = [
+      {piece.name: lambda form=form, args=piece.args: jax.block_until_ready(form(*args))} for form in (plain, ours)
+    ]
     times = [taken[piece.name] for taken in record.in_turn(calls, repeats=_FLAGS.repeats)]
     gain = statistics.median(times[0]) / statistics.median(times[1])
     work = [flops.count(form, *piece.args) / 1e9 for form in (piece.plain, piece.ours)]

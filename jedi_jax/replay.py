@@ -8,6 +8,8 @@ The table lists the surviving episodes of all streams in order of age. Adding co
 the table; sampling looks at single entries of the table and costs the same however much is stored.
 """
 
+import math
+
 import chex
 import flax.struct
 import jax
@@ -21,7 +23,8 @@ class ReplayState(flax.struct.PyTreeNode):
   """S streams of C slots each, and a table of up to E episodes.
 
   Attributes:
-    frames: [S, C, H, W, channels] uint8.
+    frames: [S, C, H * W * channels] uint8. Flat, because TPUs gather rows of one dimension where they lie; of images
+      they first copy the whole ring to another layout.
     actions: [S, C] int32; 0 in the slot of a final frame.
     rewards: [S, C] float32, raw; 0 in the slot of a final frame.
     ends: [S, C] bool; the step ended its episode.
@@ -32,6 +35,7 @@ class ReplayState(flax.struct.PyTreeNode):
     episode_steps: [E] int32; surviving steps (the final frame is not one).
     episode_closed: [E] bool; whether the final frame is stored.
     num_episodes: [] int32; entries in use, oldest first.
+    observation_shape: (H, W, channels).
   """
 
   frames: Array
@@ -45,6 +49,12 @@ class ReplayState(flax.struct.PyTreeNode):
   episode_steps: Array
   episode_closed: Array
   num_episodes: Array
+  observation_shape: tuple[int, int, int] = flax.struct.field(pytree_node=False)
+
+  def observations(self, stream: Array | int, position: Array | slice) -> Array:
+    """Returns the frames at ring positions, [..., H, W, channels]."""
+    frames = self.frames[stream, position]
+    return frames.reshape(*frames.shape[:-1], *self.observation_shape)
 
 
 class Chunk(flax.struct.PyTreeNode):
@@ -81,7 +91,7 @@ def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[in
   # A closed episode takes two slots at least, and a stream has one open episode.
   entries = num_streams * (slots_per_stream // 2 + 2)
   return ReplayState(
-    frames=jnp.zeros((*ring, *observation_shape), jnp.uint8),
+    frames=jnp.zeros((*ring, math.prod(observation_shape)), jnp.uint8),
     actions=jnp.zeros(ring, jnp.int32),
     rewards=jnp.zeros(ring, jnp.float32),
     ends=jnp.zeros(ring, bool),
@@ -92,6 +102,7 @@ def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[in
     episode_steps=jnp.zeros((entries,), jnp.int32),
     episode_closed=jnp.zeros((entries,), bool),
     num_episodes=jnp.zeros((), jnp.int32),
+    observation_shape=observation_shape,
   )
 
 
@@ -103,7 +114,7 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
   """
   streams, slots = state.actions.shape
   length = chunk.actions.shape[1]
-  chex.assert_shape(chunk.frames, (streams, length, *state.frames.shape[2:]))
+  chex.assert_shape(chunk.frames, (streams, length, *state.observation_shape))
   chex.assert_type(chunk.frames, jnp.uint8)
   if length > slots:
     raise ValueError(f"a chunk of {length} slots does not fit a ring of {slots}")
@@ -133,8 +144,8 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
   streams_index = jnp.arange(streams)
   newest = jnp.where(chunk.count > 0, entry[streams_index, last], state.open_episode)
   over = (chunk.count > 0) & chunk.final[streams_index, last]
-  return ReplayState(
-    frames=write(state.frames, chunk.frames),
+  return state.replace(
+    frames=write(state.frames, chunk.frames.reshape(streams, length, -1)),
     actions=write(state.actions, jnp.where(chunk.final, 0, chunk.actions)),
     rewards=write(state.rewards, jnp.where(chunk.final, 0.0, chunk.rewards)),
     ends=write(state.ends, chunk.ends & ~chunk.final),
@@ -227,7 +238,7 @@ def sample(
 
   stream, position, mask = jax.vmap(draw)(keys)
   return Segment(
-    observations=state.frames[stream, position],
+    observations=state.observations(stream, position),
     actions=jnp.where(mask, state.actions[stream, position], 0),
     rewards=jnp.where(mask, state.rewards[stream, position], 0.0),
     ends=state.ends[stream, position] & mask,

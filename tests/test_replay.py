@@ -112,7 +112,7 @@ class Reference:
     rows = []
     for i in range(int(state.num_episodes)):
       stream, position = int(state.episode_stream[i]), int(state.episode_start[i]) % self.ring
-      name = tuple(state.frames[stream, position, 0, 0].tolist())
+      name = tuple(state.observations(stream, position)[0, 0].tolist())
       rows.append((name, int(state.episode_steps[i]), bool(state.episode_closed[i])))
     return rows
 

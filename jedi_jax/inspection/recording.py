@@ -88,7 +88,7 @@ def _episodes(replay: Any) -> list[Episode]:
       at = slice(start, start + steps)
       episodes.append(
         Episode(
-          replay.frames[stream, start : start + steps + 1],
+          replay.observations(stream, slice(start, start + steps + 1)),
           replay.actions[stream, at],
           replay.rewards[stream, at],
           replay.ends[stream, at],
