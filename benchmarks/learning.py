@@ -8,6 +8,7 @@ experiments/evaluate.py --random wrote.
 """
 
 import glob
+import itertools
 import math
 import pathlib
 import statistics
@@ -42,6 +43,13 @@ def main() -> None:
   _draw(rows, written.with_suffix(".png"))
 
 
+def _fixed(pattern: str) -> pathlib.Path:
+  """The directory before the first part of a pattern that varies."""
+  parts = pathlib.Path(pattern).parts
+  fixed = itertools.takewhile(lambda part: not set(part) & set("*?["), parts[:-1])
+  return pathlib.Path(*fixed)
+
+
 def _games(result: dict[str, Any]) -> dict[str, Any]:
   """Mean of the returns of whole games with its 95% interval by the normal approximation."""
   returns = result["episode_returns"]
@@ -70,7 +78,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   records = workdir.read_metrics(run.metrics)
   names = ("env_steps", "evaluation/return", "collect/return", "actor_critic/imagined_return", "time/total_seconds")
   return {
-    "run": path.name,
+    "run": path.relative_to(_fixed(_RUNS.value)).as_posix(),
     "command": " ".join(command),
     "env_steps": result["env_steps"],
     "updates": result["updates"],

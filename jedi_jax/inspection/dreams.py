@@ -40,6 +40,10 @@ def _split(model: Model, segment: Segment) -> tuple[Segment, Array]:
   return start, segment.actions[:, length - 1 : -1]
 
 
+_DRAWS = 8
+"""Segments drawn for each that is shown."""
+
+
 def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, Params], Any, Array], Array]:
   """Builds a pure function that pictures dreams: each row of real frames over the row imagined from its first.
 
@@ -57,14 +61,17 @@ def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, 
 
   def strips(params: dict[str, Params], replay: Any, key: Array) -> Array:
     sample_key, dream_key = jax.random.split(key)
-    segment = replay_lib.sample(
+    drawn = replay_lib.sample(
       replay,
-      jax.random.split(sample_key, count),
+      jax.random.split(sample_key, _DRAWS * count),
       length=length + steps,
       age_weights=(1.0,),
       beyond_end=True,
       final_frames=False,
     )
+    # Of short episodes many segments begin before the episode does: those whose start is a real frame come first.
+    order = jnp.argsort(~drawn.mask[:, length - 1], stable=True)[:count]
+    segment = jax.tree.map(lambda x: x[order], drawn)
     trajectory = follow(model, params, segment, jax.random.split(dream_key, count))
     real = segment.observations[:, length - 1 :]
     both = jnp.stack([real, decode(params, trajectory.latents)], axis=1)
