@@ -33,9 +33,10 @@ def main() -> None:
   rows = []
   for num_envs in (int(text) for text in _NUM_ENVS.value):
     for variant in _FLAGS.variants:
-      config = config_lib.override(throughput.make_config(variant), {"env.num_envs": num_envs})
-      times = _measure(config)
+      config = throughput.make_config(variant)
       steps = -(-config.collect.steps_per_epoch // num_envs) * num_envs
+      config = config_lib.override(config, {"env.num_envs": num_envs, "collect.steps_per_epoch": steps})
+      times = _measure(config)
       updates = config.training.updates
       triples = max(updates.denoiser, updates.reward_end, updates.actor_critic)
       collecting = [t * steps for t in times["collection"]]
@@ -73,7 +74,7 @@ def _measure(config: config_lib.Config) -> dict[str, list[float]]:
     )
     add = jax.jit(replay.add, donate_argnums=0)
     memory = empty_replay(config_lib.override(config, {"replay.capacity": 5_000, "replay.final_frames": 500}), env.spec)
-    steps = -(-config.collect.steps_per_epoch // num_envs) * num_envs
+    steps = config.collect.steps_per_epoch
     actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // num_envs, num_envs))
     observations, state = np.zeros((num_envs, *env.spec.observation_shape), np.uint8), model.initial_state(num_envs)
     restart, epsilon, key = np.zeros(num_envs, bool), np.float32(0), jax.random.key(0)
