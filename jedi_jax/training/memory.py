@@ -10,12 +10,11 @@ import optax
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
-from jedi_jax.models.variants import Model, build
-from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.models.variants import Model
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.parallel import Devices
+from jedi_jax.training.programs import make_programs
 from jedi_jax.training.state import TrainState, make_init
-from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec
 
 _SHARE = 0.9
@@ -57,15 +56,10 @@ def of_run(config: Config, spec: EnvSpec) -> Memory:
   """
   device = jax.local_devices()[0]
   devices = Devices([device])
-  model = build(config, spec)
-  optimizers = make_optimizers(config, model.phases)
-  epoch = epoch_lib.make_epoch(
-    model, optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
-  )
-
-  state, replay = shapes(config, spec, model, optimizers)
-  counts = {phase.name: jax.ShapeDtypeStruct((), np.int32) for phase in model.phases}
-  lowered = epoch_lib.distribute(epoch, devices).lower(distributed(state, 1), distributed(replay, 1), counts)
+  programs = make_programs(config, spec, devices)
+  state, replay = shapes(config, spec, programs.model, programs.optimizers)
+  counts = {phase.name: jax.ShapeDtypeStruct((), np.int32) for phase in programs.model.phases}
+  lowered = programs.epoch.lower(distributed(state, 1), distributed(replay, 1), counts)
   compiled = lowered.compile()
   analysis = compiled.memory_analysis()
   return Memory(
