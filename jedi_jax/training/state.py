@@ -17,13 +17,16 @@ class TrainState(flax.struct.PyTreeNode):
   Attributes:
     params: parameters by component, float32.
     optimizers: optimiser state by phase.
-    updates: [] int32 number of updates by phase.
+    updates: [] int32 number of updates by phase, skipped ones among them.
+    skipped: [] int32 by phase, how many of the newest updates in a row were skipped because their loss or gradient was
+      not finite.
     key: [2] uint32, data of the key that all batches and noise derive from; never changes.
   """
 
   params: dict[str, Params]
   optimizers: dict[str, optax.OptState]
   updates: dict[str, Array]
+  skipped: dict[str, Array]
   key: Array
 
 
@@ -40,6 +43,7 @@ def make_init(model: Model, optimizers: Mapping[str, optax.GradientTransformatio
         for phase in model.phases
       },
       updates={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
+      skipped={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
       key=jax.random.key_data(run_key),
     )
 

@@ -99,6 +99,9 @@ def make_update(
   Every random number derives from the run's key, the phase and the number of updates so far, and each element of the
   batch has a key of its own: neither the number of devices nor where a run was interrupted changes what is drawn.
 
+  An update whose loss or gradient is not finite is skipped: parameters and the optimiser's state stay as they were, and
+  its metrics are zeros but for 'skipped', which is 1. It is counted as an update, so the next one draws another batch.
+
   Args:
     phase: the phase.
     index: its number, which separates its random numbers from the other phases'.
@@ -138,11 +141,19 @@ def make_update(
     steps, optimizer_state = optimizer.update(gradient, state.optimizers[phase.name], trained)
     reduced = parallel.reduce_metrics(metrics)
     reduced["grad_norm"] = jnp.linalg.norm(flat)
+    finite = jnp.isfinite(reduced["loss"]) & jnp.isfinite(reduced["grad_norm"])  # The same on all devices of the run.
+
+    def keep(new: Any, old: Any) -> Any:
+      return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+    params = phase.after({**state.params, **optax.apply_updates(trained, steps)}, reduced)
     state = state.replace(
-      params=phase.after({**state.params, **optax.apply_updates(trained, steps)}, reduced),
-      optimizers={**state.optimizers, phase.name: optimizer_state},
+      params=keep(params, state.params),
+      optimizers={**state.optimizers, phase.name: keep(optimizer_state, state.optimizers[phase.name])},
       updates={**state.updates, phase.name: count + 1},
+      skipped={**state.skipped, phase.name: jnp.where(finite, 0, state.skipped[phase.name] + 1)},
     )
-    return state, reduced
+    metrics = keep(reduced, jax.tree.map(jnp.zeros_like, reduced))
+    return state, {**metrics, "skipped": 1.0 - finite}
 
   return update

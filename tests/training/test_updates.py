@@ -190,19 +190,26 @@ def counting_phase():
   return Phase("denoiser", ("denoiser",), 4, False, True, losses)
 
 
-def draw(replay, devices, *, seed=0, index=0, updates=0):
-  """One update on so many (pretended) devices; the first one's state and metrics."""
-  optimizer = make_optimizer(OptimizerConfig(warmup_updates=0), {})
+OPTIMIZER = make_optimizer(OptimizerConfig(warmup_updates=0), {})
+
+
+def fresh(seed=0, updates=0):
+  """A state of one parameter, 0.5."""
   params = {"denoiser": {"kernel": jnp.float32(0.5)}}
-  state = TrainState(
+  return TrainState(
     params=params,
-    optimizers={"denoiser": optimizer.init(params)},
+    optimizers={"denoiser": OPTIMIZER.init(params)},
     updates={"denoiser": jnp.int32(updates)},
+    skipped={"denoiser": jnp.int32(0)},
     key=jax.random.key_data(jax.random.key(seed)),
   )
-  update = make_update(counting_phase(), index, optimizer, batch_size=BATCH, age_weights=(0.5, 0.5))
+
+
+def draw(replay, devices, *, seed=0, index=0, updates=0):
+  """One update on so many (pretended) devices; the first one's state and metrics."""
+  update = make_update(counting_phase(), index, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
   run = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=devices))
-  states, metrics = run(state, replay)
+  states, metrics = run(fresh(seed, updates), replay)
   for x in jax.tree.leaves(states):
     np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # All devices hold the same state.
   return jax.tree.map(lambda x: np.asarray(x[0]), (states, metrics))
@@ -235,6 +242,57 @@ def test_draws_differ_by_run_phase_and_update_and_repeat_otherwise(tiny):
     assert np.any(other["noise"] != base["noise"]), changes
     assert other["shared"] != base["shared"], changes
     assert other["count"] == changes.get("updates", 0)
+
+
+def harmful_phase(harm, when):
+  """A phase whose loss or gradient is not finite at some updates, in the last element of the batch alone."""
+
+  @jax.custom_vjp
+  def poison(x, bad):
+    return x
+
+  poison.defvjp(lambda x, bad: (x, bad), lambda bad, g: (jnp.where(bad, jnp.nan, g), None))
+
+  def losses(params, segment, keys, shared_key, count):
+    del segment, shared_key
+    bad = jnp.isin(count, jnp.asarray(when)) & (parallel.local_share(jnp.arange(BATCH)) == BATCH - 1)
+    values = params["denoiser"]["kernel"] * jnp.ones(len(keys))
+    values = poison(values, bad) if harm == "gradient" else jnp.where(bad, harm, values)
+    return Losses({"a": Term(values, jnp.ones(len(keys)))}, {"count": count.astype(jnp.float32)})
+
+  def after(params, metrics):
+    return {"denoiser": {"kernel": params["denoiser"]["kernel"] + 0.0 * metrics["loss"]}}  # Not finite where it is not.
+
+  return Phase("denoiser", ("denoiser",), 4, False, True, losses, after=after)
+
+
+@pytest.mark.parametrize("harm", [np.nan, np.inf, -np.inf, "gradient"])
+@pytest.mark.parametrize("devices", [1, 4])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny, harm, devices):
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+  update = make_update(harmful_phase(harm, (1, 2, 4)), 0, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
+  run = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=devices))
+  state, values, rows, steps = fresh(), [], [], []
+  for _ in range(6):
+    states, metrics = run(state, replay)
+    for x in jax.tree.leaves(states):
+      np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # All devices skip together.
+    state, metrics = jax.tree.map(lambda x: x[0], (states, metrics))
+    values.append(float(state.params["denoiser"]["kernel"]))
+    rows.append(int(state.skipped["denoiser"]))
+    steps.append({name: float(value) for name, value in metrics.items()})
+  assert rows == [0, 1, 2, 0, 1, 0]
+  assert int(state.updates["denoiser"]) == 6
+  assert [step["skipped"] for step in steps] == [0, 1, 1, 0, 1, 0]
+  assert all(np.isfinite(list(step.values())).all() for step in steps)
+  assert values[0] == values[1] == values[2] > values[3] == values[4] > values[5]
+  # Adam knows nothing of what was skipped: three updates lead to where three lead without any harm.
+  untouched = make_update(harmful_phase(0.0, ()), 0, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
+  straight = fresh()
+  for _ in range(3):
+    straight, _ = jax.jit(untouched)(straight, replay)
+  np.testing.assert_allclose(values[-1], straight.params["denoiser"]["kernel"], rtol=1e-6)
+  chex.assert_trees_all_close(state.optimizers, straight.optimizers, rtol=1e-6)
 
 
 def test_a_component_clipped_apart_does_not_feel_the_others():
