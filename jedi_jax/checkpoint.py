@@ -1,17 +1,20 @@
 """Checkpoints: the only importer of orbax.
 
-A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays. It holds data, no
-code and no devices: it is restored onto however many devices there are.
+A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays, and their
+checksums. It holds data, no code and no devices: it is restored onto however many devices there are.
 """
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 
 from jedi_jax.errors import UserError
 
@@ -19,6 +22,25 @@ from jedi_jax.errors import UserError
 _FIRST_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _PARAMS = "params"
 _STATE = "state"
+_CHECKSUMS = "crc32"  # [arrays] uint32, in the order of their sorted names.
+
+
+class SaveError(UserError):
+  """A checkpoint that could not be written; those before it are as they were."""
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was read.
+
+  Attributes:
+    number: which one.
+    params: what inference needs.
+    state: the rest.
+  """
+
+  number: int
+  params: Any
+  state: Any
 
 
 class Checkpoints:
@@ -30,9 +52,17 @@ class Checkpoints:
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, multiprocessing_options=_FIRST_ALONE)
     self._path = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._saving: int | None = None
     self._path.mkdir(parents=True, exist_ok=True)
+    self._open()
+
+  def _open(self) -> None:
+    # What a killed or failed save left is removed: only one process saves here.
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=self._keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=_FIRST_ALONE
+    )
     self._manager = ocp.CheckpointManager(self._path, options=options)
 
   def latest(self) -> int | None:
@@ -46,13 +76,21 @@ class Checkpoints:
       number: larger than those before; an existing number is left as it is.
       params: pytree of NumPy arrays that inference needs; must not change until `wait` or the next `save`.
       state: the same for what only training needs.
+
+    Raises:
+      SaveError: if this one cannot be begun, or the one before could not be finished (this one is not begun then).
     """
+    self.wait()
     if number in self._manager.all_steps():
       return
-    items = {_PARAMS: ocp.args.StandardSave(_flatten(params))}
+    items = {_PARAMS: ocp.args.StandardSave(_with_checksums(_flatten(params)))}
     if state is not None:
-      items[_STATE] = ocp.args.StandardSave(_flatten(state))
-    self._manager.save(number, args=ocp.args.Composite(**items))
+      items[_STATE] = ocp.args.StandardSave(_with_checksums(_flatten(state)))
+    self._saving = number
+    try:
+      self._manager.save(number, args=ocp.args.Composite(**items))
+    except Exception as error:  # Orbax and its storage raise many kinds.
+      self._fail(error)
 
   def restore(self, number: int, *, params: Any, state: Any) -> tuple[Any, Any]:
     """Restores a checkpoint as NumPy arrays.
@@ -63,9 +101,47 @@ class Checkpoints:
       state: the same for the rest.
 
     Raises:
-      UserError: if the checkpoint has other arrays, or cannot be read.
+      UserError: if the checkpoint has other arrays, cannot be read, or holds other numbers than were written.
     """
     return _restore(self._manager, number, _PARAMS, params), _restore(self._manager, number, _STATE, state)
+
+  def restore_newest(self, *, params: Any, state: Any, say: Callable[[str], None]) -> Restored | None:
+    """Restores the newest whole checkpoint that fits; those after it are set aside, into `damaged` beside this one.
+
+    Args:
+      params: as for `restore`.
+      state: as for `restore`.
+      say: is told of each checkpoint that is not whole or does not fit.
+
+    Returns:
+      None where there is no checkpoint at all.
+
+    Raises:
+      UserError: if there are checkpoints and none can be used; nothing was changed.
+    """
+    damaged: list[tuple[int, UserError]] = []
+    for number in reversed(_numbers(self._path)):
+      try:
+        restored = Restored(number, *self.restore(number, params=params, state=state))
+      except UserError as error:
+        damaged.append((number, error))
+        continue
+      for other, problem in damaged:
+        say(f"{problem}; it is set aside in {self._set_aside(other)}, and checkpoint {number} is used")
+      return restored
+    if damaged:
+      others = f", and neither can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
+      raise UserError(f"{damaged[0][1]}{others}: nothing was changed; --overwrite starts the run anew")
+    return None
+
+  def _set_aside(self, number: int) -> pathlib.Path:
+    place = self._path.with_name("damaged") / f"{self._path.name}_{number}"
+    while place.exists():
+      place = place.with_name(place.name + "_")
+    place.parent.mkdir(exist_ok=True)
+    (self._path / str(number)).rename(place)
+    self._manager.reload()
+    return place
 
   def forget_after(self, number: int) -> None:
     """Removes checkpoints with larger numbers: those of epochs that an interrupted run will repeat."""
@@ -74,42 +150,71 @@ class Checkpoints:
         self._manager.delete(later)
 
   def wait(self) -> None:
-    """Returns when nothing is being saved."""
-    self._manager.wait_until_finished()
+    """Returns when nothing is being saved.
+
+    Raises:
+      SaveError: if what was being saved could not be written.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      self._fail(error)
+    self._saving = None
+
+  def _fail(self, error: Exception) -> None:
+    """Begins anew after a save that failed, and tells of it."""
+    number, self._saving = self._saving, None
+    with contextlib.suppress(Exception):  # It tells of the same error once more.
+      self._manager.close()
+    self._open()
+    latest = self.latest()
+    kept = "there is none before it" if latest is None else f"checkpoint {latest} is kept"
+    raise SaveError(f"checkpoint {number} in {self._path} could not be written ({_reason(error)}); {kept}") from None
 
   def close(self) -> None:
-    """Waits, and frees what the checkpoints hold."""
-    self._manager.close()
+    """Waits, and frees what the checkpoints hold; a save that fails now is told of by `wait` alone."""
+    with contextlib.suppress(Exception):
+      self._manager.close()
 
 
 def newest(directory: str | os.PathLike[str]) -> int | None:
   """The number of the newest checkpoint in a directory, None if there is none; nothing is made."""
-  path = pathlib.Path(directory).absolute()
-  numbers = [int(entry.name) for entry in path.iterdir() if entry.name.isdigit()] if path.is_dir() else []
-  return max(numbers, default=None)
+  return max(_numbers(pathlib.Path(directory).absolute()), default=None)
+
+
+def _numbers(path: pathlib.Path) -> list[int]:
+  """The numbers of the checkpoints in a directory, whole or not, in order."""
+  return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal()) if path.is_dir() else []
 
 
 def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
-  """Restores the parameters of the newest checkpoint in a directory.
+  """Restores the parameters of the newest whole checkpoint in a directory; a warning names newer ones.
 
   Args:
     directory: as given to `Checkpoints`.
     target: pytree of `jax.ShapeDtypeStruct`.
 
   Raises:
-    UserError: if there is none, or it does not fit.
+    UserError: if there is none that is whole and fits.
   """
   path = pathlib.Path(directory).absolute()
-  number = newest(path)
-  if number is None:
+  numbers = _numbers(path)
+  if not numbers:
     raise UserError(f"there is no checkpoint in {path}")
   manager = ocp.CheckpointManager(
     path, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
   )
   try:
-    return _restore(manager, number, _PARAMS, target)
+    for number in reversed(numbers):
+      try:
+        return _restore(manager, number, _PARAMS, target)
+      except UserError as error:
+        if number == numbers[0]:
+          raise
+        logging.warning("%s: an older one is used", error)
   finally:
     manager.close()
+  raise AssertionError("the oldest checkpoint was neither read nor refused")
 
 
 def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
@@ -117,9 +222,12 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
   wanted = _flatten(target)
   try:
     saved = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
+    sums = np.asarray(saved.pop(_CHECKSUMS, ()))
+    saved = {name: np.asarray(value) for name, value in saved.items()}
   except Exception as error:  # Orbax and its storage raise many kinds.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(f"{where} cannot be read ({reason[:200]})") from None
+    raise UserError(f"{where} cannot be read ({_reason(error)})") from None
+  if not np.array_equal(sums, _checksums(saved)):
+    raise UserError(f"{where} is damaged: its {item} are not what was written")
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
     kind = "lacks" if problems[0] in wanted else "has an unknown"
@@ -131,8 +239,25 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
         f"{where} does not fit this configuration: {name} is {value.dtype}{list(value.shape)}, "
         f"expected {like.dtype}{list(like.shape)}"
       )
-  leaves = [np.asarray(saved[name]) for name in wanted]
-  return jax.tree.unflatten(jax.tree.structure(target), leaves)
+  return jax.tree.unflatten(jax.tree.structure(target), [saved[name] for name in wanted])
+
+
+def _reason(error: Exception) -> str:
+  """The first line of an error, without most of what storage says around it."""
+  text = (str(error).splitlines() or [type(error).__name__])[0]
+  return "No space left on device" if "No space left" in text else text[:200]
+
+
+def _with_checksums(arrays: Mapping[str, Any]) -> dict[str, Any]:
+  if _CHECKSUMS in arrays:
+    raise ValueError(f"an array is named {_CHECKSUMS}, which is the checksums' name")
+  return {**arrays, _CHECKSUMS: _checksums(arrays)}
+
+
+def _checksums(arrays: Mapping[str, Any]) -> np.ndarray:
+  """CRC-32 of each array, in the order of their sorted names."""
+  views = (np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in sorted(arrays))
+  return np.asarray([zlib.crc32(data.tobytes()) for data in views], np.uint32)
 
 
 def _flatten(tree: Any) -> Mapping[str, Any]:

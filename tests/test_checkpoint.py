@@ -1,10 +1,12 @@
+import shutil
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from jedi_jax.checkpoint import Checkpoints, load_params
+from jedi_jax import checkpoint
+from jedi_jax.checkpoint import Checkpoints, SaveError, load_params
 from jedi_jax.errors import UserError
 
 
@@ -139,3 +141,128 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
       else:
         file.unlink()
   refused(lambda: load_params(tmp_path / "c", shapes(params())), "checkpoint 1", "cannot be read")
+
+
+def truncate(path):
+  for file in (path / "state").rglob("*"):
+    if file.is_file():
+      file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(path):
+  """Flips a bit of what is largest: the data, which storage reads back without a complaint."""
+  largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  largest.write_bytes(data)
+
+
+def remove_one(path):
+  (path / "params" / "_METADATA").unlink()
+  (path / "params" / "manifest.ocdbt").unlink()
+
+
+def empty(path):
+  shutil.rmtree(path)
+  path.mkdir()
+
+
+def replace(path):
+  """As another configuration would have written it."""
+  shutil.rmtree(path)
+  other = Checkpoints(path.parent.with_name("other"), keep=9)
+  other.save(int(path.name), params={"net": {"kernel": np.zeros((3, 3), np.float32)}}, state=odd())
+  other.close()
+  (path.parent.with_name("other") / path.name).rename(path)
+
+
+NOISE = np.random.default_rng(0).integers(256, size=100_000, dtype=np.uint8)
+
+
+def numbered_state(number):
+  return {"number": np.asarray(number, np.int32), "noise": NOISE}
+
+
+def numbered(directory, *numbers):
+  """Checkpoints whose states have their number, and most of whose bytes are noise."""
+  checkpoints = Checkpoints(directory, keep=9)
+  for number in numbers:
+    checkpoints.save(number, params=params(), state=numbered_state(number))
+  checkpoints.close()
+
+
+LIKE = {"params": shapes(params()), "state": shapes(numbered_state(0))}
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, remove_one, empty, replace])
+def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_set_aside(tmp_path, harm):
+  numbered(tmp_path / "latest", 2, 4, 6)
+  for number in ("4", "6"):
+    harm(tmp_path / "latest" / number)
+  checkpoints, said = Checkpoints(tmp_path / "latest", keep=9), []
+  restored = checkpoints.restore_newest(**LIKE, say=said.append)
+  assert restored.number == restored.state["number"] == 2
+  assert_same(restored.params, params())
+  assert [f"checkpoint {number}" in line for number, line in zip("64", said, strict=True)] == [True, True]
+  assert all("\n" not in line and "checkpoint 2 is used" in line for line in said)
+  assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["latest_4", "latest_6"]
+  # The run goes on from there, and writes the same numbers again.
+  assert checkpoints.latest() == 2
+  checkpoints.save(4, params=params(), state=numbered_state(40))
+  checkpoints.wait()
+  restored = checkpoints.restore_newest(**LIKE, say=said.append)
+  assert (restored.number, int(restored.state["number"]), len(said)) == (4, 40, 2)
+  checkpoints.close()
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, remove_one, empty, replace])
+def test_nothing_is_changed_where_no_checkpoint_is_whole(tmp_path, harm):
+  numbered(tmp_path / "latest", 2, 4)
+  for number in ("2", "4"):
+    harm(tmp_path / "latest" / number)
+  before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+  checkpoints = Checkpoints(tmp_path / "latest", keep=9)
+  refused(lambda: checkpoints.restore_newest(**LIKE, say=pytest.fail), "checkpoint 4", "nothing was changed")
+  checkpoints.close()
+  assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_there_is_no_newest_where_there_is_none(tmp_path):
+  checkpoints = Checkpoints(tmp_path / "latest", keep=1)
+  assert checkpoints.restore_newest(params=params(), state=odd(), say=pytest.fail) is None
+  checkpoints.close()
+
+
+def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(tmp_path, caplog):
+  numbered(tmp_path, 1, 2)
+  shutil.rmtree(tmp_path / "2" / "params")
+  assert_same(load_params(tmp_path, shapes(params())), params())
+  assert "checkpoint 2" in caplog.text
+  assert "an older one is used" in caplog.text
+
+
+def test_a_checkpoint_without_checksums_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(checkpoint, "_with_checksums", dict)
+  numbered(tmp_path, 1)
+  refused(lambda: load_params(tmp_path, shapes(params())), "damaged")
+
+
+def test_a_save_that_fails_keeps_what_there_was_and_the_next_succeeds(tmp_path, monkeypatch):
+  numbered(tmp_path, 1)
+  checkpoints = Checkpoints(tmp_path, keep=9)
+
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(SaveError, match=r"checkpoint 2 in .*No space left on device.*checkpoint 1 is kept"):
+      checkpoints.save(2, params=params(), state=odd())
+  assert checkpoints.latest() == 1
+  (tmp_path / "3.orbax-checkpoint-tmp").mkdir()  # As a killed process leaves one.
+  checkpoints.close()
+  checkpoints = Checkpoints(tmp_path, keep=9)
+  checkpoints.save(3, params=params(), state=odd())
+  checkpoints.wait()
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
+  checkpoints.close()
