@@ -1,11 +1,17 @@
 """The directory of a run: what lies in it, and whose it is."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import shutil
+import socket
+from collections.abc import Iterator
 from typing import Any
+
+from absl import logging
 
 from jedi_jax import config as config_lib
 from jedi_jax.config import Config
@@ -68,8 +74,53 @@ def place(config: Config) -> pathlib.Path:
   return pathlib.Path(config.env.name.removeprefix("atari/").replace("/", "_")) / f"seed_{config.seed}"
 
 
+@contextlib.contextmanager
+def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
+  """A context in which no other process trains in a directory.
+
+  The lock is the kernel's, on the file `.lock` within, and ends with the process, however that ends; that the file is
+  there says nothing. On a file system without locks there is a warning, and no protection.
+
+  Args:
+    directory: made if it does not exist.
+
+  Raises:
+    UserError: if another process has the lock, or the directory cannot be made.
+  """
+  path = _make(directory)
+  with contextlib.ExitStack() as stack:
+    try:
+      file = stack.enter_context((path / ".lock").open("a+"))
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      owner = file.read().strip() or "another process"
+      raise UserError(f"{path} is being trained by {owner}: wait for it, or take another --workdir") from None
+    except OSError as error:
+      logging.warning("%s cannot be locked (%s): see to it that one process alone trains there", path, error.strerror)
+    else:
+      with contextlib.suppress(OSError):  # A full disk; the lock holds all the same.
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        stack.callback(file.truncate, 0)
+    yield
+
+
+def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Makes a directory that can be written to."""
+  path = pathlib.Path(directory).expanduser().absolute()
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"cannot make the directory {path}: {error.strerror}") from None
+  if not os.access(path, os.W_OK):
+    raise UserError(f"the directory {path} is not writable: take another --workdir")
+  return path
+
+
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
-  """Opens the directory of a new or interrupted run.
+  """Opens the directory of a new or interrupted run, which should be `locked` by who trains in it.
 
   Args:
     directory: made if it does not exist.
@@ -80,13 +131,7 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
   Raises:
     UserError: if the directory cannot be made, or holds a run of another configuration.
   """
-  path = pathlib.Path(directory).expanduser().absolute()
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"cannot make the directory {path}: {error.strerror}") from None
-  if not os.access(path, os.W_OK):
-    raise UserError(f"the directory {path} is not writable: take another --workdir")
+  path = _make(directory)
   if overwrite:
     for name in _OURS:
       target = path / name
@@ -193,4 +238,6 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary.write_text(json.dumps(value, indent=2) + "\n")
     temporary.replace(path)
   except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
     raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -1,5 +1,8 @@
+import errno
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -180,3 +183,49 @@ def test_checkpoints_without_a_configuration_are_refused_and_kept(tmp_path, snap
   before = snapshot(tmp_path)
   refused(lambda: workdir.prepare(tmp_path, CONFIG, SPEC), "checkpoints", "--overwrite")
   assert snapshot(tmp_path) == before
+
+
+def test_the_second_who_trains_in_a_directory_is_refused(tmp_path):
+  with workdir.locked(tmp_path / "run"):
+    refused(lambda: workdir.locked(tmp_path / "run").__enter__(), "is being trained by process", "--workdir")
+    with workdir.locked(tmp_path / "other"):
+      pass
+  with workdir.locked(tmp_path / "run"):
+    pass
+  assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path):
+  code = f"from jedi_jax import workdir; lock = workdir.locked({str(tmp_path)!r}); lock.__enter__()"
+  code += "; print('locked', flush=True)"
+  code += "; import time; time.sleep(60)"
+  with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "locked\n"
+    refused(lambda: workdir.locked(tmp_path).__enter__(), f"process {process.pid} on ")
+    process.kill()
+  assert (tmp_path / ".lock").read_text()
+  with workdir.locked(tmp_path):
+    pass
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+  def unable(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(workdir.fcntl, "flock", unable)
+  with workdir.locked(tmp_path):
+    pass
+  assert "cannot be locked (No locks available)" in caplog.text
+
+
+def test_a_json_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+  def full(self, text):
+    self.touch()
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  (tmp_path / "result.json").write_text("old")
+  monkeypatch.setattr(pathlib.Path, "write_text", full)
+  refused(lambda: workdir.write_json(tmp_path / "result.json", {}), "No space left on device")
+  monkeypatch.undo()
+  assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+  assert (tmp_path / "result.json").read_text() == "old"
