@@ -1,16 +1,21 @@
 """What a run tells: JSON lines, TensorBoard events (the only importer of tensorboardX), and a progress line."""
 
+import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+from jedi_jax.errors import UserError
 
 Values = dict[str, float]
 
@@ -24,38 +29,65 @@ class MetricsWriter:
     jsonl: path of the JSON lines.
     tensorboard: directory of the events.
     last_epoch: the epoch that the run resumes after, 0 for a new run.
+
+  Raises:
+    UserError: if they cannot be written, here and by all methods but `close`.
   """
 
   def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
-    if jsonl.exists():
-      lines = jsonl.read_text(errors="replace").splitlines()
-      temporary = jsonl.with_name(f".{jsonl.name}.tmp")
-      temporary.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) <= last_epoch))
-      temporary.replace(jsonl)
-    self._file = jsonl.open("a")
-    self._events = SummaryWriter(str(tensorboard), purge_step=last_epoch + 1)
+    self._path = jsonl
+    with self._told():
+      if jsonl.exists():
+        lines = jsonl.read_text(errors="replace").splitlines()
+        temporary = jsonl.with_name(f".{jsonl.name}.tmp")
+        temporary.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) <= last_epoch))
+        temporary.replace(jsonl)
+      self._file = jsonl.open("a")
+      tensorboard.mkdir(parents=True, exist_ok=True)
+      # Not SummaryWriter: its thread ends at the first failure to write, and the queue to it then blocks for ever.
+      self._events = EventsWriter(str(tensorboard / "events"))
+      started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      self._add(last_epoch + 1, session_log=started)  # TensorBoard forgets what it has of this step and later ones.
+      self._events.flush()
+
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    """A context in which files that cannot be written are an error in one line."""
+    try:
+      yield
+    except OSError as error:
+      raise UserError(
+        f"the run's records in {self._path.parent} cannot be written ({error.strerror}): mend that and run the same "
+        "command again, it continues from the last checkpoint"
+      ) from None
+
+  def _add(self, epoch: int, **what: Any) -> None:
+    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=epoch, **what))
 
   def write(self, epoch: int, values: Mapping[str, Any]) -> None:
     """Writes a record; values that are numbers also go to TensorBoard, with the epoch as their step."""
     record = {"epoch": epoch} | {
       name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-    self._file.write(json.dumps(record) + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      if isinstance(value, int | float):
-        self._events.add_scalar(name, value, epoch)
-    self._events.flush()
+    with self._told():
+      self._file.write(json.dumps(record) + "\n")
+      self._file.flush()
+      for name, value in values.items():
+        if isinstance(value, int | float):
+          self._add(epoch, summary=summary.scalar(name, value))
+      self._events.flush()
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
     """Shows an image [H, W, 3] uint8 in TensorBoard."""
-    self._events.add_image(name, image, epoch, dataformats="HWC")
-    self._events.flush()
+    with self._told():
+      self._add(epoch, summary=summary.image(name, image, dataformats="HWC"))
+      self._events.flush()
 
   def close(self) -> None:
-    """Closes both."""
-    self._file.close()
-    self._events.close()
+    """Closes both; what could not be written has been told of."""
+    for file in (self._file, self._events):
+      with contextlib.suppress(OSError):
+        file.close()
 
 
 def _epoch_of(line: str) -> float:
@@ -114,20 +146,26 @@ def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) 
     counts: updates by phase; phases without any are left out.
 
   Returns:
-    'phase/metric' for scalars (their mean), 'phase/reward_recall_+1' and the like for confusion counts,
+    'phase/metric' for scalars (their mean over updates that were not skipped), 'phase/skipped' (how many were),
+    'phase/reward_recall_+1' and the like for confusion counts,
     'denoiser/latent_std' and 'denoiser/latent_rank' for the latents' Gram matrix.
   """
   values: Values = {}
   for phase, metrics in sums.items():
-    count = counts[phase]
-    for name, value in metrics.items() if count else ():
+    skipped = float(metrics.get("skipped", 0.0))
+    done = counts[phase] - skipped
+    if counts[phase] and "skipped" in metrics:
+      values[f"{phase}/skipped"] = skipped
+    for name, value in metrics.items() if done else ():
       array = np.asarray(value, np.float64)
+      if name == "skipped":
+        continue
       if name.endswith("_confusion"):
         figures = precision_and_recall(name.removesuffix("_confusion"), array)
       elif name == "latent_gram":
         figures = latent_summary(array)
       else:
-        figures = {name: float(array) / count}
+        figures = {name: float(array) / done}
       values |= {f"{phase}/{figure}": x for figure, x in figures.items()}
   return values
 

@@ -2,11 +2,14 @@ import io
 import json
 import math
 import os
+import struct
 
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from jedi_jax import telemetry
+from jedi_jax.errors import UserError
 from jedi_jax.telemetry import MetricsWriter, Progress, latent_summary, summarise
 
 
@@ -85,6 +88,47 @@ def records(path):
 
 def writer(tmp_path, last_epoch=0):
   return MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", last_epoch=last_epoch)
+
+
+def test_updates_that_were_skipped_are_counted_and_do_not_count():
+  sums = {"denoiser": {"loss": 6.0, "skipped": 2.0}, "reward_end": {"loss": 0.0, "skipped": 3.0}}
+  assert summarise(sums, {"denoiser": 5, "reward_end": 3}) == {
+    "denoiser/loss": 2.0,
+    "denoiser/skipped": 2.0,
+    "reward_end/skipped": 3.0,
+  }
+
+
+def events(path):
+  """Reads the events of a file: each is its length, a checksum, itself and another checksum."""
+  data, found = path.read_bytes(), []
+  while data:
+    [length] = struct.unpack("<Q", data[:8])
+    found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+    data = data[16 + length :]
+  return found
+
+
+def test_tensorboard_has_the_figures_and_forgets_what_is_repeated(tmp_path):
+  w = writer(tmp_path, last_epoch=3)
+  w.write(4, {"a": 1.5, "b": "text"})
+  w.write_image(4, "i", np.full((2, 3, 3), 255, np.uint8))
+  w.close()
+  [path] = (tmp_path / "tensorboard").iterdir()
+  _, start, scalar, image = events(path)
+  assert (start.step, start.session_log.status) == (4, event_pb2.SessionLog.START)
+  assert (scalar.step, scalar.summary.value[0].tag, scalar.summary.value[0].simple_value) == (4, "a", 1.5)
+  assert (image.summary.value[0].image.height, image.summary.value[0].image.width) == (2, 3)
+
+
+def test_a_full_disk_is_one_line_and_closing_is_possible(tmp_path):
+  w = writer(tmp_path)
+  w._file.close()
+  w._file = open("/dev/full", "w")  # noqa: SIM115 - the writer closes it.
+  with pytest.raises(UserError, match="No space left on device") as caught:
+    w.write(1, {"a": 1.0})
+  assert "\n" not in str(caught.value)
+  w.close()
 
 
 def test_records_are_json_and_events_exist(tmp_path):
