@@ -9,6 +9,7 @@ at, evaluated and continued like any other. The same command again goes on where
 and what is left.
 """
 
+import contextlib
 import pathlib
 import sys
 import time
@@ -18,6 +19,7 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import runtime, sweeping
+from jedi_jax.interruption import on_signals
 
 _GAMES = flags.DEFINE_list("games", ["atari100k"], "Games such as Pong, whole names such as catch, or atari100k.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1)
@@ -73,13 +75,13 @@ def main() -> None:
     print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows how they stand")
     return
   pool = sweeping.Pool(packs, train, workers=_WORKERS.value)
-  try:
+  with on_signals(grace=0.0) as interruption, contextlib.closing(pool):
     while pool.step():
+      if interruption.asked:
+        raise interruption.leave("with its runs")
       time.sleep(min(_INTERVAL.value, 1.0))
       if pool.due(_INTERVAL.value):
         print(sweeping.table([sweeping.look(run) for run in plan]), flush=True)
-  finally:
-    pool.stop()
   states = [sweeping.look(run) for run in plan]
   print(sweeping.table(states))
   failed = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]

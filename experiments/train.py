@@ -3,7 +3,8 @@
   python experiments/train.py --env=atari/Breakout --preset=cpu --workdir=runs/breakout
 
 Running it again on the same workdir continues the run. The workdir holds config.json, metrics.jsonl (one record an
-epoch), tensorboard/, checkpoints/ and, at the end, result.json.
+epoch), tensorboard/, checkpoints/ and, at the end, result.json. A run that is told to stop (SIGTERM, Ctrl-C) saves
+the epoch if it ends within --grace seconds, and exits with status 75.
 
   python experiments/train.py --env=atari/Pong,atari/Boxing --runs=4 --workdir=runs/packed
 
@@ -22,6 +23,7 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import envs, runtime, workdir
+from jedi_jax.interruption import on_signals
 from jedi_jax.training import memory
 from jedi_jax.training.parallel import Devices
 
@@ -47,6 +49,9 @@ _SET = flags.DEFINE_multi_string(
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
 _FIT = flags.DEFINE_bool("fit", False, "Prints what one run takes of a device and how many runs fit, and exits.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many devices of each process; 0 for all.", lower_bound=0)
+_GRACE = flags.DEFINE_float(
+  "grace", 8.0, "Seconds to finish the epoch after SIGTERM or Ctrl-C; then the run stops where it is.", lower_bound=0.0
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "This is one of several processes, and the cluster (SLURM, a TPU pod) tells which one."
 )
@@ -87,7 +92,14 @@ def main() -> None:
     processes.connect()
   else:
     configs, places = processes.share(configs), processes.share(places)
-  jedi_jax.train_packed(configs, places, overwrite=_OVERWRITE.value, devices=Devices.take(_DEVICES.value))
+  with on_signals(_GRACE.value) as interruption:
+    jedi_jax.train_packed(
+      configs,
+      places,
+      overwrite=_OVERWRITE.value,
+      devices=Devices.take(_DEVICES.value),
+      interruption=interruption,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 from jedi_jax.agent import Agent, load_agent
 from jedi_jax.config import Config, make_config
-from jedi_jax.errors import UserError
+from jedi_jax.errors import Interrupted, TrainingError, UserError
+from jedi_jax.interruption import Interruption
 from jedi_jax.models.variants import Model, build, compose, count_parameters
 from jedi_jax.training.loop import evaluate, train, train_packed
 from jedi_jax.types import EnvSpec, Segment, Trajectory
@@ -12,8 +13,11 @@ __all__ = [
   "Agent",
   "Config",
   "EnvSpec",
+  "Interrupted",
+  "Interruption",
   "Model",
   "Segment",
+  "TrainingError",
   "Trajectory",
   "UserError",
   "__version__",

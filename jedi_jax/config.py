@@ -298,6 +298,13 @@ class TrainingConfig:
   time_phases_every: int = setting(
     10, "O", "Every so many epochs each phase is its own call, so that its time is known.", low=1
   )
+  max_skipped: int = setting(
+    20, "O", "Updates of a phase in a row that may be skipped for a loss or gradient that is not finite.", low=0
+  )
+  collapse_std: float = setting(
+    0.05, "O", "Standard deviation of the latents below which a warning says that they have collapsed.", low=0.0
+  )
+  collapse_rank: float = setting(1.5, "O", "Effective rank of the latents below which it says the same.", low=0.0)
 
 
 @documented

@@ -1,4 +1,4 @@
-"""The error that a user can mend."""
+"""What programs tell in a line: what a user can mend, a training that failed, a run that was told to stop."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,6 +13,20 @@ class UserError(ValueError):
 
   The message is one line that names the thing and the fix. Programs print it and exit with status 2; nobody needs the
   traceback.
+  """
+
+
+class TrainingError(RuntimeError):
+  """Training that cannot go on, as opposed to a mistake of the user: its numbers are no longer finite.
+
+  The message is one line that names the component. Programs print it and exit with status 3.
+  """
+
+
+class Interrupted(Exception):  # noqa: N818 - nothing went wrong.
+  """A run that stopped because it was told to; run again, it continues.
+
+  The message is one line. Programs print it and exit with status 75.
   """
 
 

@@ -10,12 +10,15 @@ from typing import TypeVar
 import jax
 from absl import app, flags, logging
 
-from jedi_jax.errors import UserError
+from jedi_jax.errors import Interrupted, TrainingError, UserError
+from jedi_jax.interruption import INTERRUPTED_STATUS
 
 T = TypeVar("T")
 
 USAGE_STATUS = 2
-"""Exit status of a mistake in what the user asked for."""
+"""Exit status of a mistake in what the user asked for, or of something that the user can mend."""
+FAILED_STATUS = 3
+"""Exit status of a training whose numbers are no longer finite."""
 
 
 def enable_compilation_cache() -> str:
@@ -138,10 +141,14 @@ def run(main: Callable[[], None], description: str) -> None:
       main()
     except UserError as error:
       _refuse(str(error))
+    except TrainingError as error:
+      _refuse(str(error), FAILED_STATUS)
+    except Interrupted as stopped:
+      _refuse(str(stopped), INTERRUPTED_STATUS)
 
   app.run(guarded, flags_parser=parse)
 
 
-def _refuse(message: str) -> None:
+def _refuse(message: str, status: int = USAGE_STATUS) -> None:
   print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-  sys.exit(USAGE_STATUS)
+  sys.exit(status)

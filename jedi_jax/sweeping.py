@@ -250,7 +250,7 @@ class Pool:
     self._shown = now
     return True
 
-  def stop(self) -> None:
+  def close(self) -> None:
     """Ends what is running; the runs go on from their checkpoints another time."""
     for process, _ in self._running:
       process.send_signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """What all tests share: four host devices, one compilation cache, and one tiny configuration compiled once."""
 
 # ruff: noqa: E402 - the environment must be set before JAX is first imported; subprocesses inherit it.
+import contextlib
 import json
 import os
 import pathlib
@@ -197,6 +198,30 @@ def train_tiny(tiny):
       return loop.train(config or tiny.config, directory, devices=tiny.devices(devices), say=say or Quiet())
 
   return run
+
+
+@pytest.fixture(scope="session")
+def poisoned():
+  """A context in which the denoiser of a run is not a number from the updates of an epoch on."""
+
+  @contextlib.contextmanager
+  def poison(*, run, epoch):
+    original = loop.Trainer._update
+
+    def update(trainer, counts, number, *, split):
+      if number == epoch:
+        devices = trainer._devices
+        states = [devices.to_host(trainer._state, index) for index in range(len(trainer._runs))]
+        nothing = jax.tree.map(lambda x: np.full_like(x, np.nan), states[run].params["denoiser"])
+        states[run] = states[run].replace(params={**states[run].params, "denoiser": nothing})
+        trainer._state = devices.distribute(states)
+      return original(trainer, counts, number, split=split)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop.Trainer, "_update", update)
+      yield
+
+  return poison
 
 
 @pytest.fixture(scope="session")

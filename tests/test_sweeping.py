@@ -132,7 +132,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
     ("waiting", 0.0, None),
   ]
   assert sweeping.table(states).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
-  pool.stop()
+  pool.close()
   assert not pool._running
   finish(plan, train())  # What is there is not done again: the fake sleeps only where nothing has begun.
   assert [sweeping.look(run).name for run in plan] == ["finished", "finished"]

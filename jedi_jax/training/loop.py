@@ -1,5 +1,6 @@
 """The loop: collect, train, log, evaluate, save; and again until the steps are spent."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -16,9 +17,10 @@ from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
 from jedi_jax.config import Config, Updates
-from jedi_jax.errors import UserError
+from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.inspection import dreams
+from jedi_jax.interruption import Interruption
 from jedi_jax.models.variants import Model, build, count_parameters, with_num_actions
 from jedi_jax.training import hosts, seeds
 from jedi_jax.training.collector import Collected, Collector
@@ -29,6 +31,8 @@ from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
 from jedi_jax.types import EnvSpec
+
+_FOLLOWERS_MARGIN = 60.0  # Seconds beyond the grace in which the first process may finish what it writes.
 
 
 class Progress(NamedTuple):
@@ -55,6 +59,7 @@ def train(
   overwrite: bool = False,
   devices: Devices | None = None,
   say: telemetry.Progress | None = None,
+  interruption: Interruption | None = None,
 ) -> dict[str, Any]:
   """Trains a run to its end, or continues it from its latest checkpoint.
 
@@ -65,14 +70,19 @@ def train(
     devices: on which to train; all if None. They may be those of several processes that `jax.distributed` has
       connected, each of which calls this alike; the first one has the environments and the files.
     say: where progress is told; standard output if None.
+    interruption: what may tell the run to stop; nothing if None.
 
   Returns:
     What result.json holds; nothing in a process that is not the first.
 
   Raises:
     UserError: for what the user can mend; nothing has been overwritten then.
+    TrainingError: if losses or gradients were not finite in too many updates in a row.
+    Interrupted: if the run was told to stop.
   """
-  return train_packed([config], [directory], overwrite=overwrite, devices=devices, say=say)[0]
+  return train_packed([config], [directory], overwrite=overwrite, devices=devices, say=say, interruption=interruption)[
+    0
+  ]
 
 
 def train_packed(
@@ -82,6 +92,7 @@ def train_packed(
   overwrite: bool = False,
   devices: Devices | None = None,
   say: telemetry.Progress | None = None,
+  interruption: Interruption | None = None,
 ) -> list[dict[str, Any]]:
   """Trains several runs in one program, each as it would train alone, or continues them.
 
@@ -95,12 +106,16 @@ def train_packed(
     overwrite: starts anew in directories that hold a run.
     devices: on which to train; all if None. Several runs are spread over them, which must be of one process.
     say: where progress is told; standard output if None.
+    interruption: what may tell the runs to stop; nothing if None.
 
   Returns:
     What each result.json holds.
 
   Raises:
     UserError: for what the user can mend; nothing has been overwritten then.
+    TrainingError: if the losses or gradients of a run were not finite in too many updates in a row. The others are
+      trained to their ends first.
+    Interrupted: if the runs were told to stop.
   """
   devices = devices or Devices()
   say = say or telemetry.Progress()
@@ -111,10 +126,17 @@ def train_packed(
     build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
   hosts.meet(devices)
   if devices.processes > 1 and jax.process_index() > 0:
+    if interruption is not None:
+      interruption.margin = _FOLLOWERS_MARGIN  # The leader says when it ends.
     hosts.follow(configs[0], specs[0], devices)
+    if interruption is not None and interruption.asked:
+      raise interruption.leave("with the first process")
     return [{}]
-  with hosts.Leader(devices) as leader:
-    return _lead(configs, directories, specs, overwrite, devices, leader, say)
+  with contextlib.ExitStack() as stack:
+    for directory in directories:
+      stack.enter_context(workdir.locked(directory))
+    leader = stack.enter_context(hosts.Leader(devices))
+    return _lead(configs, directories, specs, overwrite, devices, leader, say, interruption or Interruption())
 
 
 def _lead(
@@ -125,25 +147,41 @@ def _lead(
   devices: Devices,
   leader: hosts.Leader,
   say: telemetry.Progress,
+  interruption: Interruption,
 ) -> list[dict[str, Any]]:
   """Trains runs that have been checked, in the process that has their files; see `train_packed`."""
   runs = [
     workdir.prepare(directory, config, spec, overwrite=overwrite)
     for directory, config, spec in zip(directories, configs, specs, strict=True)
   ]
-  groups: dict[int, list[workdir.Workdir]] = {}
+  left = []
   for run in runs:
     if run.result.exists():
       say.say(f"{run.path} is complete; --overwrite starts it anew")
     else:
-      groups.setdefault(checkpoint.newest(run.checkpoints / "latest") or 0, []).append(run)
-  for _, group in sorted(groups.items()):
-    trainer = Trainer(group, devices.with_runs(len(group)), leader, say)
+      left.append(run)
+  failures: list[str] = []
+  while left:
+    numbers = [checkpoint.newest(run.checkpoints / "latest") or 0 for run in left]
+    group = [run for run, number in zip(left, numbers, strict=True) if number == min(numbers)]
+    try:
+      trainer = Trainer(group, devices.with_runs(len(group)), leader, say, interruption)
+    except _UnevenError:  # What was damaged is set aside now, and the runs stand where their files say.
+      continue
     try:
       trainer.run_to_end()
+    except TrainingError as error:
+      failures.append(str(error))
     finally:
       trainer.close()
+    left = [run for run in left if run not in group]
+  if failures:
+    raise TrainingError("; ".join(failures))
   return [workdir.read_json(run.result) for run in runs]
+
+
+class _UnevenError(Exception):
+  """Runs of a group stand at different epochs, since the newest checkpoints of some were damaged."""
 
 
 def _check_pack(
@@ -201,11 +239,14 @@ class _Run:
     self.best = checkpoint.Checkpoints(run.checkpoints / "best", keep=1)
     self.progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
     self.metrics: telemetry.MetricsWriter | None = None
+    self.failure = ""  # Why it cannot go on.
+    self.saved: int | None = None  # Its newest checkpoint.
+    self.collapsed = False
 
   @property
   def done(self) -> bool:
-    """Whether its last epoch has been trained."""
-    return 0 < self.progress.total_epochs <= self.progress.epoch
+    """Whether its last epoch has been trained, or none can be."""
+    return bool(self.failure) or 0 < self.progress.total_epochs <= self.progress.epoch
 
   def begin(self) -> None:
     """Opens the metrics, which forget what is after the epoch that the run stands at."""
@@ -283,10 +324,18 @@ class Trainer:
     devices: on which to train, for so many runs.
     leader: tells other processes what to do.
     say: where progress is told.
+    interruption: what may tell the runs to stop.
   """
 
-  def __init__(self, runs: Sequence[workdir.Workdir], devices: Devices, leader: hosts.Leader, say: telemetry.Progress):
-    self._devices, self._leader, self._say = devices, leader, say
+  def __init__(
+    self,
+    runs: Sequence[workdir.Workdir],
+    devices: Devices,
+    leader: hosts.Leader,
+    say: telemetry.Progress,
+    interruption: Interruption,
+  ):
+    self._devices, self._leader, self._say, self._interruption = devices, leader, say, interruption
     config, spec = runs[0].config, runs[0].spec
     self._config = config  # What it says of seed and game is the first run's.
     self._model, self._optimizers, self._epoch, self._add, self._strips = make_programs(config, spec, devices)
@@ -308,16 +357,18 @@ class Trainer:
     empty = functools.cache(lambda: jax.device_get(empty_replay(self._config, self._runs[0].spec)))
     states, replays = [], []
     for run in self._runs:
-      number = run.latest.latest()
-      if number is None:
+      restored = self._restore(run, shapes)
+      if restored is None:
         state = jax.device_get(init(jax.random.key(seeds.derive(run.config.seed, Purpose.TRAINING))))
         states.append(state.replace(params=with_num_actions(state.params, run.spec.num_actions)))
         replays.append(empty())
       else:
-        state, replay = self._restore(run, number, shapes)
-        states.append(state)
-        replays.append(replay)
-        run.best.forget_after(number)
+        states.append(restored[0])
+        replays.append(restored[1])
+        run.best.forget_after(run.progress.epoch)
+    if len({run.progress.epoch for run in self._runs}) > 1:
+      raise _UnevenError
+    for run in self._runs:
       run.begin()
     with self._leader.doing(Operation.BEGIN):
       self._state = self._devices.distribute(states)
@@ -329,7 +380,12 @@ class Trainer:
       run.close()
 
   def run_to_end(self) -> None:
-    """Runs the epochs that are left; each run that ends is evaluated and writes result.json."""
+    """Runs the epochs that are left; each run that ends is evaluated and writes result.json.
+
+    Raises:
+      TrainingError: if a run could not go on; at the end, when the others are done.
+      Interrupted: if the runs were told to stop.
+    """
     self._describe()
     self._compile()
     config = self._config
@@ -340,6 +396,9 @@ class Trainer:
       start = time.monotonic()
       going = [index for index, run in enumerate(self._runs) if not run.done]
       values = self._run_epoch()
+      going = [index for index in going if not self._runs[index].failure]
+      if not going:
+        break
       epoch = self._runs[going[0]].progress.epoch
       if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
         for index in going:
@@ -354,11 +413,22 @@ class Trainer:
         run.metrics.write(epoch, values[index])
       self._say.say(self._epoch_line([values[index] for index in going], going))
       for index in going:
-        if epoch % config.checkpoint.interval_epochs == 0 or self._runs[index].done:
+        self._warn_of_collapse(index, values[index])
+      asked = self._interruption.asked
+      for index in going:
+        if epoch % config.checkpoint.interval_epochs == 0 or self._runs[index].done or asked:
           self._save(index)
+      if asked:
+        stopped = self._interruption.leave(f"after epoch {epoch}")
+        for index in going:
+          self._written(index)
+        raise stopped
       for index in going:
         if self._runs[index].done:
           self._finish(index)
+    failures = [run.failure for run in self._runs if run.failure]
+    if failures:
+      raise TrainingError("; ".join(failures))
 
   def _describe(self) -> None:
     counts = count_parameters(jax.eval_shape(self._model.init, jax.random.key(0)))
@@ -410,7 +480,7 @@ class Trainer:
       start = time.monotonic()
       own, collected = run.collect(
         self._devices.pick(acting, index),
-        lambda done: self._say.show("collecting, environment steps", done, total),
+        lambda done: self._step(done, total),
       )
       met.append((collected, time.monotonic() - start))
       chunks.append(own)
@@ -420,6 +490,10 @@ class Trainer:
       with self._leader.doing(Operation.ADD):
         self._replay = self._add(self._replay, self._devices.distribute([part or nothing for part in parts]))
     return met
+
+  def _step(self, done: int, total: int) -> None:
+    self._interruption.check()
+    self._say.show("collecting, environment steps", done, total)
 
   def _counts(self, updates: Updates) -> dict[str, int]:
     """Returns the number of updates of each phase that the model has, in order."""
@@ -443,6 +517,8 @@ class Trainer:
       fused_seconds += elapsed
       sums = result if sums is None else jax.tree.map(np.add, sums, result)
       done += sum(call.values())
+      self._stop_failing()
+      self._interruption.check()
       self._say.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(phases)})")
     timing = {
       "time/update_seconds": fused_seconds,
@@ -460,6 +536,33 @@ class Trainer:
       }
       for index, own in enumerate(sums)
     ]
+
+  def _stop_failing(self) -> None:
+    """Ends the runs of which too many updates in a row were skipped."""
+    for index, run in enumerate(self._runs):
+      skipped = self._devices.to_host(self._state.skipped, index)
+      for name, count in skipped.items():
+        if count > self._config.training.max_skipped and not run.done:
+          saved = "no checkpoint" if run.saved is None else f"checkpoint {run.saved}"
+          run.failure = (
+            f"{run.workdir.path}: the loss or gradient of {name} was not finite in {count} updates in a row, in epoch "
+            f"{run.progress.epoch + 1}; {saved} was saved before: lower {name}.optimizer.learning_rate or "
+            f"max_grad_norm, or see docs/reliability.md"
+          )
+          self._say.say(run.failure)
+
+  def _warn_of_collapse(self, index: int, values: Mapping[str, Any]) -> None:
+    """Tells when latents have collapsed, and when they have recovered."""
+    run, bounds = self._runs[index], self._config.training
+    std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
+    if std is None or rank is None:
+      return
+    collapsed = std < bounds.collapse_std or rank < bounds.collapse_rank
+    if collapsed != run.collapsed:
+      place = f"{run.workdir.path}: " if self._devices.packed else ""
+      what = "WARNING: the latents have collapsed" if collapsed else "the latents have recovered"
+      self._say.say(f"{place}{what}: standard deviation {std:.3g}, effective rank {rank:.3g}")
+    run.collapsed = collapsed
 
   def _show_dreams(self, going: Sequence[int]) -> None:
     """Writes the strips of real and imagined frames."""
@@ -490,6 +593,7 @@ class Trainer:
       seed=seeds.env_seed(run.config.seed, purpose, run.progress.epoch),
       max_episode_steps=c.max_episode_steps,
       say=self._say,
+      on_step=self._interruption.check,
     )
 
   def _evaluate_and_keep_best(self, index: int) -> dict[str, float]:
@@ -499,7 +603,8 @@ class Trainer:
     mean = float(np.mean([result.return_ for result in results]))
     if mean > run.progress.best:
       run.progress = run.progress._replace(best=mean)
-      run.best.save(run.progress.epoch, params=self._devices.to_host(self._state.params, index))
+      with self._warned_of():
+        run.best.save(run.progress.epoch, params=self._devices.to_host(self._state.params, index))
     return {
       "evaluation/return": mean,
       "evaluation/length": float(np.mean([result.length for result in results])),
@@ -526,7 +631,11 @@ class Trainer:
       "seconds": seconds,
       "runs_together": len(self._runs),
     }
-    run.latest.wait()  # A run with a result has its last checkpoint.
+    # A run with a result has its last checkpoint, and the best.
+    run.latest.wait()
+    if run.latest.latest() != run.progress.epoch:  # There was no room for it before the games.
+      self._write(index)
+      run.latest.wait()
     run.best.wait()
     workdir.write_json(run.workdir.result, result)
     score = result["human_normalized_score"]
@@ -569,6 +678,35 @@ class Trainer:
     return {name: int(count) for name, count in self._devices.to_host(self._state.updates, index).items()}
 
   def _save(self, index: int) -> None:
+    """Saves a run, unless its newest updates were skipped; a failure is told, and the run goes on without."""
+    run = self._runs[index]
+    self._written(index)  # The one before.
+    skipped = self._devices.to_host(self._state.skipped, index)
+    if any(skipped.values()) and not run.done:
+      names = " and ".join(name for name, count in skipped.items() if count)
+      self._say.say(f"epoch {run.progress.epoch} is not saved: the last updates of {names} were not finite")
+      return
+    with self._warned_of():
+      self._write(index)
+
+  @contextlib.contextmanager
+  def _warned_of(self) -> Iterator[None]:
+    """A context in which a checkpoint that cannot be written is told of, and nothing more."""
+    try:
+      yield
+    except checkpoint.SaveError as error:
+      self._say.say(f"WARNING: {error}")
+
+  def _written(self, index: int) -> None:
+    """Waits until what is being saved of a run is written, and tells of it if it cannot be."""
+    run = self._runs[index]
+    for checkpoints in (run.latest, run.best):
+      with self._warned_of():
+        checkpoints.wait()
+    run.saved = run.latest.latest()  # Not what was begun, but what is there.
+
+  def _write(self, index: int) -> None:
+    """Starts writing a run's checkpoint."""
     run = self._runs[index]
     state = self._devices.to_host(self._state, index)
     run.latest.save(
@@ -582,8 +720,8 @@ class Trainer:
       },
     )
 
-  def _restore(self, run: _Run, number: int, shapes: Any) -> tuple[Any, Any]:
-    """Continues a run from a checkpoint; returns its state and replay."""
+  def _restore(self, run: _Run, shapes: Any) -> tuple[Any, Any] | None:
+    """Continues a run from its newest whole checkpoint; returns its state and replay, None where there is none."""
     empty = jax.eval_shape(lambda: empty_replay(run.config, run.spec))
     target = {
       "train": shapes.replace(params={}),
@@ -591,12 +729,16 @@ class Trainer:
       "collector": run.collector.save(),
       "progress": {name: np.zeros((), np.float64) for name in Progress._fields},
     }
-    params, saved = run.latest.restore(number, params=shapes.params, state=target)
+    restored = run.latest.restore_newest(params=shapes.params, state=target, say=self._say.say)
+    if restored is None:
+      return None
+    run.saved, params, saved = restored
     p = saved["progress"]
     run.progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
     steps = int(saved["collector"]["calls"]) * run.env.num_envs
 
     def on_step(done: int) -> None:
+      self._interruption.check()
       self._say.show("repeating environment steps", done, steps)
 
     self._say.say(f"resuming after epoch {run.progress.epoch}: repeating {steps:,} environment steps")
@@ -613,6 +755,7 @@ def evaluate(
   seed: int,
   max_episode_steps: int,
   say: telemetry.Progress | None = None,
+  on_step: Callable[[], None] = lambda: None,
 ) -> list[EpisodeResult]:
   """Plays whole games under the paper's protocol: no life-loss ends, epsilon 0, sampled actions.
 
@@ -624,6 +767,7 @@ def evaluate(
     seed: of the environments and of the actions.
     max_episode_steps: time limit in agent steps.
     say: where progress is told, nowhere if None.
+    on_step: called before every step of the environments.
   """
   env = envs.make(env_name, num_envs=num_envs, seed=seed, life_loss_ends=False, max_episode_steps=max_episode_steps)
   finished: list[EpisodeResult] = []
@@ -634,8 +778,13 @@ def evaluate(
       say.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
 
   policy = random_policy(env.spec.num_actions, seed) if agent is None else agent.player(num_envs, seed)
+
+  def watched(observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
+    on_step()
+    return policy(observations, restart)
+
   try:
-    return run_episodes(env, policy, episodes=episodes, on_episode=on_episode)
+    return run_episodes(env, watched, episodes=episodes, on_episode=on_episode)
   finally:
     env.close()
 

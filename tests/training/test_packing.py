@@ -9,7 +9,7 @@ import jedi_jax
 from jedi_jax import checkpoint, workdir
 from jedi_jax.config import make_config, override
 from jedi_jax.envs.catch import SPEC
-from jedi_jax.errors import UserError
+from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.models.variants import build, with_num_actions
 from jedi_jax.training import loop
 from jedi_jax.types import EnvSpec
@@ -153,3 +153,44 @@ def test_too_few_slots_are_refused(tiny):
   with pytest.raises(UserError, match=r"env\.action_slots=2 is too small for the 3 actions"):
     build(override(tiny.config, {"env.action_slots": 2}), SPEC)
   assert build(override(tiny.config, {"env.action_slots": 3}), EnvSpec(3, SPEC.observation_shape)).spec.num_actions == 3
+
+
+def test_a_run_that_fails_leaves_the_others_be(tiny, quiet, poisoned, tmp_path):
+  configs = [override(tiny.config, {"seed": seed, "training.max_skipped": 1}) for seed in range(RUNS)]
+  places = [tmp_path / str(config.seed) for config in configs]
+  with poisoned(run=1, epoch=4), pytest.raises(TrainingError) as caught:
+    _train(tiny, configs, places, quiet)
+  assert str(places[1]) in str(caught.value)
+  assert not any(str(place) in str(caught.value) for place in (places[0], *places[2:]))
+  assert [(place / "result.json").exists() for place in places] == [True, False, True, True]
+  assert checkpoint.newest(places[1] / "checkpoints" / "latest") == 2
+
+
+def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path, quiet, monkeypatch):
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(3)]
+  places = [tmp_path / str(config.seed) for config in configs]
+  for place in places:
+    for number in ("2", "4"):
+      (place / "checkpoints" / "latest" / number).mkdir(parents=True)
+    workdir.write_json(place / "config.json", {})
+  groups = []
+
+  class Trainer:
+    def __init__(self, group, *_):
+      self.group = [run.path for run in group]
+      groups.append([path.name for path in self.group])
+      if len(groups) == 1:
+        (places[1] / "checkpoints" / "latest" / "4").rmdir()  # As if it had been set aside.
+        raise loop._UnevenError
+
+    def run_to_end(self):
+      for path in self.group:
+        workdir.write_json(path / "result.json", {})
+
+    def close(self):
+      pass
+
+  monkeypatch.setattr(loop, "Trainer", Trainer)
+  monkeypatch.setattr(workdir, "prepare", lambda path, config, spec, **_: workdir.Workdir(path, config, spec))
+  loop.train_packed(configs, places, devices=tiny.devices(1), say=quiet)
+  assert groups == [["0", "1", "2"], ["1"], ["0", "2"]]

@@ -1,0 +1,85 @@
+"""Signals are sent to processes of their own: the handlers belong to a process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jedi_jax.errors import Interrupted
+from jedi_jax.interruption import INTERRUPTED_STATUS, Interruption, on_signals
+
+
+def test_nothing_was_asked():
+  interruption = Interruption()
+  interruption.check()
+  assert not interruption.asked
+  assert interruption.seconds_left == float("inf")
+
+
+def test_the_grace_is_kept_and_the_second_time_ends_it():
+  interruption = Interruption(grace=60.0)
+  interruption.ask("SIGTERM")
+  assert interruption.asked
+  interruption.check()
+  assert 59.0 < interruption.seconds_left <= 60.0
+  interruption.ask("SIGINT")
+  with pytest.raises(Interrupted, match=r"stopped by SIGINT .*; the same command continues"):
+    interruption.check()
+  assert interruption.leaving
+
+
+def test_signals_ask_and_the_handlers_are_put_back():
+  before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+  with on_signals(grace=60.0) as interruption:
+    os.kill(os.getpid(), signal.SIGTERM)
+    deadline = time.monotonic() + 10.0
+    while not interruption.asked and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert interruption.asked
+    interruption.leave("here")
+  assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+PROGRAM = """
+import hashlib, sys, time
+from jedi_jax.interruption import on_signals
+with on_signals(float(sys.argv[1])) as interruption:
+  print("ready", flush=True)
+  if sys.argv[2] == "stuck":
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # One call of minutes, within which Python runs no handler.
+  if sys.argv[2] == "leaving":
+    interruption.leave("here")
+  time.sleep(60)
+"""
+
+
+def stopped(grace, how, signals):
+  """Seconds from the first signal until the program's end, its status and what it said."""
+  command = [sys.executable, "-c", PROGRAM, str(grace), how]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    start = time.monotonic()
+    for number in signals:
+      process.send_signal(number)
+      time.sleep(0.2)
+    _, said = process.communicate(timeout=30)
+  return time.monotonic() - start, process.returncode, said
+
+
+def test_a_call_that_does_not_end_is_left_after_the_grace():
+  seconds, status, said = stopped(0.5, "stuck", [signal.SIGTERM])
+  assert status == INTERRUPTED_STATUS
+  assert 2.0 < seconds < 10.0  # Grace and margin.
+  assert said.count("\n") == 1
+  assert "Traceback" not in said
+
+
+def test_a_signal_to_a_run_that_is_leaving_ends_it():
+  seconds, status, said = stopped(30.0, "leaving", [signal.SIGINT])
+  assert status == INTERRUPTED_STATUS
+  assert seconds < 5.0
+  assert said.count("\n") == 1
