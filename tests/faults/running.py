@@ -1,0 +1,74 @@
+"""Runs of the training program in processes of their own, which can be hurt."""
+
+import contextlib
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+ROOT = pathlib.Path(__file__).parents[2]
+VICTIM, TRAIN = str(pathlib.Path(__file__).with_name("victim.py")), str(ROOT / "experiments" / "train.py")
+
+
+def command(flags, directory):
+  """The training program within `victim.py`."""
+  return [sys.executable, VICTIM, TRAIN, *flags, f"--workdir={directory}"]
+
+
+@contextlib.contextmanager
+def process(argv) -> Iterator[subprocess.Popen]:
+  """A process whose standard output and error are one stream of lines; it does not outlive the context."""
+  with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as running:
+    try:
+      yield running
+    finally:
+      running.kill()
+
+
+def until(running, marker, count=1):
+  """Reads lines until a marker has come so many times; returns them, and whether it came."""
+  lines = []
+  for line in running.stdout:
+    lines.append(line.rstrip("\n"))
+    count -= lines[-1] == marker
+    if not count:
+      return lines, True
+  return lines, False
+
+
+def to_the_end(argv):
+  """Runs a process to its end; returns its status and lines."""
+  with process(argv) as running:
+    lines, _ = until(running, None)
+    return running.wait(), lines
+
+
+def newest(directory):
+  """The path of the newest checkpoint."""
+  return max((directory / "checkpoints" / "latest").iterdir(), key=lambda path: int(path.name))
+
+
+def arrays(path):
+  """All arrays of a checkpoint by name, but for the wall time, and so without the checksums."""
+  with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    items = {name: ocp.args.StandardRestore() for name in ("params", "state")}
+    found = manager.restore(int(path.name), args=ocp.args.Composite(**items))
+  found = {f"{item}/{name}": np.asarray(value) for item in items for name, value in found[item].items()}
+  return {name: x for name, x in found.items() if not name.endswith(("/crc32", "progress/seconds"))}
+
+
+def assert_equal_bit_for_bit(ours, theirs):
+  """Compares two dictionaries of arrays."""
+  assert ours.keys() == theirs.keys()
+  for name, x in ours.items():
+    assert (x.dtype, x.shape) == (theirs[name].dtype, theirs[name].shape), name
+    assert x.tobytes() == theirs[name].tobytes(), name
+
+
+def text_of(overrides):
+  """Flags of settings."""
+  written = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in overrides.items()}
+  return ["--env=catch", "--preset=debug", "--devices=1", *(f"--set={k}={v}" for k, v in written.items())]
