@@ -1,0 +1,149 @@
+"""Trains and evaluates for half an hour and watches what the process holds: nothing may grow.
+
+  python benchmarks/soak.py --minutes=30 --figure=benchmarks/results/soak_cpu.png
+
+A run of preset debug (tiny networks, so that much happens in the time) collects, trains, evaluates, writes
+its records and saves, and is told to stop when the time is over. Every evaluation makes and closes environments of its
+own. Then environments are made, reset, stepped and closed --resets times. Sampled after every epoch, and with every
+tenth reset: resident memory, open files, threads, and the bytes of live arrays on the device.
+
+Growth is the slope of a line through the samples after the first fifth of the time (caches fill at first), in an hour,
+and the difference of the medians of the last and of the second fifth. Written to
+benchmarks/results/soak_<platform>.json.
+"""
+
+import os
+import pathlib
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import record
+from absl import flags
+
+import jedi_jax
+from jedi_jax import config as config_lib
+from jedi_jax import envs, figures, runtime, telemetry, workdir
+from jedi_jax.interruption import Interruption
+from jedi_jax.training.parallel import Devices
+
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment.")
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Of training.", lower_bound=0.1)
+_RESETS = flags.DEFINE_integer("resets", 1_000, "Environments to make, reset and close.", lower_bound=10)
+_SET = flags.DEFINE_multi_string("set", [], "Overrides a setting of preset debug; may be repeated.")
+_FIGURE = flags.DEFINE_string("figure", None, "Where the figure is drawn.")
+
+_KEPT = 600  # Samples in the record, at most.
+
+
+class _Watch(telemetry.Progress):
+  """Samples the process whenever the run tells of an epoch, and tells the run to stop when the time is over."""
+
+  def __init__(self, interruption: Interruption, seconds: float):
+    super().__init__()
+    self.samples: list[dict[str, float]] = []
+    self._interruption, self._seconds = interruption, seconds
+    self.start = time.monotonic()
+
+  def say(self, text: str) -> None:
+    if not text.startswith("epoch "):
+      super().say(text)
+      return
+    if not self.samples:
+      self.start = time.monotonic()  # The time to compile does not count.
+    self.sample()
+    if len(self.samples) % 100 == 1:
+      super().say(text)
+    if self.samples[-1]["seconds"] > self._seconds and not self._interruption.asked:
+      self._interruption.ask("the clock")
+
+  def sample(self) -> None:
+    """Reads what the process holds."""
+    self.samples.append(
+      {
+        "seconds": time.monotonic() - self.start,
+        "resident MiB": _resident() / 2**20,
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": len(os.listdir("/proc/self/task")),
+        "device MiB": sum(x.nbytes for x in jax.live_arrays()) / 2**20,
+      }
+    )
+
+
+def main() -> None:
+  """Runs and writes."""
+  started = record.machine()
+  config = config_lib.make_config(
+    env=_ENV.value,
+    preset="debug",
+    overrides={"collect.total_steps": 10**7, "checkpoint.interval_epochs": 10},
+  )
+  config = config_lib.override(config, dict(config_lib.split_override(text) for text in _SET.value))
+  interruption = Interruption(grace=600.0)
+  watch = _Watch(interruption, 60.0 * _MINUTES.value)
+  with tempfile.TemporaryDirectory() as directory:
+    runtime.enable_compilation_cache()
+    try:
+      jedi_jax.train(config, directory, devices=Devices.take(1), say=watch, interruption=interruption)
+    except jedi_jax.Interrupted as stopped:
+      print(stopped)
+    records = workdir.read_metrics(pathlib.Path(directory, "metrics.jsonl"))
+  evaluations = sum("evaluation/return" in values for values in records)
+  rows = [_row("training and evaluation", watch.samples, epochs=len(watch.samples), evaluations=evaluations)]
+  resets = _Watch(interruption, 0.0)
+  for done in range(1, _RESETS.value + 1):
+    env = envs.make(_ENV.value, num_envs=2, seed=done, life_loss_ends=True, max_episode_steps=100)
+    env.reset()
+    env.step(np.zeros(2, np.int32))
+    env.close()
+    if done % 10 == 0:
+      resets.sample()
+  rows.append(_row("resets of environments", resets.samples, resets=_RESETS.value))
+  print(record.table(rows, [name for name in rows[0] if name != "samples"]))
+  print(f"written to {record.write(f'soak_{jax.default_backend()}', rows, started=started)}")
+  if _FIGURE.value:
+    _draw(rows, pathlib.Path(_FIGURE.value))
+
+
+def _row(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
+  """Summarises samples; about `_KEPT` of them are kept."""
+  fifths = [samples[len(samples) * i // 5 : len(samples) * (i + 1) // 5] for i in range(5)]
+  row: dict[str, Any] = {"what": what, **counts, "minutes": samples[-1]["seconds"] / 60}
+  settled = [sample for fifth in fifths[1:] for sample in fifth]
+  hours = np.asarray([sample["seconds"] for sample in settled]) / 3600
+  for name in ("resident MiB", "device MiB", "files", "threads"):
+    values = [sample[name] for sample in settled]
+    row[f"{name}, second fifth"] = statistics.median(sample[name] for sample in fifths[1])
+    row[f"{name}, last fifth"] = statistics.median(sample[name] for sample in fifths[4])
+    row[f"{name}, growth an hour"] = float(np.polyfit(hours, values, 1)[0])
+  return {**row, "samples": samples[:: max(len(samples) // _KEPT, 1)]}
+
+
+def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
+  plt = figures.pyplot(path)
+  if plt is None:
+    return
+  names = ("resident MiB", "device MiB", "files", "threads")
+  figure, grid = plt.subplots(len(names), len(rows), sharex="col", figsize=(6 * len(rows), 8), squeeze=False)
+  for column, row in enumerate(rows):
+    minutes = [sample["seconds"] / 60 for sample in row["samples"]]
+    grid[0, column].set_title(row["what"])
+    grid[-1, column].set_xlabel("minutes")
+    for axes, name in zip(grid[:, column], names, strict=True):
+      axes.plot(minutes, [sample[name] for sample in row["samples"]], linewidth=1)
+      axes.set_ylim(bottom=0)
+      axes.set_ylabel(name)
+  figure.tight_layout()
+  figures.save(figure, path)
+
+
+def _resident() -> int:
+  """Bytes of memory that the process has."""
+  return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+if __name__ == "__main__":
+  runtime.run(main, __doc__ or "")
