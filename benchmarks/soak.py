@@ -92,7 +92,7 @@ def main() -> None:
       print(stopped)
     records = workdir.read_metrics(pathlib.Path(directory, "metrics.jsonl"))
   evaluations = sum("evaluation/return" in values for values in records)
-  rows = [_row("training and evaluation", watch.samples, epochs=len(watch.samples), evaluations=evaluations)]
+  rows = [summary("training and evaluation", watch.samples, epochs=len(watch.samples), evaluations=evaluations)]
   resets = _Watch(interruption, 0.0)
   for done in range(1, _RESETS.value + 1):
     env = envs.make(_ENV.value, num_envs=2, seed=done, life_loss_ends=True, max_episode_steps=100)
@@ -101,14 +101,14 @@ def main() -> None:
     env.close()
     if done % 10 == 0:
       resets.sample()
-  rows.append(_row("resets of environments", resets.samples, resets=_RESETS.value))
+  rows.append(summary("resets of environments", resets.samples, resets=_RESETS.value))
   print(record.table(rows, [name for name in rows[0] if name != "samples"]))
   print(f"written to {record.write(f'soak_{jax.default_backend()}', rows, started=started)}")
   if _FIGURE.value:
     _draw(rows, pathlib.Path(_FIGURE.value))
 
 
-def _row(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
+def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
   """Summarises samples; about `_KEPT` of them are kept."""
   fifths = [samples[len(samples) * i // 5 : len(samples) * (i + 1) // 5] for i in range(5)]
   row: dict[str, Any] = {"what": what, **counts, "minutes": samples[-1]["seconds"] / 60}

@@ -114,3 +114,19 @@ def test_the_estimate_of_a_tpu_is_completed(benchmark_module):
   assert three["unknown operations"] == 3
   assert three["estimate ms"] == pytest.approx(9.0)
   assert estimate(None, 1e9, 1e9) == estimate(0.002, 0.0, 1e9) == {}
+
+
+def test_the_growth_of_a_soak_is_that_of_its_samples_after_the_first_fifth(benchmark_module):
+  # 3 MiB an hour after a start that takes 100 at once; files and threads stay.
+  samples = [
+    {"seconds": 36.0 * i, "resident MiB": 0.03 * i + 100.0 * (i >= 10), "device MiB": 5.0, "files": 9, "threads": 4}
+    for i in range(100)
+  ]
+  row = benchmark_module("soak").summary("a soak", samples, epochs=100)
+  assert (row["what"], row["epochs"], len(row["samples"])) == ("a soak", 100, 100)
+  assert row["minutes"] == pytest.approx(0.6 * 99)
+  assert row["resident MiB, growth an hour"] == pytest.approx(3.0)
+  assert row["resident MiB, second fifth"] == pytest.approx(100.0 + 0.03 * 29.5)
+  assert row["resident MiB, last fifth"] == pytest.approx(100.0 + 0.03 * 89.5)
+  assert row["files, growth an hour"] == pytest.approx(0.0, abs=1e-9)
+  assert (row["threads, second fifth"], row["device MiB, last fifth"]) == (4, 5.0)

@@ -133,9 +133,9 @@ def train_packed(
       raise interruption.leave("with the first process")
     return [{}]
   with contextlib.ExitStack() as stack:
+    leader = stack.enter_context(hosts.Leader(devices))  # First: the others are dismissed if a lock is refused.
     for directory in directories:
       stack.enter_context(workdir.locked(directory))
-    leader = stack.enter_context(hosts.Leader(devices))
     return _lead(configs, directories, specs, overwrite, devices, leader, say, interruption or Interruption())
 
 

@@ -368,3 +368,24 @@ def test_a_run_without_time_left_stops_where_it_is(tiny, train_tiny, quiet, tmp_
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", say=quiet)
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") is None
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+  finished_run, train_tiny, timeless, quiet, tmp_path
+):
+  directory = tmp_path / "run"
+  shutil.copytree(finished_run, directory)
+  (directory / "result.json").unlink()
+  latest = directory / "checkpoints" / "latest"
+  largest = max((p for p in (latest / "5" / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+  train_tiny(directory, say=quiet)
+  said = [line for line in quiet.lines if "checkpoint 5" in line]
+  assert len(said) == 1
+  assert "checkpoint 4 is used" in said[0]
+  assert any("resuming after epoch 4" in line for line in quiet.lines)
+  assert [p.name for p in (directory / "checkpoints" / "damaged").iterdir()] == ["latest_5"]
+  assert timeless(directory / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
+  assert result(directory) | {"seconds": 0} == result(finished_run) | {"seconds": 0}
