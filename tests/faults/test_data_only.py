@@ -230,6 +230,7 @@ def test_a_socket_that_listens_is_seen():
 
 
 @needs_proc
+@pytest.mark.faults
 def test_training_listens_nowhere(tmp_path, quiet):
   config = make_config(env="catch", preset="debug", overrides=SMALLEST)
   before = set(listening())

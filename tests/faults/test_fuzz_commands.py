@@ -158,9 +158,10 @@ def lines():
 
 
 DEFAULTS = {
-  # An empty value stands for the default here, so that the line would run.
+  # An empty value stands for the default here, or the value is right, so that the line would run.
   "train": (["--env="], ["--seed"]),
   "ablations": (["--env="], ["--seed"]),
+  "sweep": (["--variants=jedi,diamond"],),
 }
 
 

@@ -1,7 +1,7 @@
 """Random configurations, as texts through the public parser: each trains a debug step or is refused in one line.
 
 The strategy walks the typed fields of the configuration records, so that a new setting is fuzzed without a word here.
-Half of the examples hold plausible values alone, the others bad ones among them. All that are accepted are built, and
+Some of the examples hold plausible values alone, the others bad ones among them; about a third is accepted. All that are accepted are built, and
 the update of every phase is traced (`jax.eval_shape`): that is the whole epoch but for its loops, which trace the same
 updates twice. Compiling takes the more, so only some are trained in earnest.
 
@@ -299,8 +299,8 @@ def fuzz(count):
 def check(found, count):
   assert not found.faults
   assert len(found.accepted) + len(found.refused) >= 0.98 * count  # Hypothesis gives up where it only repeats itself.
-  assert len(found.accepted) >= 0.3 * count
-  assert len(found.refused) >= 0.3 * count
+  assert len(found.accepted) >= 0.25 * count
+  assert len(found.refused) >= 0.25 * count
   for texts, message in found.refused:
     assert len(message.splitlines()) == 1, message
     assert any(path in message or (path == "env.name" and repr(text.strip()) in message)
@@ -308,7 +308,7 @@ def check(found, count):
 
 
 def trainable(found):
-  """The accepted ones whose run takes seconds, taking turns by variant."""
+  """The accepted ones whose run takes seconds, taking turns by variant, those that compile faster first."""
   groups = {}
   for config, size in found.accepted:
     c, t, e = config.collect, config.training, config.evaluation
@@ -318,6 +318,14 @@ def trainable(found):
     short = epochs <= 6 and max(c.total_steps, updates, first, e.episodes, e.interval_episodes) <= 200
     if size is not None and size < 2**28 and short:
       groups.setdefault(config.variant, []).append(config)
+
+  def stages(config):
+    d, r = config.denoiser, config.reward_end
+    rows = (config.encoder.channels, config.actor_critic.channels, d.channels, r.channels)
+    return sum(map(len, rows)) + sum(d.depths) * (1 + d.targets) + sum(r.depths)
+
+  for group in groups.values():
+    group.sort(key=stages)
   turns = itertools.zip_longest(*(groups[variant] for variant in sorted(groups)))
   return [config for turn in turns for config in turn if config is not None]
 
