@@ -1,9 +1,9 @@
 """Random configurations, as texts through the public parser: each trains a debug step or is refused in one line.
 
 The strategy walks the typed fields of the configuration records, so that a new setting is fuzzed without a word here.
-Some of the examples hold plausible values alone, the others bad ones among them; about a third is accepted. All that are accepted are built, and
-the update of every phase is traced (`jax.eval_shape`): that is the whole epoch but for its loops, which trace the same
-updates twice. Compiling takes the more, so only some are trained in earnest.
+Some of the examples hold plausible values alone, the others bad ones among them; about a third is accepted. All that
+are accepted are built, and the update of every phase is traced (`jax.eval_shape`): that is the whole epoch but for its
+loops, which trace the same updates twice. Compiling takes the more, so only some are trained in earnest.
 
 Plausible values keep networks, batches and schedules small: a trace must take a second and a training of one epoch few.
 Bad values are as huge as they like. What the bounds of the settings let pass is traced whatever memory it would take,
