@@ -25,11 +25,13 @@ from jedi_jax.inspection import diagnosis
 
 _ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's if left out.")
 _PRESET = flags.DEFINE_string("preset", "catch", "Preset of all runs.")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1, upper_bound=1_000)
 _FIGURE = flags.DEFINE_list("figure", ["gradients", "targets"], "Which figures: gradients, targets, choices.")
 _ARMS = flags.DEFINE_list("arms", [], "Only these arms of the figures, by name; all if empty.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the runs, the table and the figures.")
-_STEPS = flags.DEFINE_integer("diagnosis_steps", 1_600, "Real steps of each run's diagnosis.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+  "diagnosis_steps", 1_600, "Real steps of each run's diagnosis.", lower_bound=1, upper_bound=10**6
+)
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
 
 

@@ -21,9 +21,9 @@ from jedi_jax.inspection import diagnosis
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
-_STEPS = flags.DEFINE_integer("steps", 2_000, "Real environment steps to look at.", lower_bound=1)
-_NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments that play side by side.", lower_bound=1)
-_SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 2_000, "Real environment steps to look at.", lower_bound=1, upper_bound=10**6)
+_NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments that play side by side.", lower_bound=1, upper_bound=1024)
+_SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1, upper_bound=10**5)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of games, actions and noise; apart from those of training.", lower_bound=0
 )

@@ -6,6 +6,7 @@ Every dream starts from real frames of games that were not trained on, and is im
 another look. A run without a probe decoder gets one now, fitted to the recorded games; the run is not changed.
 """
 
+import math
 import pathlib
 
 import jax
@@ -20,10 +21,16 @@ from jedi_jax.training import seeds
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", "dream.gif", "The film, .gif or (with ffmpeg) .mp4.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
-_STEPS = flags.DEFINE_integer("steps", 1_000, "Real environment steps to play.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 0, "Steps of a dream; 0 for twice the training horizon.", lower_bound=0)
-_TAKES = flags.DEFINE_integer("takes", 4, "Dreams in the film, spread over the games.", lower_bound=1)
-_PROBE_UPDATES = flags.DEFINE_integer("probe_updates", 1_000, "Updates of a probe that is fitted now.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 1_000, "Real environment steps to play.", lower_bound=1, upper_bound=10**6)
+_LENGTH = flags.DEFINE_integer(
+  "length", 0, "Steps of a dream; 0 for twice the training horizon.", lower_bound=0, upper_bound=10_000
+)
+_TAKES = flags.DEFINE_integer(
+  "takes", 4, "Dreams in the film, spread over the games.", lower_bound=1, upper_bound=1_000
+)
+_PROBE_UPDATES = flags.DEFINE_integer(
+  "probe_updates", 1_000, "Updates of a probe that is fitted now.", lower_bound=1, upper_bound=10**6
+)
 _FPS = flags.DEFINE_float("fps", 8.0, "Steps of the game shown a second.", lower_bound=0.1, upper_bound=60.0)
 _SIZE = flags.DEFINE_integer("size", 192, "Least height of a pane in pixels.", lower_bound=16, upper_bound=2048)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of games, actions and dreams; apart from training's.", lower_bound=0)
@@ -36,6 +43,8 @@ def main() -> None:
   out = pathlib.Path(_OUT.value)
   if out.suffix not in (".gif", ".mp4"):
     raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
+  if not math.isfinite(_FPS.value):
+    raise jedi_jax.UserError(f"--fps={_FPS.value} is not a number of steps")
   runtime.enable_compilation_cache()
   run = workdir.read(_WORKDIR.value)
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)

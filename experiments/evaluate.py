@@ -20,12 +20,16 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions instead of a run, on --env.")
 _ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, or catch.")
 _OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir if left out.")
-_EPISODES = flags.DEFINE_integer("episodes", 100, "Games in all.")
-_NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments that play side by side.")
+_EPISODES = flags.DEFINE_integer("episodes", 100, "Games in all.", upper_bound=10**6)
+_NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments that play side by side.", upper_bound=1024)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of games and actions; apart from those of training.", lower_bound=0)
 _MAX_STEPS = flags.DEFINE_integer(
-  "max_episode_steps", 27_000, "Time limit of a game in agent steps; the paper's is 27,000.", lower_bound=1
+  "max_episode_steps",
+  27_000,
+  "Time limit of a game in agent steps; the paper's is 27,000.",
+  lower_bound=1,
+  upper_bound=10**9,
 )
 
 

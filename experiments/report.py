@@ -21,8 +21,10 @@ _RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json file
 _OUT = flags.DEFINE_string("out", None, "Directory of the report.")
 _COMPARE = flags.DEFINE_list("compare", [], "Published methods to set beside; --methods lists them.")
 _METHODS = flags.DEFINE_bool("methods", False, "Reports all published methods.")
-_REPS = flags.DEFINE_integer("reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0)
+_REPS = flags.DEFINE_integer(
+  "reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0, upper_bound=10**6
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, upper_bound=2**32 - 1)
 _LATEX = flags.DEFINE_bool("latex", False, "Writes report.tex as well.")
 
 

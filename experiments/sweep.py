@@ -10,6 +10,7 @@ and what is left.
 """
 
 import contextlib
+import math
 import pathlib
 import sys
 import time
@@ -22,7 +23,7 @@ from jedi_jax import runtime, sweeping
 from jedi_jax.interruption import on_signals
 
 _GAMES = flags.DEFINE_list("games", ["atari100k"], "Games such as Pong, whole names such as catch, or atari100k.")
-_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1, upper_bound=1_000)
 _VARIANTS = flags.DEFINE_list("variants", ["jedi"], f"World models: {', '.join(config_lib.VARIANTS)}.")
 _PRESET = flags.DEFINE_string("preset", "paper", "Preset of all runs.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
@@ -49,6 +50,9 @@ def main() -> None:
   """Reads the flags, plans and runs."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
+  for name, seconds in (("hours_per_run", _HOURS.value), ("interval", _INTERVAL.value)):
+    if not math.isfinite(seconds):
+      raise jedi_jax.UserError(f"--{name}={seconds} is not a length of time")
   plan = sweeping.plan(
     pathlib.Path(_OUT.value),
     games=_GAMES.value,

@@ -40,7 +40,9 @@ _PRESET = flags.DEFINE_string(
   "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in twenty minutes), debug (seconds).",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random; of several runs the first.")
-_RUNS = flags.DEFINE_integer("runs", 1, "Seeds of each environment, trained in one program.", lower_bound=1)
+_RUNS = flags.DEFINE_integer(
+  "runs", 1, "Seeds of each environment, trained in one program.", lower_bound=1, upper_bound=1_000
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if needed, continued if it holds a run.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Starts anew in a workdir that holds a run; its files are removed.")
 _SET = flags.DEFINE_multi_string(

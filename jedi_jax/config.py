@@ -27,6 +27,13 @@ T = TypeVar("T")
 
 TAGS = {"C": "certain, from the paper", "R": "reported for the paper", "D": "DIAMOND's", "O": "ours"}
 
+_WIDEST = 2**16
+"""Bound of channels and widths: beyond what any device could hold, and far below where sizes overflow."""
+_MOST_ENTRIES = 32
+"""Bound of the length of tuples: each stage of a network takes a second to trace."""
+_LARGEST, _LEAST = 3.4e38, 1.2e-38
+"""What float32 can tell from infinity and from 0; programs compute in it."""
+
 
 def setting(
   default: Any,
@@ -90,7 +97,9 @@ class EnvConfig:
     high=1_000,
   )
   life_loss_ends: bool = setting(True, "D", "Whether losing a life ends a training episode; the game goes on.")
-  max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps (108,000 frames).", low=1)
+  max_episode_steps: int = setting(
+    27_000, "C", "Time limit of a game in agent steps (108,000 frames).", low=1, high=10**9
+  )
 
 
 @documented
@@ -99,11 +108,15 @@ class EncoderConfig:
   """The learned encoder from pixels to latents."""
 
   channels: tuple[int, ...] = setting(
-    (32, 32, 32, 16), "R", "Channels of the stages; the last are the latent's.", low=1
+    (32, 32, 32, 16), "R", "Channels of the stages; the last are the latent's.", low=1, high=_WIDEST
   )
   downsample: tuple[bool, ...] = setting((True, True, True, False), "R", "Whether a stage ends in 2 x 2 max pooling.")
   patch: int = setting(
-    1, "O", "Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none.", low=1
+    1,
+    "O",
+    "Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none.",
+    low=1,
+    high=64,
   )
   clamp: float = setting(3.0, "R", "Scale s of the soft clamp s tanh(z / s) on latents; 0 for none.", low=0)
   target_decay: float = setting(
@@ -124,7 +137,9 @@ class OptimizerConfig:
   epsilon: float = setting(1e-8, "D", "Adam's epsilon, outside the root.", above=0)
   weight_decay: float = setting(1e-2, "D", "Decoupled decay on kernels (not on biases, gains and embeddings).", low=0)
   max_grad_norm: float = setting(100.0, "D", "Bound of the global norm of the gradient.", above=0)
-  warmup_updates: int = setting(100, "D", "Updates of the linear warm-up; the first one has step size 0.", low=0)
+  warmup_updates: int = setting(
+    100, "D", "Updates of the linear warm-up; the first one has step size 0.", low=0, high=10**9
+  )
 
 
 @documented
@@ -132,12 +147,14 @@ class OptimizerConfig:
 class DenoiserConfig:
   """The EDM denoiser: inner network, noise levels and training targets."""
 
-  channels: tuple[int, ...] = setting((160,), "R", "Channels of the U-Net's levels.", low=1)
-  depths: tuple[int, ...] = setting((1,), "R", "Residual blocks a side on each level.", low=1)
+  channels: tuple[int, ...] = setting((160,), "R", "Channels of the U-Net's levels.", low=1, high=_WIDEST)
+  depths: tuple[int, ...] = setting((1,), "R", "Residual blocks a side on each level.", low=1, high=64)
   attention: tuple[bool, ...] = setting((False,), "D", "Self-attention on each level (the middle always has it).")
-  conditioning_width: int = setting(256, "D", "Width of the embedding of noise level and past actions.", low=2)
-  conditioning_frames: int = setting(4, "C", "Past frames L that a prediction is conditioned on.", low=1)
-  targets: int = setting(2, "D", "Successive targets in a training segment of L + targets frames.", low=1)
+  conditioning_width: int = setting(
+    256, "D", "Width of the embedding of noise level and past actions.", low=2, high=_WIDEST
+  )
+  conditioning_frames: int = setting(4, "C", "Past frames L that a prediction is conditioned on.", low=1, high=256)
+  targets: int = setting(2, "D", "Successive targets in a training segment of L + targets frames.", low=1, high=64)
   final_frames: bool = setting(
     True, "O", "Whether the true final frame of an episode is a target too; DIAMOND leaves it out."
   )
@@ -166,7 +183,7 @@ class DenoiserConfig:
   sigma_log_mean: float = setting(-0.4, "D", "Mean of ln sigma in training.")
   sigma_log_std: float = setting(1.2, "D", "Standard deviation of ln sigma in training.", low=0)
   sigma_min: float = setting(2e-3, "D", "Least noise level in training.", above=0)
-  sigma_max: float = setting(20.0, "D", "Largest noise level in training.", above=0)
+  sigma_max: float = setting(20.0, "D", "Largest noise level in training.", above=0, high=1e6)
   optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=1.0)
 
 
@@ -175,10 +192,10 @@ class DenoiserConfig:
 class SamplerConfig:
   """The sampler of the reverse process (Karras et al. 2022, arXiv:2206.00364)."""
 
-  num_steps: int = setting(3, "R", "Denoising steps for one frame.", low=1)
+  num_steps: int = setting(3, "R", "Denoising steps for one frame.", low=1, high=1_000)
   sigma_min: float = setting(2e-3, "D", "Last positive noise level.", above=0)
-  sigma_max: float = setting(5.0, "D", "First noise level.", above=0)
-  rho: float = setting(7.0, "D", "Curvature of the schedule.", above=0)
+  sigma_max: float = setting(5.0, "D", "First noise level.", above=0, high=1e6)
+  rho: float = setting(7.0, "D", "Curvature of the schedule.", low=0.1, high=1e3)
   order: int = setting(1, "D", "1 for Euler's method, 2 for Heun's.", low=1, high=2)
   churn: float = setting(0.0, "R", "Amount of noise added back; 1 in the paper's stochastic-Atari experiment.", low=0)
   churn_min: float = setting(0.0, "D", "Least noise level at which churn acts.", low=0)
@@ -191,14 +208,16 @@ class SamplerConfig:
 class RewardEndConfig:
   """The model of reward and end."""
 
-  channels: tuple[int, ...] = setting((32, 32, 32, 32), "R", "Channels of the levels of residual blocks.", low=1)
-  depths: tuple[int, ...] = setting((2, 2, 2, 2), "R", "Residual blocks on each level.", low=1)
+  channels: tuple[int, ...] = setting(
+    (32, 32, 32, 32), "R", "Channels of the levels of residual blocks.", low=1, high=_WIDEST
+  )
+  depths: tuple[int, ...] = setting((2, 2, 2, 2), "R", "Residual blocks on each level.", low=1, high=64)
   attention: tuple[bool, ...] = setting(
     (False,) * 4, "D", "Self-attention on each level (the last pair always has it)."
   )
   downsample: bool = setting(False, "R", "Whether levels halve the resolution; not on 8 x 8 latents.")
-  conditioning_width: int = setting(128, "D", "Width of the action embedding.", low=1)
-  lstm_width: int = setting(512, "D", "Width of the LSTM and of the head.", low=1)
+  conditioning_width: int = setting(128, "D", "Width of the action embedding.", low=1, high=_WIDEST)
+  lstm_width: int = setting(512, "D", "Width of the LSTM and of the head.", low=1, high=_WIDEST)
   optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -208,19 +227,23 @@ class ActorCriticConfig:
   """The policy and value, and how they learn in imagination."""
 
   channels: tuple[int, ...] = setting(
-    (), "O", "Channels of convolution stages before the LSTM; none on latents.", low=1
+    (), "O", "Channels of convolution stages before the LSTM; none on latents.", low=1, high=_WIDEST
   )
   downsample: tuple[bool, ...] = setting((), "O", "Whether a stage ends in 2 x 2 max pooling.")
-  lstm_width: int = setting(512, "O", "Width of the LSTM.", low=1)
+  lstm_width: int = setting(512, "O", "Width of the LSTM.", low=1, high=_WIDEST)
   forget_padding: bool = setting(
     True, "O", "Whether the burn-in starts with an empty state behind padding, as real episodes do; not in DIAMOND."
   )
   restart_after_end: bool = setting(
     False, "O", "Whether a trajectory goes on from other frames of replay after its first imagined end, else it is cut."
   )
-  horizon: int = setting(15, "R", "Imagined steps H.", low=1)
+  horizon: int = setting(15, "R", "Imagined steps H.", low=1, high=10_000)
   unroll: int = setting(
-    1, "O", "Imagined steps that a round of the compiled loop holds: more compile longer and launch less.", low=1
+    1,
+    "O",
+    "Imagined steps that a round of the compiled loop holds: more compile longer and launch less.",
+    low=1,
+    high=1_000,
   )
   gamma: float = setting(0.985, "R", "Discount.", low=0, high=1)
   lambda_: float = setting(0.95, "R", "Mixing of the lambda-returns.", low=0, high=1)
@@ -249,10 +272,16 @@ class CollectConfig:
   """Collection from the real environment; a step is one agent step (4 frames of Atari)."""
 
   total_steps: int = setting(100_000, "C", "Environment steps in all (400,000 frames of Atari).", low=1, high=10**9)
-  steps_per_epoch: int = setting(100, "D", "Environment steps an epoch, over all environments.", low=1)
-  first_epoch_min_steps: int = setting(5_000, "D", "Environment steps before the first update, at least.", low=1)
-  first_epoch_max_steps: int = setting(10_000, "D", "Environment steps before the first update, at most.", low=1)
-  first_epoch_rewards: int = setting(10, "D", "Rewards of the two rarer signs that end the first collection.", low=0)
+  steps_per_epoch: int = setting(100, "D", "Environment steps an epoch, over all environments.", low=1, high=10**9)
+  first_epoch_min_steps: int = setting(
+    5_000, "D", "Environment steps before the first update, at least.", low=1, high=10**9
+  )
+  first_epoch_max_steps: int = setting(
+    10_000, "D", "Environment steps before the first update, at most.", low=1, high=10**9
+  )
+  first_epoch_rewards: int = setting(
+    10, "D", "Rewards of the two rarer signs that end the first collection.", low=0, high=10**9
+  )
   epsilon: float = setting(0.01, "D", "Probability of a uniformly random action.", low=0, high=1)
 
 
@@ -287,19 +316,31 @@ class TrainingConfig:
   """The training loop."""
 
   batch_size: int = setting(
-    32, "R", "Segments or imagined trajectories of an update, over all devices (the paper: 32 or 64).", low=1
+    32,
+    "R",
+    "Segments or imagined trajectories of an update, over all devices (the paper: 32 or 64).",
+    low=1,
+    high=10**6,
   )
   updates: Updates = Updates()
   first_updates: Updates = Updates(10_000, 10_000, 5_000)
-  final_epochs: int = setting(50, "D", "Epochs after the last collection.", low=0)
+  final_epochs: int = setting(50, "D", "Epochs after the last collection.", low=0, high=10**9)
   updates_per_call: int = setting(
-    1_200, "O", "Updates in one device call at most: an epoch within it is one call, a longer one several.", low=1
+    1_200,
+    "O",
+    "Updates in one device call at most: an epoch within it is one call, a longer one several.",
+    low=1,
+    high=10**9,
   )
   time_phases_every: int = setting(
-    10, "O", "Every so many epochs each phase is its own call, so that its time is known.", low=1
+    10, "O", "Every so many epochs each phase is its own call, so that its time is known.", low=1, high=10**9
   )
   max_skipped: int = setting(
-    20, "O", "Updates of a phase in a row that may be skipped for a loss or gradient that is not finite.", low=0
+    20,
+    "O",
+    "Updates of a phase in a row that may be skipped for a loss or gradient that is not finite.",
+    low=0,
+    high=10**9,
   )
   collapse_std: float = setting(
     0.05, "O", "Standard deviation of the latents below which a warning says that they have collapsed.", low=0.0
@@ -312,11 +353,11 @@ class TrainingConfig:
 class EvaluationConfig:
   """Evaluation on whole games: no life-loss ends, epsilon 0, sampled actions."""
 
-  episodes: int = setting(100, "C", "Games of the final evaluation.", low=1)
-  interval_epochs: int = setting(100, "O", "Epochs between evaluations during training; 0 for none.", low=0)
-  interval_episodes: int = setting(10, "O", "Games of an evaluation during training.", low=1)
-  num_envs: int = setting(10, "O", "Environments that evaluate, each a fixed number of games.", low=1)
-  max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps.", low=1)
+  episodes: int = setting(100, "C", "Games of the final evaluation.", low=1, high=10**6)
+  interval_epochs: int = setting(100, "O", "Epochs between evaluations during training; 0 for none.", low=0, high=10**9)
+  interval_episodes: int = setting(10, "O", "Games of an evaluation during training.", low=1, high=10**6)
+  num_envs: int = setting(10, "O", "Environments that evaluate, each a fixed number of games.", low=1, high=1024)
+  max_episode_steps: int = setting(27_000, "C", "Time limit of a game in agent steps.", low=1, high=10**9)
 
 
 @documented
@@ -324,8 +365,10 @@ class EvaluationConfig:
 class CheckpointConfig:
   """Checkpoints of the whole training state."""
 
-  interval_epochs: int = setting(25, "O", "Epochs between checkpoints; one is always written at the end.", low=1)
-  keep: int = setting(2, "O", "Newest checkpoints kept.", low=1)
+  interval_epochs: int = setting(
+    25, "O", "Epochs between checkpoints; one is always written at the end.", low=1, high=10**9
+  )
+  keep: int = setting(2, "O", "Newest checkpoints kept.", low=1, high=10**9)
 
 
 @documented
@@ -786,6 +829,15 @@ def validate(config: Config) -> None:
     for count in channels:
       if count > 8 and count % 8:
         raise UserError(f"{path}: {count} channels cannot be split into attention heads of 8: take a multiple of 8")
+  # On the way up of the U-Net a level's channels meet those of the way down, of this level and of the one above.
+  levels = config.denoiser.channels
+  for first, second in ((levels[max(0, i + below)], count) for i, count in enumerate(levels) for below in (0, -1)):
+    met = first + second
+    if met > 32 and met % (met // 32):
+      raise UserError(
+        f"denoiser.channels: {first} and {second} channels meet in {met}, which cannot be split into {met // 32} norm "
+        "groups: take multiples of 32"
+      )
   if config.denoiser.conditioning_width % config.denoiser.conditioning_frames:
     raise UserError(
       f"denoiser.conditioning_width={config.denoiser.conditioning_width} is not a multiple of "
@@ -816,7 +868,11 @@ def validate(config: Config) -> None:
   frames = config.denoiser.conditioning_frames + config.actor_critic.horizon
   room = (config.replay.capacity + config.replay.final_frames) // config.env.num_envs
   if room < frames:
-    raise UserError(f"replay.capacity leaves {room} frames a stream, less than one segment of {frames}: raise it")
+    raise UserError(
+      f"replay.capacity={config.replay.capacity} leaves {room} frames a stream (env.num_envs={config.env.num_envs}), "
+      f"less than one segment of {frames} (denoiser.conditioning_frames={config.denoiser.conditioning_frames} and "
+      f"actor_critic.horizon={config.actor_critic.horizon}): raise it"
+    )
 
 
 def _check_names(variant: str, preset: str) -> None:
@@ -883,17 +939,19 @@ def _convert(path: str, value: Any, kind: Any) -> Any:
 
 
 def _check_bounds(path: str, value: Any, metadata: Mapping[str, Any]) -> None:
+  if isinstance(value, tuple) and len(value) > _MOST_ENTRIES:
+    raise UserError(f"{path} has {len(value)} entries: at most {_MOST_ENTRIES}")
   for item in value if isinstance(value, tuple) else (value,):
     if isinstance(item, float) and math.isnan(item):
       raise UserError(f"{path} is not a number")
     if metadata["low"] is not None and item < metadata["low"]:
       raise UserError(f"{path}={value!r} is too small: at least {metadata['low']}")
-    if metadata["above"] is not None and item <= metadata["above"]:
+    if metadata["above"] is not None and item < metadata["above"] + _LEAST:
       raise UserError(f"{path}={value!r} is too small: it must exceed {metadata['above']}")
     if metadata["high"] is not None and item > metadata["high"]:
       raise UserError(f"{path}={value!r} is too large: at most {metadata['high']}")
     if metadata["choices"] is not None and item not in metadata["choices"]:
       raise UserError(f"{path}={value!r} is not one of {', '.join(metadata['choices'])}")
     # Only the largest churned noise level may be infinite.
-    if isinstance(item, float) and math.isinf(item) and path != "sampler.churn_max":
-      raise UserError(f"{path} is infinite: give a finite number")
+    if isinstance(item, float) and abs(item) > _LARGEST and path != "sampler.churn_max":
+      raise UserError(f"{path} is infinite{'' if math.isinf(item) else ' in float32'}: give a finite number")

@@ -127,7 +127,7 @@ def run(main: Callable[[], None], description: str) -> None:
       sys.exit(0)
     try:
       rest = flags.FLAGS(argv, known_only=False)
-    except flags.Error as error:
+    except (flags.Error, ValueError, OSError) as error:  # The last are of absl's own flags, such as --flagfile.
       _refuse(" ".join(str(error).split()))
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at level INFO.

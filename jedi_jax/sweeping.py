@@ -130,21 +130,29 @@ def look(run: PlannedRun) -> RunState:
   Raises:
     UserError: if they cannot be read, or are those of another configuration.
   """
-  if not (run.workdir / "config.json").exists():
+  if not os.path.exists(run.workdir / "config.json"):  # Unlike pathlib's, false for names that no file can have.
     return RunState(run, "waiting", 0.0, None, 0.0)
   found = workdir.read(run.workdir)
   different = config_lib.differences(found.config, run.config)
   if different:
     raise UserError(f"{run.workdir} holds a run of another configuration ({'; '.join(different)}): take another --out")
-  if found.result.exists():
-    result = workdir.read_json(found.result)
-    return RunState(run, "finished", 1.0, float(result["mean_return"]), float(result["seconds"]))
-  records = workdir.read_metrics(found.metrics) if found.metrics.exists() else []
-  if not records:
-    return RunState(run, "begun", 0.0, None, 0.0)
-  returns = [record[name] for name in ("collect/return", "evaluation/return") for record in records if name in record]
-  progress = min(records[-1]["env_steps"] / run.config.collect.total_steps, 1.0)
-  return RunState(run, "begun", progress, returns[-1] if returns else None, records[-1]["time/total_seconds"])
+  file = found.result if found.result.exists() else found.metrics
+  try:
+    if file == found.result:
+      result = workdir.read_json(file)
+      return RunState(run, "finished", 1.0, float(result["mean_return"]), float(result["seconds"]))
+    records = workdir.read_metrics(file) if file.exists() else []
+    if not records:
+      return RunState(run, "begun", 0.0, None, 0.0)
+    names = ("collect/return", "evaluation/return")
+    returns = [float(record[name]) for name in names for record in records if name in record]
+    progress = min(float(records[-1]["env_steps"]) / run.config.collect.total_steps, 1.0)
+    seconds = float(records[-1]["time/total_seconds"])
+  except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f"{file} is not of a run ({type(error).__name__}): restore it, or remove the run") from None
+  return RunState(run, "begun", progress, returns[-1] if returns else None, seconds)
 
 
 def table(states: Sequence[RunState]) -> str:

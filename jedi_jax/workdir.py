@@ -74,6 +74,18 @@ def place(config: Config) -> pathlib.Path:
   return pathlib.Path(config.env.name.removeprefix("atari/").replace("/", "_")) / f"seed_{config.seed}"
 
 
+def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """The absolute path of a directory that a user named, ~ and ~user included.
+
+  Raises:
+    UserError: if there is no such user.
+  """
+  try:
+    return pathlib.Path(directory).expanduser().absolute()
+  except RuntimeError:
+    raise UserError(f"{directory} begins with a user who is not known here: name another directory") from None
+
+
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
   """A context in which no other process trains in a directory.
@@ -109,7 +121,7 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
 
 def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
   """Makes a directory that can be written to."""
-  path = pathlib.Path(directory).expanduser().absolute()
+  path = locate(directory)
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -172,7 +184,7 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
   Raises:
     UserError: if it holds no run, or its config.json cannot be read.
   """
-  path = pathlib.Path(directory).expanduser().absolute()
+  path = locate(directory)
   file = path / "config.json"
   try:
     data = json.loads(file.read_text())
@@ -183,8 +195,9 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
       raise TypeError(f"config is a {type(tree).__name__}")
   except FileNotFoundError:
     raise UserError(f"{path} holds no run: config.json is missing") from None
-  except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-    raise UserError(f"{file} cannot be read ({error!r}): restore it, or start anew with --overwrite") from None
+  except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
+    reason = repr(error)[:200]
+    raise UserError(f"{file} cannot be read ({reason}): restore it, or start anew with --overwrite") from None
   try:
     return Workdir(path, config_lib.from_dict(tree), spec)
   except UserError as error:
@@ -202,7 +215,7 @@ def read_json(path: pathlib.Path) -> Any:
   """
   try:
     return json.loads(path.read_text())
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(f"{path} cannot be read ({error}): remove it to write it anew") from None
 
 
@@ -214,13 +227,16 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
   """
   try:
     lines = path.read_text().splitlines()
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error.strerror})") from None
+  except (OSError, UnicodeDecodeError) as error:
+    raise UserError(f"{path} cannot be read ({error})") from None
   records = []
   for number, line in enumerate(lines, 1):
     try:
-      records.append(json.loads(line))
-    except ValueError:
+      record = json.loads(line)
+      if not isinstance(record, dict):
+        raise ValueError
+      records.append(record)
+    except (ValueError, RecursionError):
       if number < len(lines):
         raise UserError(f"{path}, line {number}, is not JSON") from None
   return records

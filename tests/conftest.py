@@ -71,10 +71,13 @@ _TINY = {
 }
 """Five epochs: 40, 50, 60 and 70 environment steps, and one more without any."""
 
+_UNOPTIMISED = ("not slow and not faults", "not slow", "faults")
+"""The selections of tests, as given to -m, without one that learns."""
+
 
 def pytest_configure(config):
   # Compiling is nearly all that these tests cost. A learning test, run by hand, gets the optimised programs.
-  if config.option.markexpr == "not slow":
+  if config.option.markexpr in _UNOPTIMISED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 

@@ -198,11 +198,20 @@ def test_bounds_are_enforced(path):
     ({"replay.age_weights": (0.5, 0.4)}, ["replay.age_weights"]),
     ({"encoder.channels": (97, 32, 32, 16)}, ["encoder.channels", "97", "multiple of 32"]),
     ({"denoiser.channels": (12,)}, ["denoiser.channels", "12", "multiple of 8"]),
+    ({"denoiser.channels": (56,)}, ["denoiser.channels", "56", "112", "multiples of 32"]),
+    (
+      {"denoiser.channels": (40, 64), "denoiser.depths": (1, 1), "denoiser.attention": (False, False)},
+      ["denoiser.channels", "40", "64", "104", "multiples of 32"],
+    ),
     ({"denoiser.conditioning_width": 255}, ["denoiser.conditioning_width"]),
     ({"denoiser.conditioning_width": 9, "denoiser.conditioning_frames": 3}, ["denoiser.conditioning_width", "even"]),
     ({"collect.first_epoch_max_steps": 200_000}, ["collect.first_epoch_max_steps", "collect.total_steps"]),
     ({"env.num_envs": 3}, ["env.num_envs", "collect."]),
     ({"replay.capacity": 2, "replay.final_frames": 0}, ["replay.capacity", "19"]),
+    (
+      {"actor_critic.horizon": 10_000, "replay.capacity": 2, "replay.final_frames": 0},
+      ["replay.capacity", "actor_critic.horizon", "10004"],
+    ),
   ],
 )
 def test_settings_that_do_not_fit_one_another_are_refused(values, parts):
@@ -220,6 +229,29 @@ def test_settings_that_do_not_fit_one_another_are_refused(values, parts):
 )
 def test_a_minimum_above_its_maximum_names_both_settings(values, paths):
   refused(values, *paths)
+
+
+def test_every_integer_has_an_upper_bound():
+  """Sizes beyond any device overflow somewhere, and numbers of steps are stored as 32 bits."""
+  for path, field in SETTINGS.items():
+    if field.type in (int, tuple[int, ...]):
+      assert field.metadata["high"] is not None, path
+      assert field.metadata["high"] < 2**31, path
+
+
+@pytest.mark.parametrize(
+  ("path", "value", "part"),
+  [
+    ("denoiser.sigma_data", 1e300, "infinite in float32"),
+    ("denoiser.sigma_log_mean", -1e39, "infinite in float32"),
+    ("denoiser.optimizer.epsilon", 1e-300, "must exceed 0"),
+    ("sampler.rho", 5e-30, "at least 0.1"),
+    ("sampler.sigma_max", 1e30, "at most"),
+    ("actor_critic.channels", (8,) * 33, "at most 32"),
+  ],
+)
+def test_what_float32_and_the_tracer_cannot_hold_is_refused(path, value, part):
+  refused({path: value}, path, part)
 
 
 def test_unknown_names_suggest_the_nearest():

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from jedi_jax import sweeping, workdir
+from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.sweeping import RunState
 
@@ -197,3 +198,20 @@ def test_a_damaged_result_is_one_line(tmp_path, train):
     sweeping.look(plan[0])
   assert json.loads((plan[0].workdir / "config.json").read_text())
   assert workdir.read(plan[0].workdir).config == plan[0].config
+
+
+@pytest.mark.parametrize(("name", "text"), [
+  ("result.json", "{}"), ("result.json", "3"), ("result.json", '{"mean_return": null, "seconds": 1}'),
+  ("metrics.jsonl", "{}\n"), ("metrics.jsonl", "3\n3\n"), ("metrics.jsonl", '{"env_steps": []}\n'),
+])  # fmt: skip
+def test_a_damaged_run_is_refused_by_its_file(tmp_path, name, text):
+  run = make_plan(tmp_path)[0]
+  workdir.prepare(run.workdir, run.config, SPEC)
+  (run.workdir / name).write_text(text)
+  with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
+    sweeping.look(run)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_name_that_no_directory_can_have_is_a_waiting_run(tmp_path):
+  assert sweeping.look(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"

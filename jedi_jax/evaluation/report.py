@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import io
-import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def read_run(path: pathlib.Path) -> Run:
   Raises:
     UserError: if the file cannot be read or is no result.
   """
-  result = workdir.read_json(path)
+  result = _guarded(path, workdir.read_json)
   try:
     env, variant, preset = (str(result[name]) for name in ("env", "variant", "preset"))
     score = float(result["mean_return"])
@@ -77,20 +76,47 @@ def read_run(path: pathlib.Path) -> Run:
       env_steps=int(result["env_steps"]),
       games=len(result["episode_returns"]),
       max_episode_steps=int(result["max_episode_steps"]),
-      curve=_curve(path.with_name("metrics.jsonl")),
+      curve=(),
     )
-  except (KeyError, TypeError, ValueError) as error:
-    raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {error})") from None
-  if not math.isfinite(score):
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    reason = (str(error).splitlines() or [""])[0][:200]
+    raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {reason})") from None
+  if not abs(score) < _MOST:
     raise UserError(f"{path} has a mean return of {score}")
-  return run
+  for name in (env, variant, preset):
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST:
+      raise UserError(f"{path} has {name[:_LONGEST]!r} for a name")
+  return dataclasses.replace(run, curve=_curve(path.with_name("metrics.jsonl")))
+
+
+_MOST = 1e15
+"""No game gives such a return; sums and squares of smaller ones stay finite."""
+_LONGEST = 200
+
+
+def _guarded(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Any:
+  """Reads a file; what no text and no nesting of sense is in is refused like other damage."""
+  try:
+    return read(path)
+  except (ValueError, RecursionError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
 def _curve(path: pathlib.Path) -> tuple[tuple[int, int, float], ...]:
   if not path.exists():
     return ()
-  records = [record for record in workdir.read_metrics(path) if "evaluation/return" in record]
-  return tuple((int(r["env_steps"]), int(r["frames"]), float(r["evaluation/return"])) for r in records)
+  records = _guarded(path, workdir.read_metrics)
+  try:
+    records = [record for record in records if "evaluation/return" in record]
+    points = tuple((int(r["env_steps"]), int(r["frames"]), float(r["evaluation/return"])) for r in records)
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
+    reason = (str(error).splitlines() or [""])[0][:200]
+    raise UserError(f"{path} is not the metrics of a run ({type(error).__name__}: {reason})") from None
+  if not all(abs(x) < _MOST for point in points for x in point):
+    raise UserError(f"{path} has an evaluation that is not a finite number")
+  return points
 
 
 def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:

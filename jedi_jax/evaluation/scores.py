@@ -18,6 +18,7 @@ import numpy as np
 from jedi_jax.errors import UserError, nearest
 
 _ATARI = "atari/"
+_FILE: Any = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json")
 
 METRICS = (
   "mean",
@@ -288,6 +289,52 @@ def _rliable(module: str) -> Any:
 
 @functools.cache
 def _published() -> dict[str, Any]:
-  """`published.json`: `games`, their `random` and `human` scores, the `partition`, `methods`, and the sources."""
-  text = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json").read_text(encoding="utf-8")
-  return json.loads(text)
+  """`published.json`: `games`, their `random` and `human` scores, the `partition`, `methods`, and the sources.
+
+  Raises:
+    UserError: if the file is not as it was installed.
+  """
+  try:
+    table = json.loads(_FILE.read_text(encoding="utf-8"))
+    _check(table)
+  except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    reason = (str(error).splitlines() or [""])[0][:200]
+    raise UserError(f"{_FILE} is damaged ({type(error).__name__}: {reason}): install jedi_jax anew") from None
+  return table
+
+
+def _check(table: Any) -> None:
+  """Raises one of several errors where the published scores lack something or hold what is no score."""
+
+  def numbers(values: Any) -> None:
+    if not all(type(value) in (int, float) and abs(value) < _MOST for value in values):
+      raise ValueError("a score is not a number")
+
+  def known(names: Any) -> None:
+    unknown = [name for name in names if name not in table["games"]]
+    if unknown:
+      raise ValueError(f"{unknown[0]!r} is not one of its games")
+
+  if len(set(table["games"])) != len(table["games"]) or not table["games"]:
+    raise ValueError("its games are not all different")
+  for kind in ("random", "human"):
+    numbers(table[kind][game] for game in table["games"])
+  for game in table["games"]:
+    if table["random"][game] == table["human"][game]:
+      raise ValueError(f"random and human play of {game} are the same")
+  for group in ("agent_optimal", "human_optimal"):
+    known(table["partition"][group])
+  for name, entry in table["methods"].items():
+    if not all(isinstance(text, str) for text in (name, entry["source"], entry.get("note", ""))):
+      raise TypeError("a name, source or note is not a text")
+    known(entry["scores"] or {})
+    known(entry.get("per_run") or {})
+    numbers(value for value in (entry["scores"] or {}).values() if value is not None)
+    for values in (entry.get("per_run") or {}).values():
+      numbers(values)
+    for kind in ("published", "aggregates_reported"):
+      numbers((entry.get(kind) or {}).values())
+
+
+_MOST = 1e15
+"""No game gives such scores; sums and squares of smaller ones stay finite."""

@@ -57,9 +57,12 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
   Raises:
     UserError: if the file is not DIAMOND's, does not fit the environment, or the directory already holds a run.
   """
-  target = pathlib.Path(directory).expanduser().absolute()
+  try:
+    target = pathlib.Path(directory).expanduser().absolute()
+  except RuntimeError:
+    raise UserError(f"{directory} begins with a user who is not known here: name another directory") from None
   for name in ("config.json", "checkpoints"):
-    if (target / name).exists():
+    if os.path.exists(target / name):  # Unlike pathlib's, false for names that no file can have.
       raise UserError(f"{target} already holds a run ({name}): take another directory")
   arrays = load(path)
   config, spec = infer(arrays, env=env)

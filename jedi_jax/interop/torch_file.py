@@ -47,7 +47,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     UserError: if the file cannot be read, is damaged, or holds anything else.
   """
   file = pathlib.Path(path)
-  if not file.is_file():
+  if not os.path.isfile(file):  # Unlike pathlib's, false for names that no file can have.
     raise UserError(f"{file} is not a file")
   try:
     data = _load_with_torch(file) if _torch_is_safe() else _load(file)

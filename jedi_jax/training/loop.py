@@ -25,7 +25,7 @@ from jedi_jax.models.variants import Model, build, count_parameters, with_num_ac
 from jedi_jax.training import hosts, seeds
 from jedi_jax.training.collector import Collected, Collector
 from jedi_jax.training.hosts import Operation
-from jedi_jax.training.memory import empty_replay
+from jedi_jax.training.memory import check_replay, empty_replay
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.seeds import Purpose
@@ -123,7 +123,9 @@ def train_packed(
   _check_pack(configs, directories, specs, devices)
   devices.with_runs(len(configs)).check_batch(configs[0].training.batch_size)
   for config, spec in zip(configs, specs, strict=True):
-    build(config, spec)  # Before anything is written: it refuses sizes that do not fit.
+    # Before anything is written: they refuse sizes that do not fit.
+    build(config, spec)
+    check_replay(config, spec)
   hosts.meet(devices)
   if devices.processes > 1 and jax.process_index() > 0:
     if interruption is not None:

@@ -10,6 +10,7 @@ import optax
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
+from jedi_jax.errors import UserError
 from jedi_jax.models.variants import Model
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.parallel import Devices
@@ -75,6 +76,23 @@ def empty_replay(config: Config, spec: EnvSpec) -> replay_lib.ReplayState:
     slots_per_stream=max(slots, CHUNK_SLOTS),
     observation_shape=spec.observation_shape,
   )
+
+
+def check_replay(config: Config, spec: EnvSpec) -> None:
+  """Refuses a replay that the first device cannot hold, before anything is allocated.
+
+  Raises:
+    UserError: naming the settings.
+  """
+  needed = size(jax.eval_shape(lambda: empty_replay(config, spec)))
+  stats = jax.local_devices()[0].memory_stats() or {}
+  # Of the CPU all memory of the machine: what is free now may be more in a moment.
+  there = int(stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+  if needed > there:
+    raise UserError(
+      f"replay.capacity={config.replay.capacity} and replay.final_frames={config.replay.final_frames} take "
+      f"{needed / 2**30:,.0f} GiB, and the device has {there / 2**30:,.0f} GiB: lower them"
+    )
 
 
 def shapes(

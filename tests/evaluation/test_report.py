@@ -129,3 +129,24 @@ def test_figures_are_drawn(tmp_path):
   for name in ("aggregates", "profiles", "asymmetry", "curves"):
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "<svg" in (tmp_path / f"{name}.svg").read_text()
+
+
+@pytest.mark.parametrize("changes", [
+  {"seed": float("inf")}, {"mean_return": 10**400}, {"variant": "a\nb"}, {"env": "\ud800"}, {"preset": ""},
+  {"mean_return": 1e300}, {"env_steps": float("-inf")},
+])  # fmt: skip
+def test_results_of_senseless_values_are_refused_in_one_line(tmp_path, changes):
+  with pytest.raises(UserError, match=r"result\.json") as caught:
+    write(tmp_path, **changes)
+  assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", [
+  '{"evaluation/return": 1.0}', '{"evaluation/return": NaN, "env_steps": 1, "frames": 4}', '{"evaluation/return": []}',
+  '{"evaluation/return": 1.0, "env_steps": Infinity, "frames": 4}', "3\n3",
+])  # fmt: skip
+def test_damaged_metrics_are_named(tmp_path, line):
+  (tmp_path / "metrics.jsonl").write_text(line + "\n")
+  with pytest.raises(UserError, match=r"metrics\.jsonl") as caught:
+    write(tmp_path)
+  assert len(str(caught.value).splitlines()) == 1

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -155,3 +156,16 @@ def test_the_partition_covers_the_games():
   groups = scores_lib.partition()
   assert sorted((*groups["agent_optimal"], *groups["human_optimal"])) == sorted(scores_lib.games())
   assert len(scores_lib.games()) == 26
+
+
+def test_damaged_published_scores_are_refused_by_name(tmp_path, monkeypatch):
+  table = json.loads(scores_lib._FILE.read_text())
+  del table["human"]["Pong"]
+  (tmp_path / "published.json").write_text(json.dumps(table))
+  monkeypatch.setattr(scores_lib, "_FILE", tmp_path / "published.json")
+  scores_lib._published.cache_clear()
+  try:
+    with pytest.raises(UserError, match=r"published\.json is damaged \(KeyError: 'Pong'\): install jedi_jax anew"):
+      scores_lib.games()
+  finally:
+    scores_lib._published.cache_clear()

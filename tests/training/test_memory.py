@@ -1,7 +1,10 @@
 import jax
 import numpy as np
+import pytest
 
+from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
+from jedi_jax.errors import UserError
 from jedi_jax.training import memory
 
 
@@ -24,3 +27,10 @@ def test_as_many_fit_as_nine_tenths_of_the_device_hold():
   assert one._replace(device=1111).fit == 9
   assert one._replace(device=1112).fit == 10
   assert one._replace(device=50).fit == 1  # One is always tried.
+
+
+def test_a_replay_beyond_the_device_is_refused(tiny):
+  memory.check_replay(tiny.config, SPEC)
+  huge = make_config(env="catch", preset="debug", overrides={"replay.capacity": 10**8, "replay.final_frames": 10**8})
+  with pytest.raises(UserError, match=r"replay\.capacity=100000000 .* take 3.. GiB, and the device has"):
+    memory.check_replay(huge, SPEC)

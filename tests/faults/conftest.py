@@ -1,0 +1,114 @@
+"""What the fault tests share: pictures of directory trees that show whether anything was touched."""
+
+import json
+import os
+import pathlib
+import stat
+import subprocess
+import sys
+
+import pytest
+from torch_writer import Writer
+
+from jedi_jax.interop import torch_file
+
+PROGRAMS = pathlib.Path(__file__).parents[2] / "experiments"
+LIMIT = 30
+"""Seconds that a refusal may take before it counts as a hang."""
+
+DRIVER = """
+import json, os, runpy, signal, sys, time, traceback
+import jedi_jax, jedi_jax.sweeping, jedi_jax.evaluation.report, jedi_jax.interop.diamond, jedi_jax.inspection.film
+programs, limit, results, cases = json.load(sys.stdin)
+outcomes = []
+for i, (program, argv) in enumerate(cases):
+  out, err = (os.path.join(results, f"{i}.{kind}") for kind in ("out", "err"))
+  sys.stdout.flush()
+  child = os.fork()
+  if child == 0:
+    status = 1
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(out, os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT), 2)
+    program = os.path.join(programs, f"{program}.py")
+    sys.argv = [program, *argv]
+    sys.path.insert(0, programs)
+    try:
+      runpy.run_path(program, run_name="__main__")
+      status = 0
+    except SystemExit as error:
+      status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+      traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+  stop = time.monotonic() + limit
+  while True:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+      status = os.waitstatus_to_exitcode(status)
+      break
+    if time.monotonic() > stop:
+      os.killpg(child, signal.SIGKILL)
+      os.waitpid(child, 0)
+      status = "hang"
+      break
+    time.sleep(0.01)
+  outcomes.append([status, *(open(name, errors="backslashreplace").read() for name in (out, err))])
+json.dump(outcomes, sys.stdout)
+"""
+
+
+def picture(directory):
+  """Kind, permissions, time of change and contents of everything below a directory, by relative path."""
+  seen = {}
+  for folder, folders, files in os.walk(directory, followlinks=False):
+    for name in (*folders, *files):
+      path = os.path.join(folder, name)
+      state = os.lstat(path)
+      contents = None
+      if stat.S_ISREG(state.st_mode):
+        try:
+          with open(path, "rb") as file:
+            contents = file.read()
+        except PermissionError:  # What the test may not read it cannot have changed either.
+          contents = state.st_size
+      elif stat.S_ISLNK(state.st_mode):
+        contents = os.readlink(path)
+      seen[os.path.relpath(path, directory)] = (oct(state.st_mode), state.st_mtime_ns, contents)
+  return seen
+
+
+@pytest.fixture(scope="session")
+def tree():
+  """Takes a picture of a directory, to be compared with a later one."""
+  return picture
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+  """Runs command lines, (program, words) each, in a directory: [status or 'hang', output, errors] of each.
+
+  One process imports the libraries and forks for every line: a process of its own would cost seconds.
+  """
+
+  def run(cases, directory):
+    results = tmp_path_factory.mktemp("results")
+    done = subprocess.run(
+      [sys.executable, "-W", "ignore", "-c", DRIVER],
+      input=json.dumps([str(PROGRAMS), LIMIT, str(results), cases]),
+      capture_output=True, text=True, cwd=directory, timeout=LIMIT * len(cases) + 60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+  return run
+
+
+@pytest.fixture
+def pt(tmp_path_factory, monkeypatch):
+  """Writes `.pt` files; they are read back by the reader that needs no torch."""
+  monkeypatch.setattr(torch_file, "_torch_is_safe", lambda: False)
+  return Writer(tmp_path_factory.mktemp("pt"), monkeypatch)
