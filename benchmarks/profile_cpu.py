@@ -38,6 +38,7 @@ from jedi_jax import envs, runtime
 from jedi_jax.nn.blocks import conv3x3, resolve_convolution
 
 _VARIANT = flags.DEFINE_string("variant", "diamond", "Of ours.")
+_PROGRAMS = flags.DEFINE_bool("programs", True, "Whole programs too; they compile for minutes.")
 _LOOP = flags.DEFINE_integer("loop", 2, "Convolutions of the compiled loop in a call.", lower_bound=1)
 _FLAGS = flags.FLAGS
 
@@ -68,8 +69,9 @@ def main() -> None:
     started["torch"] = torch.__version__
   shapes = [_convolution(shape, torch) for shape in SHAPES]
   print(record.table(shapes, list(shapes[0])))
-  programs = _programs(torch)
-  print(record.table(programs, ["program", "of", "time", *KINDS]))
+  programs = _programs(torch) if _PROGRAMS.value else []
+  if programs:
+    print(record.table(programs, ["program", "of", "time", *KINDS]))
   path = record.write(_FLAGS.name or f"profile_{jax.default_backend()}", [*programs, *shapes], started=started)
   print(f"written to {path}")
 
