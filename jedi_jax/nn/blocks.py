@@ -80,7 +80,8 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
     stride: 1 or 2.
     lowering: 'lax' for XLA's convolution; 'matmul_gradient' for XLA's convolution with the kernel's gradient as
       matrix products, and the input's at stride 2 without dilation; 'matmul' for one matrix product over the nine
-      shifted inputs, which stays a (batched) matrix product under `vmap` over kernels, where the others become grouped convolutions.
+      shifted inputs, which stays a (batched) matrix product under `vmap` over kernels, where the others become grouped
+      convolutions.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
