@@ -203,7 +203,7 @@ class Diamond:
 
 def main() -> None:
   """Measures and writes."""
-  repo = _repository()
+  repo = repository()
   try:
     import torch
   except ImportError:
@@ -254,7 +254,8 @@ def main() -> None:
   print(f"written to {path}")
 
 
-def _repository() -> pathlib.Path:
+def repository() -> pathlib.Path:
+  """Returns the clone that --diamond_repo names."""
   if not _REPO.value:
     raise UserError("--diamond_repo is missing: git clone https://github.com/eloialonso/diamond and name the clone")
   repo = pathlib.Path(_REPO.value).expanduser().absolute()

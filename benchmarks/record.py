@@ -32,7 +32,11 @@ def seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 1) -> li
 
 
 def in_turn(
-  cases: Sequence[Mapping[str, Callable[[], Any]]], *, repeats: int, warmup: int = 1
+  cases: Sequence[Mapping[str, Callable[[], Any]]],
+  *,
+  repeats: int,
+  warmup: int = 1,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, list[float]]]:
   """Times calls that wait for their results, those of the same name in turn.
 
@@ -42,6 +46,7 @@ def in_turn(
     cases: calls by name, the same names in every case.
     repeats: rounds that are counted.
     warmup: rounds before them.
+    clock: what tells the time, in seconds.
 
   Returns:
     The seconds of every round, by case and name.
@@ -50,10 +55,10 @@ def in_turn(
   for i in range(warmup + repeats):
     for name in cases[0]:
       for case, taken in zip(cases, times, strict=True):
-        start = time.perf_counter()
+        start = clock()
         case[name]()
         if i >= warmup:
-          taken[name].append(time.perf_counter() - start)
+          taken[name].append(clock() - start)
   return times
 
 

@@ -113,6 +113,10 @@ class Case:
     """Samples `--frames` successive frames for a batch, and waits."""
     return jax.block_until_ready(self._sampler(self._state.params, self._keys))
 
+  def text(self, name: str) -> str:
+    """Returns what XLA compiled to sample, or for the updates."""
+    return (self._sampler if name == "sampling" else self._epoch).as_text()
+
   def calls(self) -> dict[str, Callable[[], Any]]:
     """What is timed: sampling, and `--updates` updates of every phase."""
     updates: dict[str, Callable[[], Any]] = {

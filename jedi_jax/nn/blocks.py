@@ -79,8 +79,9 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
     kernel: [3, 3, I, O] of the same dtype.
     stride: 1 or 2.
     lowering: 'lax' for XLA's convolution; 'matmul_gradient' for XLA's convolution with the kernel's gradient as
-      matrix products; 'matmul' for one matrix product over the nine shifted inputs, which stays a (batched) matrix
-      product under `vmap` over kernels, where the others become grouped convolutions.
+      matrix products, and the input's at stride 2 without dilation; 'matmul' for one matrix product over the nine
+      shifted inputs, which stays a (batched) matrix product under `vmap` over kernels, where the others become grouped
+      convolutions.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
@@ -128,21 +129,56 @@ def _conv_matmul_gradient(x: Array, kernel: Array, stride: int) -> Array:
 def _stride_1_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
   x, kernel = residuals
   gradient = _conv(cotangent, jnp.flip(kernel, (0, 1)).swapaxes(2, 3), 1)
-  # One product for each row of the kernel, over the cotangent shifted by each of its columns: of the ways to share
-  # the nine taps among products this was the fastest, and it compiles to a third of the code of nine.
-  height, width = x.shape[1:3]
-  rows = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
-  padded = jnp.pad(cotangent, ((0, 0), (0, 0), (1, 1), (0, 0)))
-  columns = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], axis=-1)
-  taps = jnp.stack([jnp.einsum("bhwi,bhwo->io", rows[:, i : i + height], columns) for i in range(3)])
-  return gradient, taps.reshape(3, x.shape[-1], 3, cotangent.shape[-1]).swapaxes(1, 2)
+
+  def taps(x: Array, cotangent: Array) -> Array:
+    # The kernel's rows shift the input, its columns the cotangent: one product of 3 I x 3 O instead of 9 I x O.
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+    rows = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
+    padded = jnp.pad(cotangent, ((0, 0), (0, 0), (1, 1), (0, 0)))
+    columns = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], axis=-1)
+    return jnp.einsum("bhwi,bhwo->io", rows, columns)
+
+  shares = _sum_over_images(taps, x, cotangent)
+  return gradient, shares.reshape(3, x.shape[-1], 3, cotangent.shape[-1]).swapaxes(1, 2)
 
 
 def _stride_2_backward(residuals: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
   x, kernel = residuals
-  (gradient,) = jax.linear_transpose(lambda y: _conv(y, kernel, 2), x)(cotangent)
-  taps = [jnp.einsum("bhwi,bhwo->io", tap, cotangent) for tap in _shifted(x, 2)]
-  return gradient, jnp.stack(taps).reshape(kernel.shape)
+  height, width, channels = x.shape[1:]
+  # A block of 2 x 2 inputs meets 2 x 2 outputs, so its gradient is a 2 x 2 convolution to four times the channels.
+  # XLA would convolve a cotangent spread with zeros, which its CPU backend does in a plain loop.
+  phases = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(2, 2, 2, 2, channels, -1)[::-1, :, ::-1]
+  phases = phases.transpose(0, 2, 5, 1, 3, 4).reshape(2, 2, -1, 4 * channels)
+  squares = lax.conv_general_dilated(
+    cotangent, phases, (1, 1), ((0, 1), (0, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
+  gradient = spread_patches(squares, 2)[:, :height, :width]
+
+  def taps(x: Array, cotangent: Array) -> Array:
+    return jnp.einsum("bhwi,bhwo->io", jnp.concatenate(_shifted(x, 2), axis=-1), cotangent)
+
+  return gradient, _sum_over_images(taps, x, cotangent).reshape(kernel.shape)
+
+
+_CACHED_POSITIONS = 8192
+"""Positions of a cotangent whose share of a kernel's gradient is computed at a time."""
+
+
+def _sum_over_images(function: Callable[[Array, Array], Array], x: Array, cotangent: Array) -> Array:
+  """Sums a function of the images over the batch, some images at a time.
+
+  A product over positions needs its left side transposed, and XLA writes that out; for a whole batch of large images
+  this goes to memory and back several times, for a few of them it stays in the cache.
+  """
+  batch, height, width = cotangent.shape[:3]
+  most = max(1, _CACHED_POSITIONS // (height * width))
+  images = max(n for n in range(1, most + 1) if batch % n == 0)
+  if images == batch:
+    return function(x, cotangent)
+  x, cotangent = (value.reshape(-1, images, *value.shape[1:]) for value in (x, cotangent))
+  start = jnp.zeros_like(jax.eval_shape(function, x[0], cotangent[0]))
+  return lax.scan(lambda total, pair: (total + function(*pair), None), start, (x, cotangent))[0]
 
 
 _conv_stride_1.defvjp(lambda x, kernel: (_conv(x, kernel, 1), (x, kernel)), _stride_1_backward)

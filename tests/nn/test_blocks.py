@@ -84,6 +84,18 @@ def test_lowerings_agree_in_value_and_gradients(size, stride):
       np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_gradient_does_not_depend_on_how_many_images_are_taken_at_a_time(stride, monkeypatch):
+  x, kernel, weights = operands((5, 4), stride)
+  x, weights = (jnp.concatenate([value, 2 * value, -value]) for value in (x, weights))  # Six images.
+  expected = value_and_gradients(x, kernel, weights, stride=stride, lowering="lax")
+  for positions in (1, 3 * weights[0, ..., 0].size, 5 * weights[0, ..., 0].size):  # One, three and three of them.
+    monkeypatch.setattr(blocks, "_CACHED_POSITIONS", positions)
+    actual = value_and_gradients(x, kernel, weights, stride=stride, lowering="matmul_gradient")
+    for a, e in zip(actual, expected, strict=True):
+      np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_lowerings_can_be_mapped_over_kernels(stride, lowering):
