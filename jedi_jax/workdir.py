@@ -131,6 +131,35 @@ def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
+def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> None:
+  """Refuses a directory whose run is another one; nothing is made.
+
+  Args:
+    directory: which may be missing.
+    config: the configuration that is asked for.
+    spec: of its environment.
+
+  Raises:
+    UserError: if the directory holds a run of another configuration.
+  """
+  path = locate(directory)
+  if (path / "config.json").exists():
+    old = read(path)
+    different = config_lib.differences(old.config, config)
+    if different:
+      raise UserError(
+        f"{path} holds a run of another configuration ({'; '.join(different)}): "
+        "take another --workdir, or start anew with --overwrite"
+      )
+    if old.spec != spec:
+      raise UserError(
+        f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
+        "use the EnvPool version that it was started with, or start anew with --overwrite"
+      )
+  elif (path / "checkpoints").exists():
+    raise UserError(f"{path} has checkpoints but no config.json to tell whose: take another --workdir, or --overwrite")
+
+
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
   """Opens the directory of a new or interrupted run, which should be `locked` by who trains in it.
 
@@ -151,22 +180,9 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         shutil.rmtree(target)
       else:
         target.unlink(missing_ok=True)
+  check(path, config, spec)
   if (path / "config.json").exists():
-    old = read(path)
-    different = config_lib.differences(old.config, config)
-    if different:
-      raise UserError(
-        f"{path} holds a run of another configuration ({'; '.join(different)}): "
-        "take another --workdir, or start anew with --overwrite"
-      )
-    if old.spec != spec:
-      raise UserError(
-        f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
-        "use the EnvPool version that it was started with, or start anew with --overwrite"
-      )
-    return old
-  if (path / "checkpoints").exists():
-    raise UserError(f"{path} has checkpoints but no config.json to tell whose: take another --workdir, or --overwrite")
+    return read(path)
   write_json(
     path / "config.json",
     {

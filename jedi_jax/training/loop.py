@@ -136,7 +136,9 @@ def train_packed(
     return [{}]
   with contextlib.ExitStack() as stack:
     leader = stack.enter_context(hosts.Leader(devices))  # First: the others are dismissed if a lock is refused.
-    for directory in directories:
+    for directory, config, spec in zip(directories, configs, specs, strict=True):
+      if not overwrite:
+        workdir.check(directory, config, spec)  # Before the lock's file is made.
       stack.enter_context(workdir.locked(directory))
     return _lead(configs, directories, specs, overwrite, devices, leader, say, interruption or Interruption())
 
