@@ -79,7 +79,7 @@ def main() -> None:
     print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows how they stand")
     return
   pool = sweeping.Pool(packs, train, workers=_WORKERS.value)
-  with on_signals(grace=0.0) as interruption, contextlib.closing(pool):
+  with on_signals(grace=0.0, margin=60.0) as interruption, contextlib.closing(pool):
     while pool.step():
       if interruption.asked:
         raise interruption.leave("with its runs")

@@ -16,6 +16,7 @@ each in <workdir>/<game>/seed_<n>, as if it had been trained alone, and to be co
 trains one run on the devices of all tasks; the first has the workdir. Of several runs every task takes its share.
 """
 
+import math
 import pathlib
 
 from absl import flags
@@ -52,7 +53,11 @@ _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its 
 _FIT = flags.DEFINE_bool("fit", False, "Prints what one run takes of a device and how many runs fit, and exits.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many devices of each process; 0 for all.", lower_bound=0)
 _GRACE = flags.DEFINE_float(
-  "grace", 8.0, "Seconds to finish the epoch after SIGTERM or Ctrl-C; then the run stops where it is.", lower_bound=0.0
+  "grace",
+  8.0,
+  "Seconds to finish the epoch after SIGTERM or Ctrl-C; then the run stops where it is.",
+  lower_bound=0.0,
+  upper_bound=86_400.0,
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "This is one of several processes, and the cluster (SLURM, a TPU pod) tells which one."
@@ -85,6 +90,8 @@ def main() -> None:
     print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
     print(f"runs that fit: {found.fit}")
     return
+  if math.isnan(_GRACE.value):  # Which no bound keeps out.
+    raise jedi_jax.UserError("--grace=nan is no number of seconds")
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")
   out = pathlib.Path(_WORKDIR.value)

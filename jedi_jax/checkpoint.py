@@ -222,11 +222,13 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
   wanted = _flatten(target)
   try:
     saved = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
-    sums = np.asarray(saved.pop(_CHECKSUMS, ()))
+    sums = saved.pop(_CHECKSUMS, None)
     saved = {name: np.asarray(value) for name, value in saved.items()}
   except Exception as error:  # Orbax and its storage raise many kinds.
     raise UserError(f"{where} cannot be read ({_reason(error)})") from None
-  if not np.array_equal(sums, _checksums(saved)):
+  if sums is None:
+    raise UserError(f"{where} has no checksums: an older version wrote it, or it is damaged")
+  if not np.array_equal(np.asarray(sums), _checksums(saved)):
     raise UserError(f"{where} is damaged: its {item} are not what was written")
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
@@ -257,7 +259,7 @@ def _with_checksums(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def _checksums(arrays: Mapping[str, Any]) -> np.ndarray:
   """CRC-32 of each array, in the order of their sorted names."""
   views = (np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in sorted(arrays))
-  return np.asarray([zlib.crc32(data.tobytes()) for data in views], np.uint32)
+  return np.asarray([zlib.crc32(view.data) for view in views], np.uint32)
 
 
 def _flatten(tree: Any) -> Mapping[str, Any]:

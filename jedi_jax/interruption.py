@@ -15,6 +15,7 @@ INTERRUPTED_STATUS = 75
 """Exit status of a run that was told to stop: EX_TEMPFAIL of sysexits.h, to be tried again."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME = 3.0  # Seconds after the first signal in which others are taken for the same.
 
 
 class Interruption:
@@ -28,7 +29,7 @@ class Interruption:
   def __init__(self, grace: float = 0.0, margin: float = 2.0):
     self.grace, self.margin = grace, margin
     self._reason = ""
-    self._deadline = float("inf")
+    self._since = self._deadline = float("inf")
     self._leaving = threading.Event()
 
   @property
@@ -46,9 +47,18 @@ class Interruption:
     """Whether the run is on its way out: it takes no more steps and finishes what it writes."""
     return self._leaving.is_set()
 
+  @property
+  def repeats(self) -> bool:
+    """Whether a signal now would be the same one once more, as schedulers tell a program and its parent at once."""
+    return 0.0 <= time.monotonic() - self._since < _SAME
+
   def ask(self, reason: str) -> None:
-    """Tells the run to stop; the second time without finishing its epoch."""
-    self._deadline = time.monotonic() + (0.0 if self._reason else self.grace)
+    """Tells the run to stop; the second time, some seconds later, without finishing its epoch."""
+    if self.repeats:
+      return
+    now = time.monotonic()
+    self._since = min(self._since, now)
+    self._deadline = now + (0.0 if self._reason else self.grace)
     self._reason = reason
 
   def check(self) -> None:
@@ -67,18 +77,19 @@ class Interruption:
 
 
 @contextlib.contextmanager
-def on_signals(grace: float) -> Iterator[Interruption]:
+def on_signals(grace: float, margin: float = 2.0) -> Iterator[Interruption]:
   """A context in which SIGTERM and SIGINT ask a run to stop, in the main thread of a program.
 
   Python runs a signal's handler between its own instructions, and a call of the device is none, so a thread hears of
-  the signal. If the run reaches no point where it can stop until two seconds after the grace (a long call, or a
-  compilation), the process ends there with `INTERRUPTED_STATUS`: all that counts is in the last checkpoint, and that is
-  whole at any moment. So does a signal to a run that is already leaving.
+  the signal. If the run reaches no point where it can stop until some seconds after the grace (a long call, or a
+  compilation), the process ends there with `INTERRUPTED_STATUS`: the last checkpoint is whole at any moment. So does
+  another signal, three seconds after the first or later, to a run that is already leaving.
 
   Args:
     grace: seconds that the run may take to finish its epoch.
+    margin: seconds beyond.
   """
-  interruption = Interruption(grace)
+  interruption = Interruption(grace, margin)
   reader, writer = os.pipe()
   os.set_blocking(writer, False)
   done = threading.Event()
@@ -89,7 +100,7 @@ def on_signals(grace: float) -> Iterator[Interruption]:
       left = max(interruption.seconds_left + interruption.margin, 0.0) if waits else None
       heard, _, _ = select.select([reader], [], [], left)
       number = os.read(reader, 1)[0] if heard else 0
-      if number in SIGNALS and not interruption.leaving:
+      if number in SIGNALS and (interruption.repeats or not interruption.leaving):
         interruption.ask(signal.Signals(number).name)
       elif (number in SIGNALS or (not heard and not interruption.leaving)) and not done.is_set():
         print("stopped in a hurry; the same command continues the run from its last checkpoint", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Settings of the process: the compilation cache, its place among processes, and how programs meet their user."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -150,5 +151,6 @@ def run(main: Callable[[], None], description: str) -> None:
 
 
 def _refuse(message: str, status: int = USAGE_STATUS) -> None:
-  print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+  with contextlib.suppress(OSError):  # A log on a full disk; the status counts.
+    print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   sys.exit(status)

@@ -246,7 +246,8 @@ class Pool:
         log = path.open("ab")
       except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-      process = subprocess.Popen(command(pack, self._train), stdout=log, stderr=subprocess.STDOUT)
+      # A group of its own: Ctrl-C in the terminal reaches the run through `close` alone, and once.
+      process = subprocess.Popen(command(pack, self._train), stdout=log, stderr=subprocess.STDOUT, process_group=0)
       self._running.append((process, log))
     return bool(self._running)
 

@@ -100,6 +100,8 @@ def _epoch_of(line: str) -> float:
 class Progress:
   """One line that is rewritten on a terminal; elsewhere a plain line every so often.
 
+  A stream that takes nothing any more (a log on a full disk, a closed terminal) is no reason to end a run.
+
   Args:
     stream: where to write.
     interval: seconds between plain lines.
@@ -114,13 +116,16 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Writes a line that stays."""
-    self._clear()
-    print(text, file=self._stream, flush=True)
+    with contextlib.suppress(OSError):
+      self._clear()
+      print(text, file=self._stream, flush=True)
 
   def show(self, task: str, done: int, total: int, detail: str = "") -> None:
     """Shows how far a task is; `done` and `total` count the same thing."""
-    share = done / max(total, 1)
-    text = f"{task} {done:,}/{total:,}" + (f" {detail}" if detail else "")
+    with contextlib.suppress(OSError):
+      self._show(f"{task} {done:,}/{total:,}" + (f" {detail}" if detail else ""), done / max(total, 1))
+
+  def _show(self, text: str, share: float) -> None:
     if self._live:
       width = min(os.get_terminal_size(self._stream.fileno()).columns or 80, 200)
       filled = round(20 * min(share, 1.0))

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -97,24 +98,26 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     directory: made if it does not exist.
 
   Raises:
-    UserError: if another process has the lock, or the directory cannot be made.
+    UserError: if another process has the lock, or there is none to be had.
   """
   path = _make(directory)
   with contextlib.ExitStack() as stack:
     try:
-      file = stack.enter_context((path / ".lock").open("a+"))
+      # Not buffered: of a write that fails on a full disk nothing is left for closing to write.
+      file = stack.enter_context((path / ".lock").open("ab+", buffering=0))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       file.seek(0)
-      owner = file.read().strip() or "another process"
+      owner = file.read().decode(errors="replace").strip() or "another process"
       raise UserError(f"{path} is being trained by {owner}: wait for it, or take another --workdir") from None
     except OSError as error:
+      if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        raise UserError(f"{path / '.lock'} cannot be locked ({error.strerror}): take another --workdir") from None
       logging.warning("%s cannot be locked (%s): see to it that one process alone trains there", path, error.strerror)
     else:
       with contextlib.suppress(OSError):  # A full disk; the lock holds all the same.
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         stack.callback(file.truncate, 0)
     yield
 

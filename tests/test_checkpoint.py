@@ -244,7 +244,7 @@ def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(t
 def test_a_checkpoint_without_checksums_is_refused(tmp_path, monkeypatch):
   monkeypatch.setattr(checkpoint, "_with_checksums", dict)
   numbered(tmp_path, 1)
-  refused(lambda: load_params(tmp_path, shapes(params())), "damaged")
+  refused(lambda: load_params(tmp_path, shapes(params())), "checkpoint 1", "has no checksums")
 
 
 def test_a_save_that_fails_keeps_what_there_was_and_the_next_succeeds(tmp_path, monkeypatch):

@@ -218,6 +218,31 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
   assert "cannot be locked (No locks available)" in caplog.text
 
 
+def test_a_lock_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+  def forbidden(*_):
+    raise OSError(errno.EACCES, "Permission denied")
+
+  monkeypatch.setattr(workdir.fcntl, "flock", forbidden)
+  refused(lambda: workdir.locked(tmp_path).__enter__(), ".lock cannot be locked (Permission denied)")
+
+
+def test_a_full_disk_does_not_mask_what_ended_a_run(tmp_path):
+  """A limit of no bytes a file stands for the disk."""
+  code = f"""
+import resource, signal
+from jedi_jax import errors, workdir
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+try:
+  with workdir.locked({str(tmp_path)!r}):
+    raise errors.UserError("what ended it")
+except errors.UserError as error:
+  print(error)
+"""
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+  assert done.stdout == "what ended it\n", done.stderr
+
+
 def test_a_json_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
   def full(self, text):
     self.touch()

@@ -76,7 +76,7 @@ def train(
     What result.json holds; nothing in a process that is not the first.
 
   Raises:
-    UserError: for what the user can mend; nothing has been overwritten then.
+    UserError: for what the user can mend; a mistake in what is asked overwrites nothing.
     TrainingError: if losses or gradients were not finite in too many updates in a row.
     Interrupted: if the run was told to stop.
   """
@@ -112,7 +112,7 @@ def train_packed(
     What each result.json holds.
 
   Raises:
-    UserError: for what the user can mend; nothing has been overwritten then.
+    UserError: for what the user can mend; a mistake in what is asked overwrites nothing.
     TrainingError: if the losses or gradients of a run were not finite in too many updates in a row. The others are
       trained to their ends first.
     Interrupted: if the runs were told to stop.
@@ -381,6 +381,7 @@ class Trainer:
   def close(self) -> None:
     """Finishes what is being written and frees the environments."""
     for run in self._runs:
+      self._written(run)
       run.close()
 
   def run_to_end(self) -> None:
@@ -419,13 +420,12 @@ class Trainer:
       for index in going:
         self._warn_of_collapse(index, values[index])
       asked = self._interruption.asked
+      # Left before the last save, which takes its time.
+      stopped = self._interruption.leave(f"after epoch {epoch}") if asked else None
       for index in going:
         if epoch % config.checkpoint.interval_epochs == 0 or self._runs[index].done or asked:
           self._save(index)
-      if asked:
-        stopped = self._interruption.leave(f"after epoch {epoch}")
-        for index in going:
-          self._written(index)
+      if stopped:
         raise stopped
       for index in going:
         if self._runs[index].done:
@@ -547,11 +547,12 @@ class Trainer:
       skipped = self._devices.to_host(self._state.skipped, index)
       for name, count in skipped.items():
         if count > self._config.training.max_skipped and not run.done:
+          self._written(run)
           saved = "no checkpoint" if run.saved is None else f"checkpoint {run.saved}"
           run.failure = (
             f"{run.workdir.path}: the loss or gradient of {name} was not finite in {count} updates in a row, in epoch "
-            f"{run.progress.epoch + 1}; {saved} was saved before: lower {name}.optimizer.learning_rate or "
-            f"max_grad_norm, or see docs/reliability.md"
+            f"{run.progress.epoch + 1}; {saved} was saved before: the same command tries again from there; else start "
+            f"anew (--overwrite) with a lower {name}.optimizer.learning_rate or max_grad_norm"
           )
           self._say.say(run.failure)
 
@@ -561,7 +562,7 @@ class Trainer:
     std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
     if std is None or rank is None:
       return
-    collapsed = std < bounds.collapse_std or rank < bounds.collapse_rank
+    collapsed = not (std >= bounds.collapse_std and rank >= bounds.collapse_rank)  # So is what is no number.
     if collapsed != run.collapsed:
       place = f"{run.workdir.path}: " if self._devices.packed else ""
       what = "WARNING: the latents have collapsed" if collapsed else "the latents have recovered"
@@ -606,9 +607,10 @@ class Trainer:
     results = self._evaluate(index, episodes=self._config.evaluation.interval_episodes, purpose=Purpose.EVALUATION)
     mean = float(np.mean([result.return_ for result in results]))
     if mean > run.progress.best:
-      run.progress = run.progress._replace(best=mean)
       with self._warned_of():
         run.best.save(run.progress.epoch, params=self._devices.to_host(self._state.params, index))
+        run.best.wait()  # It is the best once it is written.
+        run.progress = run.progress._replace(best=mean)
     return {
       "evaluation/return": mean,
       "evaluation/length": float(np.mean([result.length for result in results])),
@@ -635,12 +637,10 @@ class Trainer:
       "seconds": seconds,
       "runs_together": len(self._runs),
     }
-    # A run with a result has its last checkpoint, and the best.
-    run.latest.wait()
+    self._written(run)  # A run with a result has its last checkpoint.
     if run.latest.latest() != run.progress.epoch:  # There was no room for it before the games.
       self._write(index)
       run.latest.wait()
-    run.best.wait()
     workdir.write_json(run.workdir.result, result)
     score = result["human_normalized_score"]
     self._say.say(
@@ -684,10 +684,11 @@ class Trainer:
   def _save(self, index: int) -> None:
     """Saves a run, unless its newest updates were skipped; a failure is told, and the run goes on without."""
     run = self._runs[index]
-    self._written(index)  # The one before.
+    self._written(run)  # The one before.
     skipped = self._devices.to_host(self._state.skipped, index)
-    if any(skipped.values()) and not run.done:
-      names = " and ".join(name for name, count in skipped.items() if count)
+    later = self._counts(self._config.training.updates)  # A phase that only the first epoch has may end with skips.
+    names = " and ".join(name for name, count in skipped.items() if count and later[name])
+    if names and not run.done:
       self._say.say(f"epoch {run.progress.epoch} is not saved: the last updates of {names} were not finite")
       return
     with self._warned_of():
@@ -701,9 +702,8 @@ class Trainer:
     except checkpoint.SaveError as error:
       self._say.say(f"WARNING: {error}")
 
-  def _written(self, index: int) -> None:
+  def _written(self, run: _Run) -> None:
     """Waits until what is being saved of a run is written, and tells of it if it cannot be."""
-    run = self._runs[index]
     for checkpoints in (run.latest, run.best):
       with self._warned_of():
         checkpoints.wait()
