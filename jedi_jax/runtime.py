@@ -146,8 +146,19 @@ def run(main: Callable[[], None], description: str) -> None:
       _refuse(str(error), FAILED_STATUS)
     except Interrupted as stopped:
       _refuse(str(stopped), INTERRUPTED_STATUS)
+    finally:
+      _drain()
 
   app.run(guarded, flags_parser=parse)
+
+
+def _drain() -> None:
+  """Lets go of what a full disk or a closed pipe does not take, which would change the status at the very end."""
+  for stream in (sys.stdout, sys.stderr):
+    try:
+      stream.flush()
+    except OSError:
+      os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _refuse(message: str, status: int = USAGE_STATUS) -> None:

@@ -90,3 +90,18 @@ def test_a_later_signal_to_a_run_that_is_leaving_ends_it_but_not_the_same_one_tw
   assert status == INTERRUPTED_STATUS
   assert 3.7 < seconds < 12.0
   assert said.count("\n") == 1
+
+
+SAYING = """
+from jedi_jax import errors, runtime, telemetry
+def main():
+  telemetry.Progress().say("a line")
+  raise errors.Interrupted("stopped")
+runtime.run(main, "")
+"""
+
+
+def test_a_status_is_kept_where_nothing_can_be_said():
+  with open("/dev/full", "w") as full:
+    done = subprocess.run([sys.executable, "-c", SAYING], stdout=full, stderr=full, check=False)
+  assert done.returncode == INTERRUPTED_STATUS
