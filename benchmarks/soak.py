@@ -1,22 +1,27 @@
 """Trains and evaluates for half an hour and watches what the process holds: nothing may grow.
 
   python benchmarks/soak.py --minutes=30 --figure=benchmarks/results/soak_cpu.png
+  python benchmarks/soak.py --minutes=0 --resets=0 --saves=300 --name=soak_saves_cpu
 
 A run of preset debug (tiny networks, so that much happens in the time) collects, trains, evaluates, writes
 its records and saves, and is told to stop when the time is over. Every evaluation makes and closes environments of its
 own. Then environments are made, reset, stepped and closed --resets times. Sampled after every epoch, and with every
-tenth reset: resident memory, open files, threads, and the bytes of live arrays on the device.
+tenth reset: resident memory, open files, threads, and the bytes of live arrays on the device. With --saves a checkpoint
+of 150 small arrays and a large one is written so many times, and after every tenth the C library is also told to give
+back what is free (`malloc_trim`): what stays is in use.
 
 Growth is the slope of a line through the samples after the first fifth of the time (caches fill at first), in an hour,
 and the difference of the medians of the last and of the second fifth. Written to
 benchmarks/results/soak_<platform>.json.
 """
 
+import ctypes
 import os
 import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,12 +32,15 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import envs, figures, runtime, telemetry, workdir
+from jedi_jax.checkpoint import Checkpoints
 from jedi_jax.interruption import Interruption
 from jedi_jax.training.parallel import Devices
 
 _ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment.")
-_MINUTES = flags.DEFINE_float("minutes", 30.0, "Of training.", lower_bound=0.1)
-_RESETS = flags.DEFINE_integer("resets", 1_000, "Environments to make, reset and close.", lower_bound=10)
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Of training.", lower_bound=0.0)
+_RESETS = flags.DEFINE_integer("resets", 1_000, "Environments to make, reset and close.", lower_bound=0)
+_SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints to write.", lower_bound=0)
+_NAME = flags.DEFINE_string("name", None, "Name of the record; soak_<platform> if left out.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting of preset debug; may be repeated.")
 _FIGURE = flags.DEFINE_string("figure", None, "Where the figure is drawn.")
 
@@ -76,6 +84,21 @@ class _Watch(telemetry.Progress):
 def main() -> None:
   """Runs and writes."""
   started = record.machine()
+  rows = [
+    *(_train() if _MINUTES.value else ()),
+    *(_reset() if _RESETS.value else ()),
+    *(_save() if _SAVES.value else ()),
+  ]
+  columns = dict.fromkeys(name for row in rows for name in row if name != "samples")
+  print(record.table(rows, list(columns)))
+  name = _NAME.value or f"soak_{jax.default_backend()}"
+  print(f"written to {record.write(name, rows, started=started)}")
+  if _FIGURE.value:
+    _draw(rows, pathlib.Path(_FIGURE.value))
+
+
+def _train() -> Iterator[dict[str, Any]]:
+  """Trains until the time is over."""
   config = config_lib.make_config(
     env=_ENV.value,
     preset="debug",
@@ -92,20 +115,39 @@ def main() -> None:
       print(stopped)
     records = workdir.read_metrics(pathlib.Path(directory, "metrics.jsonl"))
   evaluations = sum("evaluation/return" in values for values in records)
-  rows = [summary("training and evaluation", watch.samples, epochs=len(watch.samples), evaluations=evaluations)]
-  resets = _Watch(interruption, 0.0)
+  yield summary("training and evaluation", watch.samples, epochs=len(watch.samples), evaluations=evaluations)
+
+
+def _reset() -> Iterator[dict[str, Any]]:
+  """Makes, resets, steps and closes environments."""
+  watch = _Watch(Interruption(), 0.0)
   for done in range(1, _RESETS.value + 1):
     env = envs.make(_ENV.value, num_envs=2, seed=done, life_loss_ends=True, max_episode_steps=100)
     env.reset()
     env.step(np.zeros(2, np.int32))
     env.close()
     if done % 10 == 0:
-      resets.sample()
-  rows.append(summary("resets of environments", resets.samples, resets=_RESETS.value))
-  print(record.table(rows, [name for name in rows[0] if name != "samples"]))
-  print(f"written to {record.write(f'soak_{jax.default_backend()}', rows, started=started)}")
-  if _FIGURE.value:
-    _draw(rows, pathlib.Path(_FIGURE.value))
+      watch.sample()
+  yield summary("resets of environments", watch.samples, resets=_RESETS.value)
+
+
+def _save() -> Iterator[dict[str, Any]]:
+  """Writes checkpoints, before and after what is free was given back."""
+  watch, trimmed = _Watch(Interruption(), 0.0), _Watch(Interruption(), 0.0)
+  state: dict[str, np.ndarray] = {str(i): np.full((100, 10), 0.1 * i) for i in range(150)}
+  state["large"] = np.zeros(10**7, np.uint8)
+  with tempfile.TemporaryDirectory() as directory:
+    checkpoints = Checkpoints(directory, keep=2)
+    for done in range(1, _SAVES.value + 1):
+      checkpoints.save(done, params={"x": np.zeros(100)}, state=state)
+      checkpoints.wait()
+      if done % 10 == 0:
+        watch.sample()
+        ctypes.CDLL(None).malloc_trim(0)
+        trimmed.sample()
+    checkpoints.close()
+  yield summary("saves", watch.samples, saves=_SAVES.value)
+  yield summary("saves, what is free given back", trimmed.samples, saves=_SAVES.value)
 
 
 def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
@@ -133,8 +175,9 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     grid[0, column].set_title(row["what"])
     grid[-1, column].set_xlabel("minutes")
     for axes, name in zip(grid[:, column], names, strict=True):
-      axes.plot(minutes, [sample[name] for sample in row["samples"]], linewidth=1)
-      axes.set_ylim(bottom=0)
+      values = [sample[name] for sample in row["samples"]]
+      axes.plot(minutes, values, linewidth=1)
+      axes.set_ylim(0, 1.1 * max(values))
       axes.set_ylabel(name)
   figure.tight_layout()
   figures.save(figure, path)
