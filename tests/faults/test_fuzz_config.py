@@ -3,7 +3,10 @@
 The strategy walks the typed fields of the configuration records, so that a new setting is fuzzed without a word here.
 Some of the examples hold plausible values alone, the others bad ones among them; about a third is accepted. All that
 are accepted are built, and the update of every phase is traced (`jax.eval_shape`): that is the whole epoch but for its
-loops, which trace the same updates twice. Compiling takes the more, so only some are trained in earnest.
+loops, which trace the same updates twice. Compiling takes half a minute of a core each: six whole runs are trained, one
+of each variant, and by hand, outside of the group, a step of every accepted program that is small enough to be run:
+
+  JAX_DISABLE_MOST_OPTIMIZATIONS=1 python -m pytest -n 2 --dist load -m slow -rP tests/faults/test_fuzz_config.py
 
 Plausible values keep networks, batches and schedules small: a trace must take a second and a training of one epoch few.
 Bad values are as huge as they like. What the bounds of the settings let pass is traced whatever memory it would take,
@@ -17,6 +20,7 @@ from typing import NamedTuple
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -27,6 +31,7 @@ from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.models.variants import build
 from jedi_jax.training import memory
+from jedi_jax.training.epoch import make_epoch
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.updates import make_optimizers, make_update
 
@@ -264,8 +269,34 @@ class Found(NamedTuple):
   faults: list
 
 
-def fuzz(count):
-  """Makes so many configurations, the same ones every time, and traces what is accepted."""
+def weigh(config):
+  """Returns the bytes of a run's state and replay."""
+  model = build(config, SPEC)
+  return memory.size(memory.shapes(config, SPEC, model, make_optimizers(config, model.phases)))
+
+
+def step(config):
+  """Compiles the epoch and runs one update of each phase, on small random parameters and an empty replay."""
+  model = build(config, SPEC)
+  optimizers = make_optimizers(config, model.phases)
+  batch, ages = config.training.batch_size, config.replay.age_weights
+  epoch = make_epoch(model, optimizers, batch_size=batch, age_weights=ages)
+  generator = np.random.default_rng(0)
+  state, replay = (
+    jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in memory.shapes(config, SPEC, model, optimizers)
+  )
+  params = jax.tree.map(lambda x: (0.02 * generator.normal(size=x.shape)).astype(x.dtype), state.params)
+  counts = {phase.name: np.int32(1) for phase in model.phases}
+  after, sums = jax.device_get(jax.jit(epoch)(state.replace(params=params), replay, counts))
+  jax.clear_caches()
+  assert after.updates == counts
+  for name, metrics in sums.items():
+    assert all(np.all(np.isfinite(value)) for value in metrics.values()), (name, metrics)
+
+
+def fuzz(count, examine=None):
+  """Makes so many configurations, the same ones every time, and examines each accepted program (traces it if None)."""
+  examine = examine or trace
   found, traced = Found([], [], []), {}
 
   @hypothesis.settings(
@@ -283,7 +314,7 @@ def fuzz(count):
       config = make(variant, texts)
       key = program(config)
       if key not in traced:
-        traced[key] = trace(config)
+        traced[key] = examine(config)
         found.accepted.append((config, traced[key]))
       else:
         found.accepted.append((config, None))
@@ -354,3 +385,29 @@ def test_500_configurations_are_traced_or_refused_in_one_line(many):
 @pytest.mark.parametrize("index", range(6))
 def test_of_those_one_of_each_variant_trains_a_debug_step(many, index, tmp_path, quiet):
   train(trainable(many)[index], tmp_path / "run", quiet)
+
+
+PARTS = 2
+"""Parts that two workers share."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_every_accepted_program_of_500_configurations_trains_a_step(part):
+  found = fuzz(500, weigh)
+  assert not found.faults
+  programs = [(config, size) for config, size in found.accepted if size is not None]
+  small = [config for config, size in programs if size < 2**28]
+  print(f"{len(found.accepted)} accepted, {len(found.refused)} refused, {len(programs)} programs, {len(small)} small")
+  faults, done = [], 0
+  for config in small[part::PARTS]:
+    try:
+      step(config)
+      done += 1
+    except UserError as error:
+      done += len(str(error).splitlines()) == 1
+    except Exception as error:
+      faults.append((config_lib.differences(make(config.variant, {}), config), repr(error)[:500]))
+    print(f"part {part}: {done} of {len(small[part::PARTS])} trained a step, {len(faults)} failed", flush=True)
+
+  assert not faults
