@@ -6,6 +6,7 @@ which each sees its own shards of an array.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -150,6 +151,9 @@ class Devices:
       in_axes: 0 for distributed arguments, None for those that all share; one for all arguments, or a tuple.
       donate: positions of arguments whose memory the results may take.
     """
+    if self.count > 1 and self.devices[0].platform == "cpu":
+      # Programs of several CPU devices that are read back from JAX's cache on disk crash: from now on none is written.
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     if self.processes > 1:
       return self._map_over_processes(function, in_axes, donate)
     mapped = jax.vmap(function, in_axes=in_axes) if self.packed else function

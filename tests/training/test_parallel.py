@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,3 +149,25 @@ def test_runs_that_cannot_be_spread_evenly_are_refused():
   assert Devices.take(4).with_runs(3).count == 3
   assert Devices.take(4).with_runs(1).count == 4
   assert Devices.take(2).with_runs(8).runs == 8
+
+
+PROGRAM = """
+import pathlib, sys
+import jax
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+import numpy as np
+from jedi_jax.training.parallel import Devices
+for count in (1, 4):
+  devices = Devices.take(count)
+  ones = devices.distribute([np.ones(3, np.float32)])
+  before = len(list(pathlib.Path(sys.argv[1]).iterdir()))
+  jax.block_until_ready(devices.map(lambda x: x * count)(ones))
+  print(len(list(pathlib.Path(sys.argv[1]).iterdir())) > before)
+"""
+
+
+def test_programs_of_several_cpu_devices_are_not_kept_on_disk(tmp_path):
+  """Read back, they crash; see `Devices.map`."""
+  done = subprocess.run([sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, check=True)
+  assert done.stdout.split() == ["True", "False"]
