@@ -169,10 +169,10 @@ def test_a_run_that_fails_leaves_the_others_be(tiny, quiet, poisoned, tmp_path):
 def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path, quiet, monkeypatch):
   configs = [override(tiny.config, {"seed": seed}) for seed in range(3)]
   places = [tmp_path / str(config.seed) for config in configs]
-  for place in places:
+  for config, place in zip(configs, places, strict=True):
+    workdir.prepare(place, config, SPEC)
     for number in ("2", "4"):
       (place / "checkpoints" / "latest" / number).mkdir(parents=True)
-    workdir.write_json(place / "config.json", {})
   groups = []
 
   class Trainer:
@@ -191,6 +191,5 @@ def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path
       pass
 
   monkeypatch.setattr(loop, "Trainer", Trainer)
-  monkeypatch.setattr(workdir, "prepare", lambda path, config, spec, **_: workdir.Workdir(path, config, spec))
   loop.train_packed(configs, places, devices=tiny.devices(1), say=quiet)
   assert groups == [["0", "1", "2"], ["1"], ["0", "2"]]
