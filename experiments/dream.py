@@ -6,7 +6,6 @@ Every dream starts from real frames of games that were not trained on, and is im
 another look. A run without a probe decoder gets one now, fitted to the recorded games; the run is not changed.
 """
 
-import math
 import pathlib
 
 import jax
@@ -43,8 +42,6 @@ def main() -> None:
   out = pathlib.Path(_OUT.value)
   if out.suffix not in (".gif", ".mp4"):
     raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
-  if not math.isfinite(_FPS.value):
-    raise jedi_jax.UserError(f"--fps={_FPS.value} is not a number of steps")
   runtime.enable_compilation_cache()
   run = workdir.read(_WORKDIR.value)
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)

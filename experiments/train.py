@@ -16,7 +16,6 @@ each in <workdir>/<game>/seed_<n>, as if it had been trained alone, and to be co
 trains one run on the devices of all tasks; the first has the workdir. Of several runs every task takes its share.
 """
 
-import math
 import pathlib
 
 from absl import flags
@@ -90,8 +89,6 @@ def main() -> None:
     print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
     print(f"runs that fit: {found.fit}")
     return
-  if math.isnan(_GRACE.value):  # Which no bound keeps out.
-    raise jedi_jax.UserError("--grace=nan is no number of seconds")
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")
   out = pathlib.Path(_WORKDIR.value)

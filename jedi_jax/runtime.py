@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import pathlib
 import sys
@@ -130,6 +131,9 @@ def run(main: Callable[[], None], description: str) -> None:
       rest = flags.FLAGS(argv, known_only=False)
     except (flags.Error, ValueError, OSError) as error:  # The last are of absl's own flags, such as --flagfile.
       _refuse(" ".join(str(error).split()))
+    for name, flag in flags.FLAGS.flag_values_dict().items():
+      if isinstance(flag, float) and not math.isfinite(flag):  # absl's bounds let what is no number pass.
+        _refuse(f"--{name}={flag} is not a finite number")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at level INFO.
     if len(rest) > 1:

@@ -148,9 +148,9 @@ def look(run: PlannedRun) -> RunState:
     returns = [float(record[name]) for name in names for record in records if name in record]
     progress = min(float(records[-1]["env_steps"]) / run.config.collect.total_steps, 1.0)
     seconds = float(records[-1]["time/total_seconds"])
-  except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-    if isinstance(error, UserError):
-      raise
+  except UserError:
+    raise
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     raise UserError(f"{file} is not of a run ({type(error).__name__}): restore it, or remove the run") from None
   return RunState(run, "begun", progress, returns[-1] if returns else None, seconds)
 

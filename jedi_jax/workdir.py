@@ -134,13 +134,16 @@ def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
-def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> None:
+def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> Workdir | None:
   """Refuses a directory whose run is another one; nothing is made.
 
   Args:
     directory: which may be missing.
     config: the configuration that is asked for.
     spec: of its environment.
+
+  Returns:
+    The run that the directory holds, None where there is none.
 
   Raises:
     UserError: if the directory holds a run of another configuration.
@@ -159,8 +162,10 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> N
         f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
         "use the EnvPool version that it was started with, or start anew with --overwrite"
       )
-  elif (path / "checkpoints").exists():
+    return old
+  if (path / "checkpoints").exists():
     raise UserError(f"{path} has checkpoints but no config.json to tell whose: take another --workdir, or --overwrite")
+  return None
 
 
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
@@ -183,9 +188,9 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         shutil.rmtree(target)
       else:
         target.unlink(missing_ok=True)
-  check(path, config, spec)
-  if (path / "config.json").exists():
-    return read(path)
+  old = check(path, config, spec)
+  if old is not None:
+    return old
   write_json(
     path / "config.json",
     {

@@ -13,19 +13,27 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jedi_jax_tests_xla_")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-HOST_DEVICES = "--xla_force_host_platform_device_count"
-if HOST_DEVICES not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {HOST_DEVICES}=4".strip()
+
+
+def _set_xla_flag(name, value):
+  flags = os.environ.get("XLA_FLAGS", "")
+  if name not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
+
+
+_set_xla_flag("--xla_force_host_platform_device_count", 4)
 
 import chex
 import jax
 import numpy as np
 import pytest
+from torch_writer import Writer
 
 from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
 from jedi_jax import telemetry
 from jedi_jax.envs.catch import SPEC
+from jedi_jax.interop import torch_file
 from jedi_jax.models.variants import build
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import loop
@@ -80,6 +88,10 @@ def pytest_configure(config):
   if config.option.markexpr in _UNOPTIMISED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.
     jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+    # Read when the backend starts. Of 35 s of a core for the tiny epoch 11 s are left; JAX 0.11 lacks the second flag.
+    _set_xla_flag("--xla_cpu_parallel_codegen_split_count", 1)
+    if jax.__version_info__ < (0, 11):
+      _set_xla_flag("--xla_cpu_use_fusion_emitters", "false")
 
 
 def pytest_unconfigure():
@@ -101,6 +113,11 @@ class Tiny:
     self.optimizers = make_optimizers(self.config, self.model.phases)
     self.init = jax.jit(make_init(self.model, self.optimizers))
     self._epochs = {}
+
+  def flags(self, **changes):
+    """The command line's words for this configuration, with other settings besides, but for the workdir."""
+    written = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in {**_TINY, **changes}.items()}
+    return ["--env=catch", "--preset=debug", "--devices=1", *(f"--set={k}={v}" for k, v in written.items())]
 
   def devices(self, count=1):
     assert len(jax.local_devices()) >= count, "the tests force four host devices before JAX starts"
@@ -257,6 +274,13 @@ def snapshot():
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
   return read
+
+
+@pytest.fixture
+def pt(tmp_path_factory, monkeypatch):
+  """Writes `.pt` files; they are read back by the reader that needs no torch."""
+  monkeypatch.setattr(torch_file, "_torch_is_safe", lambda: False)
+  return Writer(tmp_path_factory.mktemp("pt"), monkeypatch)
 
 
 @pytest.fixture

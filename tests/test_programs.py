@@ -20,13 +20,9 @@ SCALING, AGAINST_TORCH, TPU_COMPILE = (
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
 
-def text(value):
-  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
 @pytest.fixture(scope="module")
 def tiny_flags(tiny):
-  return [*FINE[:-1], *(f"--set={name}={text(value)}" for name, value in tiny.overrides.items())]
+  return tiny.flags()
 
 
 def command(*argv, cwd=None):

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ def read_run(path: pathlib.Path) -> Run:
   Raises:
     UserError: if the file cannot be read or is no result.
   """
-  result = _guarded(path, workdir.read_json)
+  result = workdir.read_json(path)
   try:
     env, variant, preset = (str(result[name]) for name in ("env", "variant", "preset"))
     score = float(result["mean_return"])
@@ -81,7 +81,7 @@ def read_run(path: pathlib.Path) -> Run:
   except (KeyError, TypeError, ValueError, OverflowError) as error:
     reason = (str(error).splitlines() or [""])[0][:200]
     raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {reason})") from None
-  if not abs(score) < _MOST:
+  if not abs(score) < scores_lib.BEYOND:
     raise UserError(f"{path} has a mean return of {score}")
   for name in (env, variant, preset):
     if not name.isprintable() or not 0 < len(name) <= _LONGEST:
@@ -89,32 +89,20 @@ def read_run(path: pathlib.Path) -> Run:
   return dataclasses.replace(run, curve=_curve(path.with_name("metrics.jsonl")))
 
 
-_MOST = 1e15
-"""No game gives such a return; sums and squares of smaller ones stay finite."""
 _LONGEST = 200
-
-
-def _guarded(path: pathlib.Path, read: Callable[[pathlib.Path], Any]) -> Any:
-  """Reads a file; what no text and no nesting of sense is in is refused like other damage."""
-  try:
-    return read(path)
-  except (ValueError, RecursionError) as error:
-    if isinstance(error, UserError):
-      raise
-    raise UserError(f"{path} cannot be read ({type(error).__name__})") from None
 
 
 def _curve(path: pathlib.Path) -> tuple[tuple[int, int, float], ...]:
   if not path.exists():
     return ()
-  records = _guarded(path, workdir.read_metrics)
+  records = workdir.read_metrics(path)
   try:
     records = [record for record in records if "evaluation/return" in record]
     points = tuple((int(r["env_steps"]), int(r["frames"]), float(r["evaluation/return"])) for r in records)
   except (KeyError, TypeError, ValueError, OverflowError) as error:
     reason = (str(error).splitlines() or [""])[0][:200]
     raise UserError(f"{path} is not the metrics of a run ({type(error).__name__}: {reason})") from None
-  if not all(abs(x) < _MOST for point in points for x in point):
+  if not all(abs(x) < scores_lib.BEYOND for point in points for x in point):
     raise UserError(f"{path} has an evaluation that is not a finite number")
   return points
 

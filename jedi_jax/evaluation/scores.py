@@ -17,6 +17,8 @@ import numpy as np
 
 from jedi_jax.errors import UserError, nearest
 
+BEYOND = 1e15
+"""No game gives such scores; sums and squares of smaller ones stay finite."""
 _ATARI = "atari/"
 _FILE: Any = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json")
 
@@ -307,7 +309,7 @@ def _check(table: Any) -> None:
   """Raises one of several errors where the published scores lack something or hold what is no score."""
 
   def numbers(values: Any) -> None:
-    if not all(type(value) in (int, float) and abs(value) < _MOST for value in values):
+    if not all(type(value) in (int, float) and abs(value) < BEYOND for value in values):
       raise ValueError("a score is not a number")
 
   def known(names: Any) -> None:
@@ -334,7 +336,3 @@ def _check(table: Any) -> None:
       numbers(values)
     for kind in ("published", "aggregates_reported"):
       numbers((entry.get(kind) or {}).values())
-
-
-_MOST = 1e15
-"""No game gives such scores; sums and squares of smaller ones stay finite."""

@@ -7,7 +7,6 @@ convolutions OIHW and HWIO, linear layers (out, in) and (in, out), and inputs of
 import itertools
 import math
 import os
-import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -57,10 +56,7 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
   Raises:
     UserError: if the file is not DIAMOND's, does not fit the environment, or the directory already holds a run.
   """
-  try:
-    target = pathlib.Path(directory).expanduser().absolute()
-  except RuntimeError:
-    raise UserError(f"{directory} begins with a user who is not known here: name another directory") from None
+  target = workdir.locate(directory)
   for name in ("config.json", "checkpoints"):
     if os.path.exists(target / name):  # Unlike pathlib's, false for names that no file can have.
       raise UserError(f"{target} already holds a run ({name}): take another directory")

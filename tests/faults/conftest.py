@@ -8,9 +8,6 @@ import subprocess
 import sys
 
 import pytest
-from torch_writer import Writer
-
-from jedi_jax.interop import torch_file
 
 PROGRAMS = pathlib.Path(__file__).parents[2] / "experiments"
 LIMIT = 30
@@ -105,10 +102,3 @@ def commands(tmp_path_factory):
     return json.loads(done.stdout)
 
   return run
-
-
-@pytest.fixture
-def pt(tmp_path_factory, monkeypatch):
-  """Writes `.pt` files; they are read back by the reader that needs no torch."""
-  monkeypatch.setattr(torch_file, "_torch_is_safe", lambda: False)
-  return Writer(tmp_path_factory.mktemp("pt"), monkeypatch)

@@ -66,9 +66,3 @@ def assert_equal_bit_for_bit(ours, theirs):
   for name, x in ours.items():
     assert (x.dtype, x.shape) == (theirs[name].dtype, theirs[name].shape), name
     assert x.tobytes() == theirs[name].tobytes(), name
-
-
-def text_of(overrides):
-  """Flags of settings."""
-  written = {k: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for k, v in overrides.items()}
-  return ["--env=catch", "--preset=debug", "--devices=1", *(f"--set={k}={v}" for k, v in written.items())]

@@ -6,7 +6,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from running import arrays, assert_equal_bit_for_bit, command, newest, process, text_of, to_the_end, until
+from running import arrays, assert_equal_bit_for_bit, command, newest, process, to_the_end, until
 
 from jedi_jax.checkpoint import Checkpoints, SaveError
 from jedi_jax.runtime import USAGE_STATUS
@@ -63,7 +63,7 @@ def test_a_save_without_room_keeps_the_one_before_and_the_next_with_room_succeed
 def test_a_run_whose_disk_fills_up_tells_and_loses_nothing(disk, tiny, finished_run, timeless, left):
   """With a little room the logs go on and saves fail; without any the run stops."""
   directory = disk / "run"
-  argv = command(text_of(tiny.overrides), directory)
+  argv = command(tiny.flags(), directory)
   with process(argv) as running:
     _, met = until(running, "<epoch>", 4)  # Checkpoint 2 of five epochs is written or being written.
     assert met

@@ -13,33 +13,17 @@ import signal
 import struct
 import zipfile
 
-import jax
 import numpy as np
 import pytest
+from small_diamond import SPEC, make_config, random_params
 
-from jedi_jax import config as config_lib
-from jedi_jax import envs, sweeping
+from jedi_jax import sweeping
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.interop import diamond
-from jedi_jax.models.variants import build
 
-SPEC = envs.spec("catch")
 SECONDS = 20
 MEMORY = 1 << 30
-
-OVERRIDES = {
-  "denoiser.channels": (8,),
-  "denoiser.depths": (1,),
-  "denoiser.attention": (False,),
-  "denoiser.conditioning_width": 12,
-  "denoiser.conditioning_frames": 2,
-  "reward_end.channels": (4, 8),
-  "reward_end.lstm_width": 6,
-  "actor_critic.channels": (4, 8),
-  "actor_critic.downsample": (True, True),
-  "actor_critic.lstm_width": 10,
-}
 
 
 class Hang(BaseException):
@@ -76,11 +60,7 @@ def one_line(error, path):
 
 @pytest.fixture(scope="module")
 def arrays():
-  config = config_lib.make_config(env="catch", variant="diamond", preset="debug", overrides=OVERRIDES)
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(build(config, SPEC).init, jax.random.key(0))
-  params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), shapes)
-  return diamond.export_state_dict(params, config, SPEC)
+  return diamond.export_state_dict(random_params(), make_config(), SPEC)
 
 
 class Runs:

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from running import arrays, assert_equal_bit_for_bit, command, newest, process, text_of, to_the_end, until
+from running import arrays, assert_equal_bit_for_bit, command, newest, process, to_the_end, until
 
 from jedi_jax.interruption import INTERRUPTED_STATUS
 
@@ -48,7 +48,7 @@ def stop(running, number, moment, count):
 
 def test_a_killed_and_a_stopped_run_end_as_an_undisturbed_one(tmp_path, tiny, finished_run, timeless):
   directory = tmp_path / "run"
-  argv = command(text_of(tiny.overrides), directory)
+  argv = command(tiny.flags(), directory)
   with process(argv) as running:
     _, killed = kill(running, "<saving>", 2, 0.01)
     assert killed
@@ -67,7 +67,7 @@ def test_a_killed_and_a_stopped_run_end_as_an_undisturbed_one(tmp_path, tiny, fi
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, tiny):
   directory = tmp_path_factory.mktemp("runs") / "undisturbed"
-  status, lines = to_the_end(command(text_of({**tiny.overrides, **MANY_EPOCHS}), directory))
+  status, lines = to_the_end(command(tiny.flags(**MANY_EPOCHS), directory))
   assert status == 0, lines
   return directory
 
@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory, tiny):
 @pytest.mark.faults
 def test_thirty_kills_change_nothing(tmp_path, tiny, undisturbed, timeless):
   directory = tmp_path / "run"
-  argv = command(text_of({**tiny.overrides, **MANY_EPOCHS}), directory)
+  argv = command(tiny.flags(**MANY_EPOCHS), directory)
   generator = np.random.default_rng(int(os.environ.get("FAULTS_SEED", "0")))
   kills, cut_saves, met = 0, 0, {}
   moments = [("<saving>", 0.05), ("<evaluating>", 0.1), ("<epoch>", 0.3), (None, 15.0)]
@@ -111,7 +111,7 @@ def test_thirty_kills_change_nothing(tmp_path, tiny, undisturbed, timeless):
 )
 def test_signals_stop_a_run_within_the_grace(tmp_path, tiny, undisturbed, number, moment, grace, where):
   directory = tmp_path / "run"
-  argv = command([*text_of({**tiny.overrides, **MANY_EPOCHS}), f"--grace={grace}"], directory)
+  argv = command([*tiny.flags(**MANY_EPOCHS), f"--grace={grace}"], directory)
   with process(argv) as running:
     seconds, status, last = stop(running, number, moment, 3)
   assert status == INTERRUPTED_STATUS

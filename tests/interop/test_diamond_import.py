@@ -4,40 +4,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_diamond import OVERRIDES, SPEC, make_config, random_params
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs
 from jedi_jax.agent import load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.interop import diamond
 from jedi_jax.models.variants import build
 from jedi_jax.types import EnvSpec, Segment
 
-SPEC = envs.spec("catch")
-OVERRIDES = {
-  "denoiser.channels": (8,),
-  "denoiser.depths": (1,),
-  "denoiser.attention": (False,),
-  "denoiser.conditioning_width": 12,
-  "denoiser.conditioning_frames": 2,
-  "reward_end.channels": (4, 8),
-  "reward_end.lstm_width": 6,
-  "actor_critic.channels": (4, 8),
-  "actor_critic.downsample": (True, True),
-  "actor_critic.lstm_width": 10,
-}
 INFERRED = (*OVERRIDES, "reward_end.depths", "reward_end.attention", "reward_end.conditioning_width")
-
-
-def make_config(**overrides):
-  return config_lib.make_config(env="catch", variant="diamond", preset="debug", overrides={**OVERRIDES, **overrides})
 
 
 @pytest.fixture(scope="module")
 def params():
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(build(make_config(), SPEC).init, jax.random.key(0))
-  return jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape).astype(np.float32), shapes)
+  return random_params()
 
 
 @pytest.fixture
