@@ -25,12 +25,12 @@ from absl import flags
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay, runtime
 from jedi_jax.config import Config
-from jedi_jax.models.variants import Model, build
-from jedi_jax.training import epoch as epoch_lib
+from jedi_jax.models.variants import Model
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
+from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.state import make_init
-from jedi_jax.training.updates import make_optimizers, make_update
+from jedi_jax.training.updates import make_update
 from jedi_jax.types import EnvSpec
 
 _VARIANTS = flags.DEFINE_list("variants", ["jedi", "diamond"], "World models.")
@@ -80,16 +80,15 @@ class Case:
     self.runs, self.config = runs, config
     batch, age_weights = config.training.batch_size, config.replay.age_weights
     self._devices = Devices(jax.local_devices()[:1], runs=runs)
-    self._model = build(config, spec, packed=self._devices.packed)
-    optimizers = make_optimizers(config, self._model.phases)
+    programs = make_programs(config, spec, self._devices)
+    self._model, optimizers = programs.model, programs.optimizers
     init = jax.jit(make_init(self._model, optimizers))
     states = [jax.device_get(init(jax.random.key(seed))) for seed in range(runs)]
     stored = noise_replay(config, spec, slots)
     self._state, self._replay = self._devices.distribute(states), self._devices.distribute([stored] * runs)
-    epoch = epoch_lib.make_epoch(self._model, optimizers, batch_size=batch, age_weights=age_weights)
     start = time.perf_counter()
-    nothing = {phase.name: np.int32(0) for phase in self._model.phases}
-    self._epoch = epoch_lib.distribute(epoch, self._devices).lower(self._state, self._replay, nothing).compile()
+    nothing = traced({phase.name: 0 for phase in self._model.phases})
+    self._epoch = programs.epoch.lower(self._state, self._replay, nothing).compile()
     self.compile_seconds = time.perf_counter() - start
     self._keys = self._devices.distribute([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
     sampling = self._devices.map(_sampling(self._model, batch, _FRAMES.value))
@@ -105,8 +104,8 @@ class Case:
 
   def run(self, **counts: int) -> Any:
     """Makes so many updates of each phase, and waits."""
-    calls = {phase.name: np.int32(counts.get(phase.name, 0)) for phase in self._model.phases}
-    self._state, sums = self._epoch(self._state, self._replay, calls)
+    calls = {phase.name: counts.get(phase.name, 0) for phase in self._model.phases}
+    self._state, sums = self._epoch(self._state, self._replay, traced(calls))
     return jax.block_until_ready(sums)
 
   def sample(self) -> Any:

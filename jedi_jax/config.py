@@ -126,6 +126,14 @@ class EncoderConfig:
   learning_rate_factor: float = setting(
     0.3, "R", "Encoder's learning rate over that of the part trained with it.", low=0
   )
+  chunk: int = setting(
+    64,
+    "O",
+    "Frames encoded at a time, whose activations are computed anew for the gradient, for less "
+    "memory and more operations; 0 for all at once.",
+    low=0,
+    high=10**6,
+  )
 
 
 @documented

@@ -74,10 +74,14 @@ def learned(
   patch: int,
   clamp: float,
   clamp_estimate: bool,
+  chunk: int,
   lowering: str,
   dtype: Any,
 ) -> Codec:
   """JEDI's encoder: convolution stages and a soft clamp.
+
+  Of more frames than a chunk the activations are not kept for the gradient but computed anew, chunk by chunk, so that
+  no more than a chunk's are ever there.
 
   Args:
     observation_shape: (H, W, C).
@@ -86,6 +90,7 @@ def learned(
     patch: side of the squares of pixels that are stacked on the channels first; it divides H and W.
     clamp: scale of the soft clamp, 0 for none.
     clamp_estimate: whether estimates are clamped as well.
+    chunk: frames encoded at a time, 0 for all.
     lowering: see `blocks.conv3x3`.
     dtype: of the activations.
   """
@@ -94,8 +99,18 @@ def learned(
   def init(key: Array) -> Params:
     return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
 
-  def encode(params: Params, images: Array) -> Array:
+  def encode_chunk(params: Params, images: Array) -> Array:
     return soft_clamp(blocks.apply(network, params, images).astype(jnp.float32), clamp)
+
+  def encode(params: Params, images: Array) -> Array:
+    if not 0 < chunk < len(images):
+      return encode_chunk(params, images)
+    forget = jax.checkpoint(encode_chunk)
+    rest = len(images) % chunk
+    chunks = images[: len(images) - rest].reshape(-1, chunk, *observation_shape)
+    latents = jax.lax.map(lambda some: forget(params, some), chunks)
+    latents = latents.reshape(-1, *latents.shape[2:])
+    return jnp.concatenate([latents, forget(params, images[-rest:])]) if rest else latents
 
   shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
   return Codec(

@@ -469,6 +469,7 @@ def _learned(context: _Context) -> codecs.Codec:
     patch=c.patch,
     clamp=c.clamp,
     clamp_estimate=context.config.denoiser.clamp_estimate,
+    chunk=c.chunk,
     lowering=context.lowering,
     dtype=context.dtype,
   )

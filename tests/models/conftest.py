@@ -83,7 +83,7 @@ def world(random_params, make_dynamics):
   spec = EnvSpec(num_actions=3, observation_shape=(16, 16, 3))
   common = {"lowering": "matmul_gradient", "dtype": jnp.float32}
   codec = codecs.learned(
-    (16, 16, 3), channels=(4, 4), downsample=(True, True), patch=1, clamp=3.0, clamp_estimate=True, **common
+    (16, 16, 3), channels=(4, 4), downsample=(True, True), patch=1, clamp=3.0, clamp_estimate=True, chunk=0, **common
   )
   dynamics = make_dynamics(codec)
   reward_end = reward_end_lib.reward_end_model(

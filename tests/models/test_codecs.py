@@ -1,5 +1,7 @@
 import functools
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +12,20 @@ from jedi_jax.models import codecs
 @pytest.fixture(scope="module")
 def encode_frames(world, jit):
   return jit(functools.partial(codecs.encode_frames, world.codec))
+
+
+def small(*, clamp=3.0, clamp_estimate=True, chunk=0):
+  return codecs.learned(
+    (8, 8, 3),
+    channels=(4,),
+    downsample=(True,),
+    patch=1,
+    clamp=clamp,
+    clamp_estimate=clamp_estimate,
+    chunk=chunk,
+    lowering="lax",
+    dtype=jnp.float32,
+  )
 
 
 def test_pixels_are_scaled_to_plus_minus_one():
@@ -44,16 +60,7 @@ def test_latents_stay_within_the_clamp(world, make_segment, encode_frames):
   ("clamp", "clamp_estimate", "estimate"), [(3.0, True, 3 * np.tanh(2)), (3.0, False, 6.0), (0.0, True, 6.0)]
 )
 def test_estimates_are_clamped_if_wanted(clamp, clamp_estimate, estimate):
-  codec = codecs.learned(
-    (8, 8, 3),
-    channels=(4,),
-    downsample=(True,),
-    patch=1,
-    clamp=clamp,
-    clamp_estimate=clamp_estimate,
-    lowering="lax",
-    dtype=jnp.float32,
-  )
+  codec = small(clamp=clamp, clamp_estimate=clamp_estimate)
   assert codec.latent_shape == (4, 4, 4)
   assert codec.limit == (clamp or None)
   np.testing.assert_allclose(codec.clamp(jnp.asarray(6.0)), estimate, rtol=1e-6)
@@ -69,3 +76,33 @@ def test_frames_of_a_wrong_type_or_shape_are_refused(world, make_segment):
   ):
     with pytest.raises(AssertionError):
       codecs.encode_frames(world.codec, params, observations, mask)
+
+
+@pytest.mark.parametrize(("frames", "chunk"), [(12, 4), (13, 4), (4, 4), (3, 4), (5, 4), (3, 1)])
+def test_chunks_change_neither_latents_nor_gradients(frames, chunk):
+  generator = np.random.default_rng(0)
+  images = jnp.asarray(generator.uniform(-1, 1, (frames, 8, 8, 3)), jnp.float32)
+  weights = jnp.asarray(generator.normal(size=(frames, 4, 4, 4)), jnp.float32)
+  params = small().init(jax.random.key(0))
+
+  def loss(params, images, *, codec):
+    latents = codec.encode(params, images)
+    return jnp.sum(weights * latents), latents
+
+  ours, whole = (
+    jax.jit(jax.grad(functools.partial(loss, codec=small(chunk=size)), argnums=(0, 1), has_aux=True))(params, images)
+    for size in (chunk, 0)
+  )
+  assert np.any(whole[0][1] != 0)
+  chex.assert_trees_all_close(ours, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_chunks_need_less_memory():
+  images = jax.ShapeDtypeStruct((64, 8, 8, 3), jnp.float32)
+  params = jax.eval_shape(small().init, jax.random.key(0))
+
+  def temporary(chunk):
+    gradient = jax.grad(lambda params, images: jnp.sum(small(chunk=chunk).encode(params, images) ** 2))
+    return jax.jit(gradient).lower(params, images).compile().memory_analysis().temp_size_in_bytes
+
+  assert temporary(8) < temporary(0) / 3
