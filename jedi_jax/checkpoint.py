@@ -1,10 +1,13 @@
 """Checkpoints: the only importer of orbax.
 
-A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays, and their
-checksums. It holds data, no code and no devices: it is restored onto however many devices there are.
+A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays, the small ones
+packed into one, and checksums. It holds data, no code and no devices: it is restored onto however many devices there
+are.
 """
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import zlib
@@ -22,7 +25,10 @@ from jedi_jax.errors import UserError
 _FIRST_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _PARAMS = "params"
 _STATE = "state"
-_CHECKSUMS = "crc32"  # [arrays] uint32, in the order of their sorted names.
+_CHECKSUMS = "crc32"  # [stored arrays] uint32, in the order of their sorted names.
+_PACKED = "packed"  # Small arrays: 8 bytes with the length of an index, [name, dtype, shape] each in JSON, their bytes.
+_LARGE = 2**24
+"""Bytes from which on an array is stored by itself. Of every stored array Orbax keeps some memory for good."""
 
 
 class SaveError(UserError):
@@ -83,9 +89,9 @@ class Checkpoints:
     self.wait()
     if number in self._manager.all_steps():
       return
-    items = {_PARAMS: ocp.args.StandardSave(_with_checksums(_flatten(params)))}
+    items = {_PARAMS: ocp.args.StandardSave(_pack(_flatten(params)))}
     if state is not None:
-      items[_STATE] = ocp.args.StandardSave(_with_checksums(_flatten(state)))
+      items[_STATE] = ocp.args.StandardSave(_pack(_flatten(state)))
     self._saving = number
     try:
       self._manager.save(number, args=ocp.args.Composite(**items))
@@ -201,10 +207,7 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   numbers = _numbers(path)
   if not numbers:
     raise UserError(f"there is no checkpoint in {path}")
-  manager = ocp.CheckpointManager(
-    path, options=ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-  )
-  try:
+  with _read_only(path) as manager:
     for number in reversed(numbers):
       try:
         return _restore(manager, number, _PARAMS, target)
@@ -212,24 +215,48 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
         if number == numbers[0]:
           raise
         logging.warning("%s: an older one is used", error)
-  finally:
-    manager.close()
   raise AssertionError("the oldest checkpoint was neither read nor refused")
 
 
-def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
-  where = f"checkpoint {number} in {manager.directory}"
-  wanted = _flatten(target)
+def read(directory: str | os.PathLike[str], number: int) -> dict[str, np.ndarray]:
+  """Reads all arrays of a checkpoint that has a state, by names such as 'params/encoder/conv_in/kernel'.
+
+  Args:
+    directory: as given to `Checkpoints`.
+    number: which checkpoint.
+
+  Raises:
+    UserError: if there is none, or it is damaged.
+  """
+  with _read_only(pathlib.Path(directory).absolute()) as manager:
+    items = {item: _read(manager, number, item) for item in (_PARAMS, _STATE)}
+  return {f"{item}/{name}": array for item, arrays in items.items() for name, array in arrays.items()}
+
+
+def _read_only(path: pathlib.Path) -> Any:
+  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+  return ocp.CheckpointManager(path, options=options)
+
+
+def _read(manager: Any, number: int, item: str) -> dict[str, np.ndarray]:
+  """The arrays of one item of a checkpoint, as they were written."""
+  where = _where(manager, number)
   try:
-    saved = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
-    sums = saved.pop(_CHECKSUMS, None)
-    saved = {name: np.asarray(value) for name, value in saved.items()}
+    stored = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
+    stored = {name: np.asarray(value) for name, value in stored.items()}
   except Exception as error:  # Orbax and its storage raise many kinds.
     raise UserError(f"{where} cannot be read ({_reason(error)})") from None
-  if sums is None:
-    raise UserError(f"{where} has no checksums: an older version wrote it, or it is damaged")
-  if not np.array_equal(np.asarray(sums), _checksums(saved)):
+  sums = stored.pop(_CHECKSUMS, None)
+  if sums is None or _PACKED not in stored:
+    raise UserError(f"{where} has no checksums or no index: an older version wrote it, or it is damaged")
+  if not np.array_equal(sums, _checksums(stored)):
     raise UserError(f"{where} is damaged: its {item} are not what was written")
+  return _unpack(stored)
+
+
+def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
+  where = _where(manager, number)
+  wanted, saved = _flatten(target), _read(manager, number, item)
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
     kind = "lacks" if problems[0] in wanted else "has an unknown"
@@ -244,22 +271,48 @@ def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
   return jax.tree.unflatten(jax.tree.structure(target), [saved[name] for name in wanted])
 
 
+def _where(manager: Any, number: int) -> str:
+  return f"checkpoint {number} in {manager.directory}"
+
+
 def _reason(error: Exception) -> str:
   """The first line of an error, without most of what storage says around it."""
   text = (str(error).splitlines() or [type(error).__name__])[0]
   return "No space left on device" if "No space left" in text else text[:200]
 
 
-def _with_checksums(arrays: Mapping[str, Any]) -> dict[str, Any]:
-  if _CHECKSUMS in arrays:
-    raise ValueError(f"an array is named {_CHECKSUMS}, which is the checksums' name")
-  return {**arrays, _CHECKSUMS: _checksums(arrays)}
+def _pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns what is stored of arrays: the large ones, the others in one, and the checksums of all these."""
+  for name in (_CHECKSUMS, _PACKED):
+    if name in arrays:
+      raise ValueError(f"an array is named {name}, as what is stored beside the arrays")
+  small = {name: np.asarray(x) for name, x in arrays.items() if x.nbytes < _LARGE}
+  index = json.dumps([(name, x.dtype.name, x.shape) for name, x in small.items()]).encode()
+  head = np.frombuffer(len(index).to_bytes(8, "little") + index, np.uint8)
+  stored = {name: x for name, x in arrays.items() if name not in small}
+  stored[_PACKED] = np.concatenate([head, *map(_bytes, small.values())])
+  return {**stored, _CHECKSUMS: _checksums(stored)}
 
 
-def _checksums(arrays: Mapping[str, Any]) -> np.ndarray:
+def _unpack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The arrays that `_pack` was given."""
+  arrays = {name: x for name, x in stored.items() if name != _PACKED}
+  packed = stored[_PACKED]
+  start = 8 + int.from_bytes(packed[:8].tobytes(), "little")
+  for name, dtype, shape in json.loads(packed[8:start].tobytes()):
+    end = start + np.dtype(dtype).itemsize * math.prod(shape)
+    arrays[name] = packed[start:end].copy().view(dtype).reshape(shape)  # The copy is aligned.
+    start = end
+  return arrays
+
+
+def _checksums(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
   """CRC-32 of each array, in the order of their sorted names."""
-  views = (np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8) for name in sorted(arrays))
-  return np.asarray([zlib.crc32(view.data) for view in views], np.uint32)
+  return np.asarray([zlib.crc32(_bytes(arrays[name]).data) for name in sorted(arrays)], np.uint32)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _flatten(tree: Any) -> Mapping[str, Any]:

@@ -28,6 +28,7 @@ def odd():
     "frames": np.arange(24, dtype=np.uint8).reshape(1, 2, 3, 4),
     "key": np.array([1, 2**32 - 1], np.uint32),
     "pair": Pair(np.ones(2, np.float32), {"deep": (np.zeros(1, np.int64), None, [np.asarray(3.0, np.float32)])}),
+    "empty": np.zeros((0, 3), np.float32),
     "nothing": {},
     "none": None,
   }
@@ -70,6 +71,28 @@ def test_round_trip_of_odd_trees(saved):
   checkpoints.close()
   assert_same(got_params, params())
   assert_same(got_state, odd())
+
+
+@pytest.mark.parametrize("large", [1, 16])
+def test_round_trip_of_arrays_that_are_stored_by_themselves(tmp_path, monkeypatch, large):
+  monkeypatch.setattr(checkpoint, "_LARGE", large)
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  state = {**odd(), "large/array": np.arange(1_000)}
+  checkpoints.save(1, params=params(), state=state)
+  checkpoints.wait()
+  got_params, got_state = checkpoints.restore(1, params=shapes(params()), state=shapes(state))
+  checkpoints.close()
+  assert_same(got_params, params())
+  assert_same(got_state, state)
+
+
+def test_all_arrays_can_be_read_by_name(saved, tmp_path):
+  arrays = checkpoint.read(saved, 3)
+  assert len(arrays) == len(jax.tree.leaves((params(), odd())))
+  np.testing.assert_array_equal(arrays["params/net/kernel"], params()["net"]["kernel"])
+  np.testing.assert_array_equal(arrays["state/pair/right/deep/0"], [0])
+  refused(lambda: checkpoint.read(saved, 4), "checkpoint 4")
+  refused(lambda: checkpoint.read(tmp_path / "none", 4), "checkpoint 4")
 
 
 def test_parameters_alone_can_be_loaded(saved):
@@ -242,7 +265,7 @@ def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(t
 
 
 def test_a_checkpoint_without_checksums_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "_with_checksums", dict)
+  monkeypatch.setattr(checkpoint, "_pack", dict)
   numbered(tmp_path, 1)
   refused(lambda: load_params(tmp_path, shapes(params())), "checkpoint 1", "has no checksums")
 

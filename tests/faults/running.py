@@ -6,8 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-import numpy as np
-import orbax.checkpoint as ocp
+from jedi_jax import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 VICTIM, TRAIN = str(pathlib.Path(__file__).with_name("victim.py")), str(ROOT / "experiments" / "train.py")
@@ -52,12 +51,9 @@ def newest(directory):
 
 
 def arrays(path):
-  """All arrays of a checkpoint by name, but for the wall time, and so without the checksums."""
-  with ocp.CheckpointManager(path.parent, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-    items = {name: ocp.args.StandardRestore() for name in ("params", "state")}
-    found = manager.restore(int(path.name), args=ocp.args.Composite(**items))
-  found = {f"{item}/{name}": np.asarray(value) for item in items for name, value in found[item].items()}
-  return {name: x for name, x in found.items() if not name.endswith(("/crc32", "progress/seconds"))}
+  """All arrays of a checkpoint by name, but for the wall time."""
+  found = checkpoint.read(path.parent, int(path.name))
+  return {name: x for name, x in found.items() if name != "state/progress/seconds"}
 
 
 def assert_equal_bit_for_bit(ours, theirs):

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from jedi_jax import checkpoint
 from jedi_jax.checkpoint import Checkpoints
 from jedi_jax.errors import UserError
 
@@ -17,12 +18,14 @@ LIKE = {
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-  """Checkpoint 1 of noise, and its arrays."""
+  """Checkpoint 1 of noise, and its arrays; the frames are stored by themselves."""
   generator = np.random.default_rng(0)
   trees = jax.tree.map(lambda x: np.asarray(generator.integers(200, size=x.shape)).astype(x.dtype), LIKE)
   directory = tmp_path_factory.mktemp("checkpoints") / "latest"
   checkpoints = Checkpoints(directory, keep=1)
-  checkpoints.save(1, **trees)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(checkpoint, "_LARGE", 5_000)
+    checkpoints.save(1, **trees)
   checkpoints.close()
   return directory, trees
 
