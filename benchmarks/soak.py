@@ -135,7 +135,7 @@ def _save() -> Iterator[dict[str, Any]]:
   """Writes checkpoints, before and after what is free was given back."""
   watch, trimmed = _Watch(Interruption(), 0.0), _Watch(Interruption(), 0.0)
   state: dict[str, np.ndarray] = {str(i): np.full((100, 10), 0.1 * i) for i in range(150)}
-  state["large"] = np.zeros(10**7, np.uint8)
+  state["large"] = np.zeros(2**24, np.uint8)
   with tempfile.TemporaryDirectory() as directory:
     checkpoints = Checkpoints(directory, keep=2)
     for done in range(1, _SAVES.value + 1):

@@ -247,8 +247,8 @@ def _read(manager: Any, number: int, item: str) -> dict[str, np.ndarray]:
   except Exception as error:  # Orbax and its storage raise many kinds.
     raise UserError(f"{where} cannot be read ({_reason(error)})") from None
   sums = stored.pop(_CHECKSUMS, None)
-  if sums is None or _PACKED not in stored:
-    raise UserError(f"{where} has no checksums or no index: an older version wrote it, or it is damaged")
+  if sums is None:
+    raise UserError(f"{where} has no checksums: an older version wrote it, or it is damaged")
   if not np.array_equal(sums, _checksums(stored)):
     raise UserError(f"{where} is damaged: its {item} are not what was written")
   return _unpack(stored)
@@ -287,6 +287,8 @@ def _pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if name in arrays:
       raise ValueError(f"an array is named {name}, as what is stored beside the arrays")
   small = {name: np.asarray(x) for name, x in arrays.items() if x.nbytes < _LARGE}
+  if not all(x.dtype.isnative for x in small.values()):
+    raise ValueError("arrays of another machine's byte order cannot be stored")
   index = json.dumps([(name, x.dtype.name, x.shape) for name, x in small.items()]).encode()
   head = np.frombuffer(len(index).to_bytes(8, "little") + index, np.uint8)
   stored = {name: x for name, x in arrays.items() if name not in small}
@@ -297,7 +299,9 @@ def _pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _unpack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """The arrays that `_pack` was given."""
   arrays = {name: x for name, x in stored.items() if name != _PACKED}
-  packed = stored[_PACKED]
+  packed = stored.get(_PACKED)
+  if packed is None:  # Before arrays were packed.
+    return arrays
   start = 8 + int.from_bytes(packed[:8].tobytes(), "little")
   for name, dtype, shape in json.loads(packed[8:start].tobytes()):
     end = start + np.dtype(dtype).itemsize * math.prod(shape)

@@ -87,7 +87,8 @@ def pytest_configure(config):
   # Compiling is nearly all that these tests cost. A learning test, run by hand, gets the optimised programs.
   if config.option.markexpr in _UNOPTIMISED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.
-    jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+  if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
+    jax.config.update("jax_disable_most_optimizations", True)
     # Read when the backend starts. Of 35 s of a core for the tiny epoch 11 s are left; JAX 0.11 lacks the second flag.
     _set_xla_flag("--xla_cpu_parallel_codegen_split_count", 1)
     if jax.__version_info__ < (0, 11):

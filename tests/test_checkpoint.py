@@ -95,6 +95,13 @@ def test_all_arrays_can_be_read_by_name(saved, tmp_path):
   refused(lambda: checkpoint.read(tmp_path / "none", 4), "checkpoint 4")
 
 
+def test_arrays_of_another_byte_order_are_not_stored(tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  with pytest.raises(ValueError, match="byte order"):
+    checkpoints.save(1, params={"x": np.zeros(2, np.dtype(np.float32).newbyteorder())})
+  checkpoints.close()
+
+
 def test_parameters_alone_can_be_loaded(saved):
   before = sorted(p for p in saved.rglob("*"))
   assert_same(load_params(saved, shapes(params())), params())
@@ -262,6 +269,13 @@ def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(t
   assert_same(load_params(tmp_path, shapes(params())), params())
   assert "checkpoint 2" in caplog.text
   assert "an older one is used" in caplog.text
+
+
+def test_a_checkpoint_from_before_arrays_were_packed_is_read(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint, "_pack", lambda arrays: {**arrays, "crc32": checkpoint._checksums(arrays)})
+    numbered(tmp_path, 1)
+  assert_same(load_params(tmp_path, shapes(params())), params())
 
 
 def test_a_checkpoint_without_checksums_is_refused(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def learned(
   """JEDI's encoder: convolution stages and a soft clamp.
 
   Of more frames than a chunk the activations are not kept for the gradient but computed anew, chunk by chunk, so that
-  no more than a chunk's are ever there.
+  a run has no more than a chunk's on a device.
 
   Args:
     observation_shape: (H, W, C).

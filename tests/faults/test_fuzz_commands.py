@@ -18,7 +18,7 @@ WRONG = {
   "natural": ("0", "-1", "-" + HUGE),
   "count": (HUGE, str(10**9)),
   "beyond": (HUGE, str(2**32)),
-  "float": ("many", "", "1,5", "--", "nan", "\udcff"),
+  "float": ("many", "", "1,5", "--", "nan", "inf", "-inf", "\udcff"),
   "bool": ("yes!", "", "2", "nan", "λ"),
   "choice": ("worst", "", "LATEST ", "λ", "latest,best"),
   "game": (
