@@ -56,25 +56,26 @@ def main() -> None:
       "nothing is swept: give at least one of " + ", ".join(f"--{flag.name}" for flag in _SWEEPS.values())
     )
   spec = envs.spec(_FLAGS.env)
-  cases: dict[tuple[Any, ...], throughput.Case] = {}  # A point that several sweeps share is compiled once.
-
-  def case(config: config_lib.Config, runs: int, slots: int) -> throughput.Case:
-    key = (config, runs, slots)
-    if key not in cases:
-      cases[key] = throughput.Case(config, runs, spec, slots=slots)
-    return cases[key]
-
   rows = []
   for variant in _FLAGS.variants:
     base = throughput.make_config(variant)
+    shared = None  # The point that most sweeps have is compiled once.
     for name, values in sweeps.items():
       points = []
       for value in values:
         changed = config_lib.override(base, {_SETTINGS[name]: value}) if name in _SETTINGS else base
-        points.append(case(changed, value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS))
+        runs, slots = value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS
+        if (changed, runs, slots) == (base, 1, throughput.SLOTS):
+          point = shared = shared or throughput.Case(base, 1, spec, slots=slots)
+        else:
+          point = throughput.Case(changed, runs, spec, slots=slots)
+        points.append(point)
       calls = [{phase: point.calls()[phase] for phase in throughput.PHASES} for point in points]
       times = record.in_turn(calls, repeats=_FLAGS.repeats)
       rows.append({"variant": variant, "sweep": name, "values": values, **_curves(values, points, times)})
+      # A program for CPUs takes some thousand of the memory maps that Linux gives a process: a dozen is too many.
+      del points, point, calls
+      jax.clear_caches()
   print(record.table(*_tabulate(rows)))
   path = record.write(_FLAGS.name or f"scaling_{jax.default_backend()}", rows, started=started)
   print(f"written to {path}")
