@@ -61,7 +61,7 @@ _ADD = flags.DEFINE_bool("add", False, "Keeps the programs in the record, and co
 _FLAGS = flags.FLAGS
 
 _NAME = "tpu_compile"
-_KEY = ("slice", "chips", "variant", "program", "preset", "batch", "level")
+_KEY = ("slice", "chips", "variant", "set", "program", "preset", "batch", "level")
 _COLUMNS = [*_KEY, "compile s", "arguments MiB", "working MiB", "output MiB", "TFLOP", "estimate ms"]
 
 
@@ -91,7 +91,8 @@ def main() -> None:
       devices.check_batch(_FLAGS.batch_size)
       for program in _WHICH.value:
         for variant in _FLAGS.variants:
-          key = (name, count, variant, program, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
+          settings = " ".join(_FLAGS.set)
+          key = (name, count, variant, settings, program, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
           if key not in done:
             rows.append({**dict(zip(_KEY, key, strict=True)), **_measure(program, variant, spec, devices)})
             record.write(_NAME, rows, started=started)
@@ -177,10 +178,11 @@ def _ratios(rows: list[dict[str, Any]]) -> list[str]:
   lines = []
   for ours in rows:
     for other in rows:
-      same = all(ours[name] == other[name] for name in _KEY if name != "variant")
+      same = all(ours[name] == other[name] for name in _KEY if name not in ("variant", "set"))
       if same and ours["variant"] == rows[0]["variant"] != other["variant"]:
         text = f"{ours['slice']}, {ours['chips']} chip(s), {ours['program']}: {other['variant']} takes "
         text += f"{other['working MiB'] / ours['working MiB']:.2f} times the working memory of {ours['variant']}"
+        text += f" with {ours['set']}" if ours["set"] else ""
         if "estimate ms" in ours and "estimate ms" in other:
           text += f" and, by the estimate, {other['estimate ms'] / ours['estimate ms']:.1f} times its time"
         lines.append(text)
