@@ -8,10 +8,11 @@ stands its exponent: the least-squares slope of log seconds (and of the FLOP in 
 Written to benchmarks/results/scaling_<platform>.json.
 """
 
+import functools
 import itertools
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from absl import flags
 from jedi_jax import config as config_lib
 from jedi_jax import envs, figures, runtime
 from jedi_jax.errors import UserError
+from jedi_jax.types import EnvSpec
 
 _SWEEPS = {
   "batch_size": flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Batches; empty for no sweep."),
@@ -59,28 +61,30 @@ def main() -> None:
   rows = []
   for variant in _FLAGS.variants:
     base = throughput.make_config(variant)
-    shared = None  # The point that most sweeps have is compiled once.
+    own = functools.cache(lambda base=base: throughput.Case(base, 1, spec, slots=throughput.SLOTS))
     for name, values in sweeps.items():
-      points = []
-      for value in values:
-        changed = config_lib.override(base, {_SETTINGS[name]: value}) if name in _SETTINGS else base
-        runs, slots = value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS
-        if (changed, runs, slots) == (base, 1, throughput.SLOTS):
-          point = shared = shared or throughput.Case(base, 1, spec, slots=slots)
-        else:
-          point = throughput.Case(changed, runs, spec, slots=slots)
-        points.append(point)
-      calls = [{phase: point.calls()[phase] for phase in throughput.PHASES} for point in points]
-      times = record.in_turn(calls, repeats=_FLAGS.repeats)
-      rows.append({"variant": variant, "sweep": name, "values": values, **_curves(values, points, times)})
-      # A program for CPUs takes some thousand of the memory maps that Linux gives a process: a dozen is too many.
-      del points, point, calls
+      rows.append({"variant": variant, "sweep": name, "values": values, **_sweep(name, values, base, spec, own)})
+      # A program for CPUs takes thousands of the memory maps that Linux gives a process: a dozen is too many.
       jax.clear_caches()
   print(record.table(*_tabulate(rows)))
   path = record.write(_FLAGS.name or f"scaling_{jax.default_backend()}", rows, started=started)
   print(f"written to {path}")
   if _FIGURE.value:
     _draw(rows, pathlib.Path(_FIGURE.value))
+
+
+def _sweep(
+  name: str, values: Sequence[int], base: config_lib.Config, spec: EnvSpec, own: Callable[[], throughput.Case]
+) -> dict[str, Any]:
+  """Times one sweep; `own` gives the preset's own point, which most sweeps have and which is compiled once."""
+  points = []
+  for value in values:
+    config = config_lib.override(base, {_SETTINGS[name]: value}) if name in _SETTINGS else base
+    runs, slots = value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS
+    as_it_is = (config, runs, slots) == (base, 1, throughput.SLOTS)
+    points.append(own() if as_it_is else throughput.Case(config, runs, spec, slots=slots))
+  calls = [{phase: point.calls()[phase] for phase in throughput.PHASES} for point in points]
+  return _curves(values, points, record.in_turn(calls, repeats=_FLAGS.repeats))
 
 
 def _values(sweep: str) -> list[int]:
