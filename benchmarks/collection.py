@@ -77,7 +77,7 @@ def _measure(config: config_lib.Config) -> dict[str, list[float]]:
     steps = config.collect.steps_per_epoch
     actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // num_envs, num_envs))
     observations, state = np.zeros((num_envs, *env.spec.observation_shape), np.uint8), model.initial_state(num_envs)
-    restart, epsilon, key = np.zeros(num_envs, bool), np.float32(0), jax.random.key(0)
+    restart, epsilon, key, count = np.zeros(num_envs, bool), np.float32(0), jax.random.key(0), np.uint32(0)
 
     def collect() -> None:
       nonlocal memory
@@ -90,7 +90,7 @@ def _measure(config: config_lib.Config) -> dict[str, list[float]]:
 
     def choose() -> None:
       for _ in actions:
-        np.asarray(act(params, observations, state, restart, key, epsilon)[0])
+        np.asarray(act(params, observations, state, restart, key, count, epsilon)[0])
 
     parts = {"emulators": emulate, "policy": choose, "collection": collect}
     return {name: [t / steps for t in record.seconds(part, repeats=_FLAGS.repeats)] for name, part in parts.items()}

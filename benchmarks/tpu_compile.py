@@ -28,7 +28,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flops
@@ -49,7 +49,7 @@ from jedi_jax.training.parallel import Devices
 from jedi_jax.training.updates import make_optimizers, make_update
 from jedi_jax.types import Array, EnvSpec
 
-_PROGRAMS = (*throughput.PHASES, "draw", "epoch")
+_PROGRAMS = ("draw", *throughput.PHASES, "epoch")
 _SLICES = flags.DEFINE_list("slices", ["v5e:2x2"], "Slices, by libtpu's names; v5p:2x2x1 is another of four chips.")
 _CHIPS = flags.DEFINE_list("chips", ["1"], "Numbers of chips of a slice that share the run.")
 _WHICH = flags.DEFINE_list("programs", ["draw", *throughput.PHASES], f"What to compile: {', '.join(_PROGRAMS)}.")
@@ -97,9 +97,7 @@ def main() -> None:
             rows.append({**dict(zip(_KEY, key, strict=True)), **_measure(program, variant, spec, devices)})
             record.write(_NAME, rows, started=started)
             print(record.table(rows[-1:], _COLUMNS), flush=True)
-  print(record.table(rows, _COLUMNS))
-  for line in _ratios(rows):
-    print(line)
+  print(record.table(*compare(rows)))
   print(f"written to {path}")
 
 
@@ -173,20 +171,37 @@ def estimate(seconds: float | None, counted: float | None, traced: float) -> dic
   return {"unknown operations": unknown, "estimate ms": 1e3 * (seconds + unknown) * max(traced / counted, 1.0)}
 
 
-def _ratios(rows: list[dict[str, Any]]) -> list[str]:
-  """Compares the first variant with the others, program by program."""
-  lines = []
-  for ours in rows:
-    for other in rows:
-      same = all(ours[name] == other[name] for name in _KEY if name not in ("variant", "set"))
-      if same and ours["variant"] == rows[0]["variant"] != other["variant"]:
-        text = f"{ours['slice']}, {ours['chips']} chip(s), {ours['program']}: {other['variant']} takes "
-        text += f"{other['working MiB'] / ours['working MiB']:.2f} times the working memory of {ours['variant']}"
-        text += f" with {ours['set']}" if ours["set"] else ""
-        if "estimate ms" in ours and "estimate ms" in other:
-          text += f" and, by the estimate, {other['estimate ms'] / ours['estimate ms']:.1f} times its time"
-        lines.append(text)
-  return lines
+def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+  """Puts what was compiled for the same chips side by side.
+
+  Args:
+    rows: of the record; programs without a figure leave their cells empty.
+
+  Returns:
+    A line a program of a slice, and the columns: working memory of each variant (with its settings, if any), what the
+    first one's is of that of each other variant, and the estimates of time.
+  """
+  variants = list(dict.fromkeys(row["variant"] for row in rows))
+  arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))
+  names = [" ".join(arm).strip() for arm in arms]
+  place = ("slice", "chips", "program")
+  lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+  working: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+  for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], _PROGRAMS.index(row["program"]))):
+    same = tuple(row[name] for name in _KEY if name not in ("variant", "set"))
+    arm = row["variant"], row["set"]
+    name = names[arms.index(arm)]
+    line = lines.setdefault(same, {name: row[name] for name in place})
+    line[f"MiB, {name}"] = f"{row['working MiB']:,.0f}"
+    line[f"ms, {name}"] = f"{row['estimate ms']:.1f}" if "estimate ms" in row else ""
+    working.setdefault(same, {})[arm] = row["working MiB"]
+  others = [(arm, f"of {name}") for arm, name in zip(arms, names, strict=True) if arm[0] != variants[0]]
+  for same, found in working.items():
+    lines[same] |= {
+      text: f"{found[arms[0]] / found[arm]:.2f}" for arm, text in others if {arms[0], arm} <= found.keys()
+    }
+  shares = [text for _, text in others]
+  return list(lines.values()), [*place, *(f"MiB, {n}" for n in names), *shares, *(f"ms, {n}" for n in names)]
 
 
 if __name__ == "__main__":

@@ -25,17 +25,24 @@ def make_act(model: Model) -> Act:
     model: the composed model.
 
   Returns:
-    (parameters, observations [N, H, W, C] uint8, state, restart [N] bool, key, epsilon []) -> (actions [N] int32,
-    state). Where `restart` is true the state is cleared first. With probability epsilon an action is uniform,
-    otherwise it is drawn from the policy. The key is consumed.
+    (parameters, observations [N, H, W, C] uint8, state, restart [N] bool, key, count [] uint32, epsilon []) -> (actions
+    [N] int32, state). Where `restart` is true the state is cleared first. With probability epsilon an action is
+    uniform, otherwise it is drawn from the policy. The key is folded with `count`, so that a loop needs one key and
+    derives no others outside of the program.
   """
 
   def act(
-    params: dict[str, Any], observations: Array, state: LstmState, restart: Array, key: Array, epsilon: Array
+    params: dict[str, Any],
+    observations: Array,
+    state: LstmState,
+    restart: Array,
+    key: Array,
+    count: Array,
+    epsilon: Array,
   ) -> tuple[Array, LstmState]:
     state = jax.tree.map(lambda x: jnp.where(restart[:, None], 0.0, x), state)
     logits, _, state = model.policy(params, observations, state)
-    policy_key, explore_key, uniform_key = jax.random.split(key, 3)
+    policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, count), 3)
     action = jax.random.categorical(policy_key, logits)
     explore = jax.random.bernoulli(explore_key, epsilon, action.shape)
     uniform = jax.random.randint(uniform_key, action.shape, 0, model.num_actions(params))
@@ -64,14 +71,22 @@ class Agent:
     return self.model.initial_state(batch)
 
   def act(
-    self, observations: Any, state: LstmState, key: Array, *, restart: Any = None, epsilon: float = 0.0
+    self,
+    observations: Any,
+    state: LstmState,
+    key: Array,
+    *,
+    count: int = 0,
+    restart: Any = None,
+    epsilon: float = 0.0,
   ) -> tuple[Array, LstmState]:
     """Chooses one action for each environment.
 
     Args:
       observations: [N, H, W, C] uint8.
       state: from `initial_state` or the previous call.
-      key: random key, consumed.
+      key: random key; the pair of it and `count` is consumed.
+      count: in [0, 2**32); a loop passes one key and the number of the step.
       restart: [N] bool; clears the state of environments where an episode begins; none if None.
       epsilon: probability of a uniform action.
 
@@ -80,6 +95,7 @@ class Agent:
 
     Raises:
       UserError: for observations of another shape or dtype.
+      OverflowError: for a count out of its range.
     """
     if not hasattr(observations, "dtype"):
       observations = np.asarray(observations)
@@ -96,7 +112,7 @@ class Agent:
         "make it with initial_state(batch)"
       )
     restart = np.zeros(len(observations), bool) if restart is None else restart
-    return self._act(self.params, observations, state, restart, key, np.float32(epsilon))
+    return self._act(self.params, observations, state, restart, key, np.uint32(count), np.float32(epsilon))
 
   def player(self, num_envs: int, seed: int) -> Policy:
     """Returns a policy that keeps its state, as `evaluation.run_episodes` takes it; epsilon is 0."""
@@ -106,7 +122,7 @@ class Agent:
 
     def play(observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
       nonlocal state, calls
-      actions, state = self.act(observations, state, jax.random.fold_in(key, calls), restart=restart)
+      actions, state = self.act(observations, state, key, count=calls, restart=restart)
       calls += 1
       return np.asarray(actions)
 

@@ -50,6 +50,15 @@ def test_the_same_key_gives_the_same_actions(agent):
   assert any(np.any(d != draws[0]) for d in draws[2:])  # Actions are sampled.
 
 
+def test_one_key_serves_a_loop(agent):
+  state, key = agent.initial_state(N), jax.random.key(3)
+  draws = [np.asarray(agent.act(frames(), state, key, count=count)[0]) for count in (5, 5, *range(6, 30))]
+  np.testing.assert_array_equal(draws[0], draws[1])
+  assert any(np.any(d != draws[0]) for d in draws[2:])
+  with pytest.raises(OverflowError, match="-1"):
+    agent.act(frames(), state, key, count=-1)
+
+
 def test_environments_do_not_mix(agent):
   state = agent.initial_state(N)
   _, together = agent.act(frames(), state, jax.random.key(0))

@@ -118,6 +118,27 @@ def test_the_estimate_of_a_tpu_is_completed(benchmark_module):
   assert estimate(None, 1e9, 1e9) == estimate(0.002, 0.0, 1e9) == {}
 
 
+def test_programs_for_tpus_are_compared_chip_by_chip(benchmark_module):
+  about = {"slice": "v5e:2x2", "chips": 1, "preset": "paper", "batch": 32, "level": "O1"}
+  rows = [
+    {**about, "variant": "jedi", "set": "a=1", "program": "denoiser", "working MiB": 1000.0, "estimate ms": 2.0},
+    {**about, "variant": "diamond", "set": "", "program": "denoiser", "working MiB": 2000.0, "estimate ms": 4.04},
+    {**about, "variant": "jedi", "set": "", "program": "epoch", "working MiB": 7.0},
+    {**about, "variant": "jedi", "set": "", "program": "denoiser", "working MiB": 500.0},
+    {**about, "variant": "jedi", "set": "", "program": "denoiser", "working MiB": 250.0, "chips": 4},
+  ]
+  lines, columns = benchmark_module("tpu_compile").compare(rows)
+  assert columns == [
+    *("slice", "chips", "program", "MiB, jedi", "MiB, jedi a=1", "MiB, diamond", "of diamond"),
+    *("ms, jedi", "ms, jedi a=1", "ms, diamond"),
+  ]
+  assert [[line.get(name, "") for name in columns[1:]] for line in lines] == [
+    [1, "denoiser", "500", "1,000", "2,000", "0.25", "", "2.0", "4.0"],
+    [1, "epoch", "7", "", "", "", "", "", ""],
+    [4, "denoiser", "250", "", "", "", "", "", ""],
+  ]
+
+
 def test_the_growth_of_a_soak_is_that_of_its_samples_after_the_first_fifth():
   """In a process of its own, since two benchmarks that stand alone have flags of the same names."""
   # 3 MiB an hour after a start that takes 100 at once; files and threads stay.

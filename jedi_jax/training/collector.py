@@ -38,7 +38,7 @@ class Collector:
 
   Args:
     env: the environments; they are reset here.
-    act: (parameters, observations, state, restart, key, epsilon) -> (actions, state), compiled.
+    act: (parameters, observations, state, restart, key, count, epsilon) -> (actions, state), compiled.
     initial_state: policy state of all environments before anything.
     seed: of exploration and sampled actions.
     epsilon: probability of a uniform action.
@@ -103,9 +103,10 @@ class Collector:
     lengths: list[int] = []
     signs = np.zeros(3, np.int64)
     for done in range(0, steps, num_envs):
-      key = jax.random.fold_in(self._key, self._calls)
-      actions, self._state = self._act(params, self._observations, self._state, self._restart, key, self._epsilon)
-      actions = np.asarray(actions)
+      chosen, self._state = self._act(
+        params, self._observations, self._state, self._restart, self._key, np.uint32(self._calls), self._epsilon
+      )
+      actions = np.asarray(chosen)
       observations = self._observations
       step = self._step(actions, returns, lengths)
       signs += np.bincount(np.sign(step.reward).astype(np.int64) + 1, minlength=3)

@@ -20,16 +20,16 @@ class Policy:
     self._act = jax.jit(self._compute)
 
   @staticmethod
-  def _compute(params, observations, state, restart, key, epsilon):
+  def _compute(params, observations, state, restart, key, count, epsilon):
     hidden = jnp.where(restart[:, None], 0.0, state.hidden)
     seen = jnp.mean(observations.astype(jnp.float32), axis=(1, 2)) / 64.0
     hidden = jnp.tanh(0.7 * hidden + seen @ params)
-    actions = jax.random.categorical(key, 5.0 * hidden)
+    actions = jax.random.categorical(jax.random.fold_in(key, count), 5.0 * hidden)
     return actions.astype(jnp.int32), LstmState(hidden, state.cell + epsilon)
 
-  def __call__(self, params, observations, state, restart, key, epsilon):
+  def __call__(self, params, observations, state, restart, key, count, epsilon):
     self.restarts.append(np.array(restart))
-    return self._act(params, observations, state, restart, key, epsilon)
+    return self._act(params, observations, state, restart, key, count, epsilon)
 
 
 def collector(policy=None, *, seed=0, env_seed=5, epsilon=0.25):
