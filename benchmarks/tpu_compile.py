@@ -184,7 +184,8 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))
   names = [" ".join(arm).strip() for arm in arms]
-  place = ("slice", "chips", "program")
+  differing = (name for name in ("preset", "batch", "level") if len({row[name] for row in rows}) > 1)
+  place = ("slice", "chips", "program", *differing)
   lines: dict[tuple[Any, ...], dict[str, Any]] = {}
   working: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
   for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], _PROGRAMS.index(row["program"]))):

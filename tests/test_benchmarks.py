@@ -126,16 +126,18 @@ def test_programs_for_tpus_are_compared_chip_by_chip(benchmark_module):
     {**about, "variant": "jedi", "set": "", "program": "epoch", "working MiB": 7.0},
     {**about, "variant": "jedi", "set": "", "program": "denoiser", "working MiB": 500.0},
     {**about, "variant": "jedi", "set": "", "program": "denoiser", "working MiB": 250.0, "chips": 4},
+    {**about, "variant": "jedi", "set": "", "program": "denoiser", "working MiB": 240.0, "chips": 4, "level": "O2"},
   ]
   lines, columns = benchmark_module("tpu_compile").compare(rows)
   assert columns == [
-    *("slice", "chips", "program", "MiB, jedi", "MiB, jedi a=1", "MiB, diamond", "of diamond"),
+    *("slice", "chips", "program", "level", "MiB, jedi", "MiB, jedi a=1", "MiB, diamond", "of diamond"),
     *("ms, jedi", "ms, jedi a=1", "ms, diamond"),
   ]
   assert [[line.get(name, "") for name in columns[1:]] for line in lines] == [
-    [1, "denoiser", "500", "1,000", "2,000", "0.25", "", "2.0", "4.0"],
-    [1, "epoch", "7", "", "", "", "", "", ""],
-    [4, "denoiser", "250", "", "", "", "", "", ""],
+    [1, "denoiser", "O1", "500", "1,000", "2,000", "0.25", "", "2.0", "4.0"],
+    [1, "epoch", "O1", "7", "", "", "", "", "", ""],
+    [4, "denoiser", "O1", "250", "", "", "", "", "", ""],
+    [4, "denoiser", "O2", "240", "", "", "", "", "", ""],
   ]
 
 
