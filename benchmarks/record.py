@@ -124,10 +124,13 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
+  """The commit of the code; `-dirty` behind it if files other than records have changed since."""
+
+  def git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
+
   try:
-    result = subprocess.run(
-      ["git", "describe", "--always", "--dirty"], cwd=RESULTS.parent, capture_output=True, text=True, check=True
-    )
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(exclude){RESULTS.name}")
+    return git("describe", "--always") + ("-dirty" if changed else "")
   except (OSError, subprocess.CalledProcessError):
     return "unknown"
-  return result.stdout.strip()

@@ -61,7 +61,7 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   Under `vmap` over kernels (`packed`) it is 'matmul', a batched matrix product; the others become grouped
   convolutions.
 
-  XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 9 to 53 times slower than as
+  XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 19 to 75 times slower than as
   matrix products (see docs/performance.md); its GPU and TPU backends do not.
   """
   if lowering != "auto":
