@@ -91,7 +91,7 @@ def write(name: str, rows: list[dict[str, Any]], *, started: dict[str, Any]) -> 
   path.parent.mkdir(parents=True, exist_ok=True)
   record = {
     "command": " ".join(["python", os.path.relpath(sys.argv[0], RESULTS.parent.parent), *sys.argv[1:]]),
-    "commit": _commit(),
+    "commit": commit(),
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "machine": started,
     "rows": rows,
@@ -123,7 +123,7 @@ def _cpu_name() -> str:
   return platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
   """The commit of the code; `-dirty` behind it if files other than records have changed since."""
 
   def git(*args: str) -> str:

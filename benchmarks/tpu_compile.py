@@ -94,7 +94,8 @@ def main() -> None:
           settings = " ".join(_FLAGS.set)
           key = (name, count, variant, settings, program, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
           if key not in done:
-            rows.append({**dict(zip(_KEY, key, strict=True)), **_measure(program, variant, spec, devices)})
+            about = {**dict(zip(_KEY, key, strict=True)), "commit": record.commit()}
+            rows.append({**about, **_measure(program, variant, spec, devices)})
             record.write(_NAME, rows, started=started)
             print(record.table(rows[-1:], _COLUMNS), flush=True)
   print(record.table(*compare(rows)))

@@ -1,5 +1,6 @@
 """Acting: a policy with its recurrent state, from a model and parameters or from a run's directory."""
 
+import operator
 import os
 from collections.abc import Callable
 from typing import Any
@@ -96,6 +97,7 @@ class Agent:
     Raises:
       UserError: for observations of another shape or dtype.
       OverflowError: for a count out of its range.
+      TypeError: for one that is no integer.
     """
     if not hasattr(observations, "dtype"):
       observations = np.asarray(observations)
@@ -112,7 +114,9 @@ class Agent:
         "make it with initial_state(batch)"
       )
     restart = np.zeros(len(observations), bool) if restart is None else restart
-    return self._act(self.params, observations, state, restart, key, np.uint32(count), np.float32(epsilon))
+    return self._act(
+      self.params, observations, state, restart, key, np.uint32(operator.index(count)), np.float32(epsilon)
+    )
 
   def player(self, num_envs: int, seed: int) -> Policy:
     """Returns a policy that keeps its state, as `evaluation.run_episodes` takes it; epsilon is 0."""

@@ -85,6 +85,9 @@ class Processes:
       ) from None
     except RuntimeError as error:
       raise UserError(f"the processes do not find one another ({str(error).splitlines()[0][:200]})") from None
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+      # Seen twice in two: epochs read from the cache stood still in their collectives; compiled ones do not.
+      jax.config.update("jax_enable_compilation_cache", False)
 
   def share(self, items: Sequence[T]) -> Sequence[T]:
     """Returns this process's contiguous share of what processes that do not communicate do side by side.

@@ -55,8 +55,11 @@ def test_one_key_serves_a_loop(agent):
   draws = [np.asarray(agent.act(frames(), state, key, count=count)[0]) for count in (5, 5, *range(6, 30))]
   np.testing.assert_array_equal(draws[0], draws[1])
   assert any(np.any(d != draws[0]) for d in draws[2:])
-  with pytest.raises(OverflowError, match="-1"):
-    agent.act(frames(), state, key, count=-1)
+  for count in (-1, np.int64(-1), np.int64(2**32)):
+    with pytest.raises(OverflowError, match=str(count)):
+      agent.act(frames(), state, key, count=count)
+  with pytest.raises(TypeError, match="float"):
+    agent.act(frames(), state, key, count=2.5)
 
 
 def test_environments_do_not_mix(agent):

@@ -61,8 +61,8 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   Under `vmap` over kernels (`packed`) it is 'matmul', a batched matrix product; the others become grouped
   convolutions.
 
-  XLA's CPU backend computes the gradient of a convolution's kernel inside a loop 19 to 75 times slower than as
-  matrix products (see docs/performance.md); its GPU and TPU backends do not.
+  XLA's CPU backend computes the gradients of a convolution inside a loop 19 to 75 times slower than with the kernel's
+  as matrix products (see docs/performance.md); its GPU and TPU backends are expected not to.
   """
   if lowering != "auto":
     return lowering

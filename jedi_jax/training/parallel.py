@@ -152,8 +152,7 @@ class Devices:
       donate: positions of arguments whose memory the results may take.
     """
     if self.count > 1 and self.devices[0].platform == "cpu":
-      # Programs of several CPU devices that are read back from JAX's cache on disk crash, and those of several
-      # processes stand still in their collectives: from now on none is written.
+      # Programs of several CPU devices that are read back from JAX's cache on disk crash: from now on none is written.
       jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     if self.processes > 1:
       return self._map_over_processes(function, in_axes, donate)
