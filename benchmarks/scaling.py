@@ -154,6 +154,8 @@ def _draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         milliseconds = [1e3 * statistics.median(each) for each in curve]
         ax.loglog(row["values"], milliseconds, f"C{i}{styles[row['variant']]}", marker=".", label=label)
       ax.set_xticks(row["values"], list(map(str, row["values"])), minor=False)
+    ax.yaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(plt.ScalarFormatter())
     ax.minorticks_off()
     ax.set(xlabel=sweep, ylabel="milliseconds an update" if ax is axes[0, 0] else "")
     ax.legend(fontsize=6)
