@@ -184,26 +184,25 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
   """
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))
-  names = [" ".join(arm).strip() for arm in arms]
-  differing = (name for name in ("preset", "batch", "level") if len({row[name] for row in rows}) > 1)
+  names = {arm: " ".join(arm).strip() for arm in arms}
+  differing = (key for key in ("preset", "batch", "level") if len({row[key] for row in rows}) > 1)
   place = ("slice", "chips", "program", *differing)
-  lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-  working: dict[tuple[Any, ...], dict[tuple[str, str], float]] = {}
+  programs: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
   for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], _PROGRAMS.index(row["program"]))):
-    same = tuple(row[name] for name in _KEY if name not in ("variant", "set"))
-    arm = row["variant"], row["set"]
-    name = names[arms.index(arm)]
-    line = lines.setdefault(same, {name: row[name] for name in place})
-    line[f"MiB, {name}"] = f"{row['working MiB']:,.0f}"
-    line[f"ms, {name}"] = f"{row['estimate ms']:.1f}" if "estimate ms" in row else ""
-    working.setdefault(same, {})[arm] = row["working MiB"]
-  others = [(arm, f"of {name}") for arm, name in zip(arms, names, strict=True) if arm[0] != variants[0]]
-  for same, found in working.items():
-    lines[same] |= {
-      text: f"{found[arms[0]] / found[arm]:.2f}" for arm, text in others if {arms[0], arm} <= found.keys()
-    }
-  shares = [text for _, text in others]
-  return list(lines.values()), [*place, *(f"MiB, {n}" for n in names), *shares, *(f"ms, {n}" for n in names)]
+    same = tuple(row[key] for key in _KEY if key not in ("variant", "set"))
+    programs.setdefault(same, {})[row["variant"], row["set"]] = row
+  lines = []
+  for found in programs.values():
+    line = {key: next(iter(found.values()))[key] for key in place}
+    for arm, row in found.items():
+      line[f"MiB, {names[arm]}"] = f"{row['working MiB']:,.0f}"
+      if "estimate ms" in row:
+        line[f"ms, {names[arm]}"] = f"{row['estimate ms']:.1f}"
+      if arm[0] != variants[0] and arms[0] in found:
+        line[f"of {names[arm]}"] = f"{found[arms[0]]['working MiB'] / row['working MiB']:.2f}"
+    lines.append(line)
+  shares = [f"of {names[arm]}" for arm in arms if arm[0] != variants[0]]
+  return lines, [*place, *(f"MiB, {n}" for n in names.values()), *shares, *(f"ms, {n}" for n in names.values())]
 
 
 if __name__ == "__main__":
