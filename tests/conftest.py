@@ -23,7 +23,6 @@ def _set_xla_flag(name, value):
 
 _set_xla_flag("--xla_force_host_platform_device_count", 4)
 
-import chex
 import jax
 import numpy as np
 import pytest
@@ -40,6 +39,7 @@ from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
+from jedi_jax.training.programs import traced
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
 
@@ -124,16 +124,23 @@ class Tiny:
     assert len(jax.local_devices()) >= count, "the tests force four host devices before JAX starts"
     return Devices.take(count)
 
+  def lowered_epoch(self, devices):
+    """The epoch for one run or, packed, several; traced and lowered, but not compiled."""
+    epoch = epoch_lib.make_epoch(
+      build(self.config, SPEC, packed=devices.packed),
+      self.optimizers,
+      batch_size=self.config.training.batch_size,
+      age_weights=self.config.replay.age_weights,
+    )
+    state, replay = (
+      devices.distribute([x] * devices.runs) for x in (self.init(jax.random.key(0)), noise_replay(self.config))
+    )
+    return epoch_lib.distribute(epoch, devices).lower(state, replay, traced(dict.fromkeys(self.optimizers, 0)))
+
   def epoch(self, count=1):
-    """(distributed state, distributed replay, counts) -> the same and sums; fails if it is traced again."""
+    """(distributed state, distributed replay, counts) -> the same and sums; compiled: nothing traces it again."""
     if count not in self._epochs:
-      epoch = epoch_lib.make_epoch(
-        self.model,
-        self.optimizers,
-        batch_size=self.config.training.batch_size,
-        age_weights=self.config.replay.age_weights,
-      )
-      self._epochs[count] = epoch_lib.distribute(chex.assert_max_traces(epoch, n=1), self.devices(count))
+      self._epochs[count] = self.lowered_epoch(self.devices(count)).compile()
     return self._epochs[count]
 
   def packed_devices(self):
@@ -141,15 +148,9 @@ class Tiny:
     return Devices.take(2).with_runs(4)
 
   def packed_epoch(self):
-    """The epoch of four packed runs; fails if it is traced again."""
+    """The epoch of four packed runs."""
     if "packed" not in self._epochs:
-      epoch = epoch_lib.make_epoch(
-        build(self.config, SPEC, packed=True),
-        self.optimizers,
-        batch_size=self.config.training.batch_size,
-        age_weights=self.config.replay.age_weights,
-      )
-      self._epochs["packed"] = epoch_lib.distribute(chex.assert_max_traces(epoch, n=1), self.packed_devices())
+      self._epochs["packed"] = self.lowered_epoch(self.packed_devices()).compile()
     return self._epochs["packed"]
 
   def state(self, seed=0, devices=1):
