@@ -291,6 +291,12 @@ class CollectConfig:
     10, "D", "Rewards of the two rarer signs that end the first collection.", low=0, high=10**9
   )
   epsilon: float = setting(0.01, "D", "Probability of a uniformly random action.", low=0, high=1)
+  overlap: bool = setting(
+    False,
+    "O",
+    "Whether the host's CPU takes an epoch's steps while the device trains on those before them, which then come into "
+    "replay an epoch later.",
+  )
 
 
 @documented

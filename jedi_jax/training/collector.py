@@ -1,6 +1,6 @@
 """Collection: real steps under the current policy, into replay."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +143,7 @@ class Collector:
       "observations": self._observations.copy(),
     }
 
-  def restore(self, saved: dict[str, Any], on_step: Callable[[int], None] = lambda done: None) -> None:
+  def restore(self, saved: Mapping[str, Any], on_step: Callable[[int], None] = lambda done: None) -> None:
     """Continues from `save`, on freshly reset environments of the same seed.
 
     Args:

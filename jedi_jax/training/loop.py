@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,15 @@ import numpy as np
 from jedi_jax import checkpoint, envs, telemetry, workdir
 from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
-from jedi_jax.agent import Agent, make_act
+from jedi_jax.agent import Agent
 from jedi_jax.config import Config, Updates
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.inspection import dreams
 from jedi_jax.interruption import Interruption
-from jedi_jax.models.variants import Model, build, count_parameters, with_num_actions
+from jedi_jax.models.variants import build, count_parameters, with_num_actions
 from jedi_jax.training import hosts, seeds
+from jedi_jax.training.acting import Actor, side_by_side
 from jedi_jax.training.collector import Collected, Collector
 from jedi_jax.training.hosts import Operation
 from jedi_jax.training.memory import check_replay, empty_replay
@@ -32,6 +34,7 @@ from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import make_init
 from jedi_jax.types import EnvSpec
 
+_POLL = 0.1  # Seconds between two looks at what threads do.
 _FOLLOWERS_MARGIN = 60.0  # Seconds beyond the grace in which the first process may finish what it writes.
 
 
@@ -123,8 +126,8 @@ def train_packed(
   _check_pack(configs, directories, specs, devices)
   devices.with_runs(len(configs)).check_batch(configs[0].training.batch_size)
   for config, spec in zip(configs, specs, strict=True):
-    # Before anything is written: they refuse sizes that do not fit.
-    build(config, spec)
+    # Before anything is written: they refuse what does not fit.
+    Actor(config, spec)
     check_replay(config, spec)
   hosts.meet(devices)
   if devices.processes > 1 and jax.process_index() > 0:
@@ -212,16 +215,23 @@ def _check_pack(
     raise UserError(f"packed games have different numbers of actions: give room with --set=env.action_slots={most}")
 
 
+class _Steps(NamedTuple):
+  """The real steps of one epoch of a run: for replay, for its records, and the seconds that they took."""
+
+  chunks: list[replay_lib.Chunk]
+  collected: Collected
+  seconds: float
+
+
 class _Run:
   """What one run has on the host: files, environments, and where it stands.
 
   Args:
-    workdir: its directory and configuration.
-    model: what the configuration describes.
-    act: its compiled policy, which all runs share.
+    run: its directory and configuration.
+    actor: its policy, which all runs share.
   """
 
-  def __init__(self, run: workdir.Workdir, model: Model, act: Any):
+  def __init__(self, run: workdir.Workdir, actor: Actor):
     config = run.config
     self.workdir, self.config, self.spec = run, config, run.spec
     self.env = envs.make(
@@ -231,14 +241,15 @@ class _Run:
       life_loss_ends=config.env.life_loss_ends,
       max_episode_steps=config.env.max_episode_steps,
     )
-    self.collector = Collector(
-      self.env,
-      act,
-      initial_state=model.initial_state(self.env.num_envs),
-      seed=seeds.derive(config.seed, Purpose.COLLECTION),
-      epsilon=config.collect.epsilon,
-      max_calls=config.collect.total_steps // self.env.num_envs,
-    )
+    with actor.near():
+      self.collector = Collector(
+        self.env,
+        actor.act,
+        initial_state=actor.model.initial_state(self.env.num_envs),
+        seed=seeds.derive(config.seed, Purpose.COLLECTION),
+        epsilon=config.collect.epsilon,
+        max_calls=config.collect.total_steps // self.env.num_envs,
+      )
     self.latest = checkpoint.Checkpoints(run.checkpoints / "latest", keep=config.checkpoint.keep)
     self.best = checkpoint.Checkpoints(run.checkpoints / "best", keep=1)
     self.progress = Progress(epoch=0, total_epochs=0, seconds=0.0, best=-math.inf)
@@ -266,8 +277,17 @@ class _Run:
       self.metrics.close()
     self.env.close()
 
-  def collect(self, params: Any, on_step: Callable[[int], None]) -> tuple[list[replay_lib.Chunk], Collected]:
-    """Takes the real steps of the next epoch."""
+  def repeat(self, log: Mapping[str, Any], check: Callable[[], None]) -> None:
+    """Takes the steps of a collector's log again; `check` is called after each."""
+    self.collector.restore(log, lambda _: check())
+
+  def collect(self, params: Any, check: Callable[[], None]) -> _Steps:
+    """Takes the real steps of the next epoch; `check` is called after each."""
+    start = time.monotonic()
+    chunks, collected = self._collect_epoch(params, lambda _: check())
+    return _Steps(chunks, collected, time.monotonic() - start)
+
+  def _collect_epoch(self, params: Any, on_step: Callable[[int], None]) -> tuple[list[replay_lib.Chunk], Collected]:
     if self.progress.epoch:
       return self._collect(params, self.config.collect.steps_per_epoch, on_step)
     c = self.config.collect
@@ -289,13 +309,10 @@ class _Run:
     self, params: Any, steps: int, on_step: Callable[[int], None]
   ) -> tuple[list[replay_lib.Chunk], Collected]:
     """Takes up to `steps` real steps, fewer when the run's total is reached."""
-    before = self.collector.env_steps
-    steps = min(steps, self.config.collect.total_steps - before)
+    steps = min(steps, self.config.collect.total_steps - self.collector.env_steps)
     if steps <= 0 or self.done:
       return [], Collected(0, [], [], (0, 0, 0))
-    return self.collector.collect(
-      params, [], lambda chunks, chunk: [*chunks, chunk], steps, lambda done: on_step(before + done)
-    )
+    return self.collector.collect(params, [], lambda chunks, chunk: [*chunks, chunk], steps, on_step)
 
   def count_epochs(self) -> None:
     """Knows after the first collection how many epochs there will be."""
@@ -304,8 +321,9 @@ class _Run:
     total = 1 + math.ceil(left / c.collect.steps_per_epoch) + c.training.final_epochs
     self.progress = self.progress._replace(total_epochs=total)
 
-  def describe_collection(self, collected: Collected, seconds: float) -> dict[str, Any]:
+  def describe_collection(self, steps: _Steps) -> dict[str, Any]:
     """Returns the epoch's figures of real steps."""
+    collected, seconds = steps.collected, steps.seconds
     values: dict[str, Any] = {"env_steps": self.collector.env_steps, "frames": self.env.frames}
     values["time/collect_seconds"] = seconds
     if collected.steps:
@@ -343,12 +361,12 @@ class Trainer:
     config, spec = runs[0].config, runs[0].spec
     self._config = config  # What it says of seed and game is the first run's.
     self._model, self._optimizers, self._epoch, self._add, self._strips = make_programs(config, spec, devices)
-    self._evaluator = Agent(self._model, {}, config)
-    act = jax.jit(make_act(self._model))
+    self._actor = Actor(config, spec)
+    self._evaluator = Agent(build(config, spec), {}, config)
     self._runs: list[_Run] = []
     try:
       for run in runs:
-        self._runs.append(_Run(run, self._model, act))
+        self._runs.append(_Run(run, self._actor))
       self._begin()
     except BaseException:
       self.close()
@@ -359,7 +377,7 @@ class Trainer:
     init = jax.jit(make_init(self._model, self._optimizers))
     shapes = jax.eval_shape(init, jax.random.key(0))
     empty = functools.cache(lambda: jax.device_get(empty_replay(self._config, self._runs[0].spec)))
-    states, replays = [], []
+    states, replays, logs = [], [], []
     for run in self._runs:
       restored = self._restore(run, shapes)
       if restored is None:
@@ -369,9 +387,12 @@ class Trainer:
       else:
         states.append(restored[0])
         replays.append(restored[1])
+        logs.append((run, restored[2]))
         run.best.forget_after(run.progress.epoch)
     if len({run.progress.epoch for run in self._runs}) > 1:
       raise _UnevenError
+    with side_by_side([functools.partial(run.repeat, log) for run, log in logs]) as futures:
+      self._wait(futures, "repeating environment steps", sum(int(log["calls"]) * run.env.num_envs for run, log in logs))
     for run in self._runs:
       run.begin()
     with self._leader.doing(Operation.BEGIN):
@@ -459,45 +480,50 @@ class Trainer:
     training = self._config.training
     start = time.monotonic()
     first = not any(run.progress.epoch for run in self._runs)
-    met = self._collect()
-    if first:
-      for run in self._runs:
-        run.count_epochs()
     epoch = max(run.progress.epoch for run in self._runs) + 1
     counts = self._counts(training.first_updates if first else training.updates)
-    figures = self._update(counts, epoch, split=epoch % training.time_phases_every == 0)
+    split = epoch % training.time_phases_every == 0
+    tasks = [
+      functools.partial(run.collect, self._actor.params(self._devices, self._state.params, index))
+      for index, run in enumerate(self._runs)
+    ]
+    with side_by_side(tasks) as futures:
+      if self._config.collect.overlap and not first:  # At first there is nothing to train on.
+        figures = self._update(counts, epoch, split=split)
+        steps = self._add_steps(futures)
+      else:
+        steps = self._add_steps(futures)
+        figures = self._update(counts, epoch, split=split)
     seconds = time.monotonic() - start
     values = []
-    for run, (collected, collection_seconds), learned in zip(self._runs, met, figures, strict=True):
+    for run, own, learned in zip(self._runs, steps, figures, strict=True):
+      if first:
+        run.count_epochs()
       if not run.done:
         run.progress = run.progress._replace(epoch=epoch)
-      own = run.describe_collection(collected, collection_seconds)
-      values.append({**own, **learned, "time/epoch_seconds": seconds})
+      values.append({**run.describe_collection(own), **learned, "time/epoch_seconds": seconds})
     return values
 
-  def _collect(self) -> list[tuple[Collected, float]]:
-    """Takes every run's real steps into replay; returns what each met, and its seconds."""
-    met, chunks = [], []
-    total = self._config.collect.total_steps
-    acting = {name: self._state.params[name] for name in ("encoder", "actor_critic")}
-    for index, run in enumerate(self._runs):
-      start = time.monotonic()
-      own, collected = run.collect(
-        self._devices.pick(acting, index),
-        lambda done: self._step(done, total),
-      )
-      met.append((collected, time.monotonic() - start))
-      chunks.append(own)
-    for parts in itertools.zip_longest(*chunks):
+  def _add_steps(self, futures: Sequence[Future[_Steps]]) -> list[_Steps]:
+    """Waits for every run's real steps, and adds them to replay."""
+    self._wait(futures, "collecting, environment steps", len(futures) * self._config.collect.total_steps)
+    steps = [future.result() for future in futures]
+    for parts in itertools.zip_longest(*(own.chunks for own in steps)):
       like = next(part for part in parts if part is not None)
       nothing = jax.tree.map(np.zeros_like, like)
       with self._leader.doing(Operation.ADD):
         self._replay = self._add(self._replay, self._devices.distribute([part or nothing for part in parts]))
-    return met
+    return steps
 
-  def _step(self, done: int, total: int) -> None:
-    self._interruption.check()
-    self._say.show("collecting, environment steps", done, total)
+  def _wait(self, futures: Sequence[Future[Any]], task: str, total: int) -> None:
+    """Waits for environment steps that are being taken, tells how many there are, and stops when it is time to."""
+    left: set[Future[Any]] = set(futures)
+    while left:
+      self._say.show(task, sum(run.collector.env_steps for run in self._runs), total)
+      self._interruption.check()
+      done, left = wait(left, timeout=_POLL, return_when=FIRST_EXCEPTION)
+      for future in done:
+        future.result()  # Raises what ended it.
 
   def _counts(self, updates: Updates) -> dict[str, int]:
     """Returns the number of updates of each phase that the model has, in order."""
@@ -724,8 +750,12 @@ class Trainer:
       },
     )
 
-  def _restore(self, run: _Run, shapes: Any) -> tuple[Any, Any] | None:
-    """Continues a run from its newest whole checkpoint; returns its state and replay, None where there is none."""
+  def _restore(self, run: _Run, shapes: Any) -> tuple[Any, Any, Any] | None:
+    """Reads a run's newest whole checkpoint, to continue from it.
+
+    Returns:
+      Its state, its replay and the log of its collector; None where there is no checkpoint.
+    """
     empty = jax.eval_shape(lambda: empty_replay(run.config, run.spec))
     target = {
       "train": shapes.replace(params={}),
@@ -739,15 +769,10 @@ class Trainer:
     run.saved, params, saved = restored
     p = saved["progress"]
     run.progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
-    steps = int(saved["collector"]["calls"]) * run.env.num_envs
-
-    def on_step(done: int) -> None:
-      self._interruption.check()
-      self._say.show("repeating environment steps", done, steps)
-
+    log = saved["collector"]
+    steps = int(log["calls"]) * run.env.num_envs
     self._say.say(f"resuming after epoch {run.progress.epoch}: repeating {steps:,} environment steps")
-    run.collector.restore(saved["collector"], on_step)
-    return saved["train"].replace(params=params), saved["replay"]
+    return saved["train"].replace(params=params), saved["replay"], log
 
 
 def evaluate(

@@ -86,6 +86,18 @@ def test_the_first_epoch_of_a_packed_run_is_that_of_the_run_alone(packed, finish
     assert together[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-4)
 
 
+def test_packed_runs_take_steps_while_they_train(packed, tiny, quiet, tmp_path, timeless):
+  """Their second epoch acts as without overlap, and is trained on the first one's steps alone."""
+  configs = [override(config, {"collect.overlap": True}) for config in packed[0]]
+  places = [tmp_path / str(config.seed) for config in configs]
+  _train(tiny, configs, places, quiet)
+  for directories in zip(places, packed[1], strict=True):
+    ours, theirs = (timeless(directory / "metrics.jsonl") for directory in directories)
+    assert ours[0] == theirs[0]
+    assert [r["env_steps"] for r in ours] == [r["env_steps"] for r in theirs]
+    assert ours[1]["denoiser/loss"] != theirs[1]["denoiser/loss"]
+
+
 def test_finished_runs_are_not_repeated(packed, tiny, quiet, snapshot):
   configs, places, results = packed
   before = [snapshot(place) for place in places]

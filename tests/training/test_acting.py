@@ -1,0 +1,221 @@
+"""Real steps taken side by side, and beside training."""
+
+import json
+import threading
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from jedi_jax import workdir
+from jedi_jax.config import override
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.errors import UserError
+from jedi_jax.training import acting, loop
+from jedi_jax.training.acting import Actor, side_by_side
+from jedi_jax.training.collector import Collector
+
+SOON = 60.0
+"""Seconds after which what should have happened has not."""
+
+
+def test_tasks_run_together_and_their_results_are_in_order():
+  meeting = threading.Barrier(2)
+
+  def task(number, check):
+    check()
+    meeting.wait(SOON)
+    return number
+
+  with side_by_side([lambda check, i=i: task(i, check) for i in range(2)]) as futures:
+    pass
+  assert [future.result() for future in futures] == [0, 1]
+
+
+def test_nothing_to_do_is_nothing():
+  with side_by_side([]) as futures:
+    assert futures == []
+
+
+def test_an_exception_in_the_context_ends_the_tasks():
+  ended = threading.Event()
+
+  def endless(check):
+    try:
+      while True:
+        check()
+    finally:
+      ended.set()
+
+  with pytest.raises(KeyError), side_by_side([endless] * 100) as futures:
+    raise KeyError
+  assert ended.is_set()
+  assert all(future.cancelled() or future.exception() for future in futures)
+
+
+def test_an_exception_of_a_task_is_raised_with_its_result():
+  def failing(check):
+    raise KeyError("its own")
+
+  with side_by_side([failing, lambda check: 1]) as futures:
+    pass
+  assert futures[1].result() == 1
+  with pytest.raises(KeyError, match="its own"):
+    futures[0].result()
+
+
+@pytest.fixture(scope="module")
+def overlapping(tiny):
+  return override(tiny.config, {"collect.overlap": True})
+
+
+def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
+  for config, half in ((tiny.config, True), (overlapping, False)):
+    actor = Actor(override(config, {"precision.compute_dtype": "bfloat16"}), SPEC)
+    params = actor.params(tiny.devices(), tiny.state().params, 0)
+    assert set(params) == {"encoder", "actor_critic"}
+    with actor.near():
+      state, key = actor.model.initial_state(2), jax.random.key(0)
+    observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
+    traced = actor.act.trace(params, observations, state, np.ones(2, bool), key, np.uint32(0), np.float32(0))
+    assert ("bf16" in str(traced.jaxpr)) == half
+
+
+def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch):
+  """Another device stands for a host beside an accelerator."""
+  host = jax.local_devices()[3]
+  monkeypatch.setattr(acting, "_host", lambda: host)
+  actor = Actor(overlapping, SPEC)
+  params = actor.params(tiny.devices(), tiny.state().params, 0)
+  with actor.near():
+    state, key = actor.model.initial_state(2), jax.random.key(0)
+  observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
+  result = actor.act(params, observations, state, np.ones(2, bool), key, np.uint32(0), np.float32(0))
+  for x in jax.tree.leaves((params, state, key, result)):
+    assert x.devices() == {host}
+
+
+def test_a_process_without_a_cpu_is_refused_before_anything(overlapping, tmp_path, quiet, monkeypatch):
+  def local_devices(*, backend):
+    raise RuntimeError(f"no {backend}")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(acting.jax, "local_devices", local_devices)
+    with pytest.raises(UserError, match=r"collect\.overlap needs the CPU .* JAX_PLATFORMS=cpu,cpu") as caught:
+      loop.train(overlapping, tmp_path / "run", devices=loop.Devices(jax.devices()[:1]), say=quiet)
+  assert "\n" not in str(caught.value)
+  assert not (tmp_path / "run").exists()
+
+
+class Watched:
+  """What a training acted with and trained on, epoch by epoch.
+
+  Attributes:
+    slots: most slots written of a stream of replay, at the updates.
+    trained: parameters of the actor-critic before the updates.
+    acted: those of which the real steps were.
+  """
+
+  def __init__(self):
+    self.slots, self.trained, self.acted = [], [], []
+
+  def __call__(self, train):
+    update, collect = loop.Trainer._update, Collector.collect
+
+    def updated(trainer, *args, **kwargs):
+      host = trainer._devices.to_host
+      self.slots.append(int(host(trainer._replay.written).max()))
+      self.trained.append(host(trainer._state.params["actor_critic"]))
+      return update(trainer, *args, **kwargs)
+
+    def collected(collector, params, *args):
+      self.acted.append(jax.device_get(params["actor_critic"]))
+      return collect(collector, params, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop.Trainer, "_update", updated)
+      patch.setattr(Collector, "collect", collected)
+      train()
+    return self
+
+
+@pytest.fixture(scope="module")
+def overlapped(overlapping, train_tiny, tmp_path_factory):
+  """The directory of a run whose steps were taken while it trained, and what was watched."""
+  directory = tmp_path_factory.mktemp("runs") / "overlapped"
+  return directory, Watched()(lambda: train_tiny(directory, config=overlapping))
+
+
+def records(directory):
+  return workdir.read_metrics(directory / "metrics.jsonl")
+
+
+def test_steps_come_into_replay_an_epoch_later_from_a_policy_that_is_no_older(
+  overlapped, tiny, train_tiny, finished_run, tmp_path
+):
+  directory, watched = overlapped
+  straight = Watched()(lambda: train_tiny(tmp_path / "run"))
+  assert straight.slots == [*sorted(set(straight.slots[:4])), straight.slots[3]]  # The last epoch takes no steps.
+  assert watched.slots == [straight.slots[0], *straight.slots[:4]]
+  for run in (straight, watched):
+    first = len(run.acted) - 3  # The first epoch has several collections.
+    assert first > 1
+    chex.assert_trees_all_equal(run.acted[first:], run.trained[1:4])
+  assert len(records(directory)) == len(records(finished_run)) == tiny.epochs
+  for name in ("env_steps", "collect/steps"):
+    assert [r.get(name) for r in records(directory)] == [r.get(name) for r in records(finished_run)]
+
+
+def test_the_first_epoch_is_as_without_overlap(overlapped, finished_run):
+  ours, theirs = (records(directory) for directory in (overlapped[0], finished_run))
+  names = [name for name in theirs[0] if name.startswith(("denoiser/", "reward_end/", "actor_critic/"))]
+  assert {name: ours[0][name] for name in names} == {name: theirs[0][name] for name in names}
+  assert ours[1]["denoiser/loss"] != theirs[1]["denoiser/loss"]
+
+
+def test_an_overlapped_run_resumes_bit_for_bit(overlapped, overlapping, train_tiny, timeless, tmp_path):
+  original = loop.Trainer._update
+
+  def stop(trainer, counts, epoch, *, split):
+    if epoch == 4:
+      raise KeyboardInterrupt
+    return original(trainer, counts, epoch, split=split)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Trainer, "_update", stop)
+    with pytest.raises(KeyboardInterrupt):
+      train_tiny(tmp_path / "run", config=overlapping)
+  train_tiny(tmp_path / "run", config=overlapping)
+  assert timeless(tmp_path / "run" / "metrics.jsonl") == timeless(overlapped[0] / "metrics.jsonl")
+  results = [json.loads((d / "result.json").read_text()) | {"seconds": 0} for d in (tmp_path / "run", overlapped[0])]
+  assert results[0] == results[1]
+
+
+def test_steps_are_taken_while_the_device_trains(overlapping, train_tiny, tmp_path):
+  """From the second epoch on, neither begins to end before the other has begun."""
+  training, collecting = threading.Event(), threading.Event()
+  update, collect = loop.Trainer._update, Collector.collect
+  met = []
+
+  def meet(own, other):
+    own.set()
+    met.append(other.wait(SOON))
+
+  def updated(trainer, counts, epoch, *, split):
+    if 1 < epoch < 5:
+      meet(training, collecting)
+      collecting.clear()
+    return update(trainer, counts, epoch, split=split)
+
+  def collected(collector, *args):
+    if collector.env_steps >= 40:
+      meet(collecting, training)
+      training.clear()
+    return collect(collector, *args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(loop.Trainer, "_update", updated)
+    patch.setattr(Collector, "collect", collected)
+    train_tiny(tmp_path / "run", config=overlapping)
+  assert met == [True] * 6
