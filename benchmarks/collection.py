@@ -1,15 +1,21 @@
-"""Times collection: the emulators, the policy, and the whole of it with its way into replay.
+"""Times collection: the emulators, the policy, and what all of it adds to the epochs of the training loop.
 
   python benchmarks/collection.py --num_envs=1,8
 
-The share of an epoch is that of collection in collection and updates, at --triple_ms for one update of the denoiser, of
-the reward / end model and of the actor-critic: what an epoch of the preset is meant to take on one accelerator. The
-policy runs on the device of this process: on a CPU much of a step is its arithmetic, which an accelerator does in no
-time, so the share is told without the policy's calls too. That is a lower bound: an accelerator has to be reached.
-Written to benchmarks/results/collection_<platform>.json.
+The loop runs as it trains, but in the place of the compiled epoch stands a call that sleeps: for --triple_ms for each
+update of the denoiser, of the reward / end model and of the actor-critic together, and for each of --packed runs, as
+long as an accelerator is meant to take. It leaves the host alone, as an accelerator does. What an epoch takes besides
+is collection, with its way into replay; its share is told as it is and with `collect.overlap`. Without overlap the
+policy runs on the device of this process: on a CPU it is arithmetic, which an accelerator does in less time. Written
+to benchmarks/results/collection_<platform>.json.
 """
 
+import io
 import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,13 +24,14 @@ import throughput
 from absl import flags
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, replay, runtime
-from jedi_jax.agent import make_act
-from jedi_jax.models.variants import build
-from jedi_jax.training.collector import Collector
-from jedi_jax.training.memory import empty_replay
+from jedi_jax import envs, runtime, telemetry, workdir
+from jedi_jax.training import loop
+from jedi_jax.training.acting import Actor
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.programs import Programs, make_programs
 
 _NUM_ENVS = flags.DEFINE_list("num_envs", ["1", "8"], "Numbers of environments.")
+_PACKED = flags.DEFINE_integer("packed", 1, "Runs that train together.", lower_bound=1)
 _TRIPLE = flags.DEFINE_float("triple_ms", 15.0, "Milliseconds of one update of each component.", lower_bound=0.0)
 _FLAGS = flags.FLAGS
 
@@ -37,57 +44,46 @@ def main() -> None:
     for variant in _FLAGS.variants:
       config = throughput.make_config(variant)
       steps = -(-config.collect.steps_per_epoch // num_envs) * num_envs
-      config = config_lib.override(config, {"env.num_envs": num_envs, "collect.steps_per_epoch": steps})
-      times = _measure(config)
-      updates = config.training.updates
-      triples = max(updates.denoiser, updates.reward_end, updates.actor_critic)
-      collecting = [t * steps for t in times["collection"]]
-      updating = triples * _TRIPLE.value / 1e3
-      epoch = statistics.median(collecting)
-      others = max(epoch - steps * statistics.median(times["policy"]), 0.0)
-      rows.append(
-        {
-          "variant": variant,
-          "environments": num_envs,
-          "steps an epoch": steps,
-          **{f"{name}, a step": values for name, values in times.items()},
-          "collection, an epoch": collecting,
-          "share of an epoch": epoch / (epoch + updating),
-          "share without the policy": others / (others + updating),
-        }
-      )
+      changes = {
+        "env.num_envs": num_envs,
+        "collect.steps_per_epoch": steps,
+        # A first epoch as short as the others.
+        **{f"collect.first_epoch_{name}_steps": steps for name in ("min", "max")},
+        "collect.total_steps": steps * (1 + _FLAGS.repeats),
+        **{f"training.first_updates.{name}": count for name, count in vars(config.training.updates).items()},
+        "training.final_epochs": 0,
+        # Each epoch is one call.
+        "training.updates_per_call": 10**9,
+        "training.time_phases_every": 10**9,
+        "replay.capacity": 5_000,
+        "replay.final_frames": 500,
+        "evaluation.interval_epochs": 0,
+        "evaluation.episodes": 1,
+        "evaluation.max_episode_steps": 1,
+      }
+      config = config_lib.override(config, changes)
+      rows.append({"variant": variant, "environments": num_envs, "runs": _PACKED.value, "steps an epoch": steps})
+      rows[-1] |= _parts(config)
+      for name, overlap in (("", False), (", overlapped", True)):
+        besides, share = _loop(config_lib.override(config, {"collect.overlap": overlap}))
+        rows[-1] |= {f"besides updates{name}": besides, f"share of an epoch{name}": share}
   print(record.table(rows, list(rows[0])))
-  print(f"written to {record.write(f'collection_{jax.default_backend()}', rows, started=started)}")
+  print(f"written to {record.write(_FLAGS.name or f'collection_{jax.default_backend()}', rows, started=started)}")
 
 
-def _measure(config: config_lib.Config) -> dict[str, list[float]]:
-  """Returns the seconds that one environment step takes in each part, of every repetition."""
-  num_envs = config.env.num_envs
+def _parts(config: config_lib.Config) -> dict[str, list[float]]:
+  """Returns the seconds that one environment step takes of the emulators and of the policy, of every repetition."""
+  c = config.env
   env = envs.make(
-    config.env.name,
-    num_envs=num_envs,
-    seed=0,
-    life_loss_ends=config.env.life_loss_ends,
-    max_episode_steps=config.env.max_episode_steps,
+    c.name, num_envs=c.num_envs, seed=0, life_loss_ends=c.life_loss_ends, max_episode_steps=c.max_episode_steps
   )
   try:
-    model = build(config, env.spec)
-    params = jax.jit(model.init)(jax.random.key(0))
-    act = jax.jit(make_act(model))
-    collector = Collector(
-      env, act, initial_state=model.initial_state(num_envs), seed=0, epsilon=config.collect.epsilon, max_calls=10**6
-    )
-    add = jax.jit(replay.add, donate_argnums=0)
-    memory = empty_replay(config_lib.override(config, {"replay.capacity": 5_000, "replay.final_frames": 500}), env.spec)
     steps = config.collect.steps_per_epoch
-    actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // num_envs, num_envs))
-    observations, state = np.zeros((num_envs, *env.spec.observation_shape), np.uint8), model.initial_state(num_envs)
-    restart, epsilon, key, count = np.zeros(num_envs, bool), np.float32(0), jax.random.key(0), np.uint32(0)
-
-    def collect() -> None:
-      nonlocal memory
-      memory, _ = collector.collect(params, memory, add, steps)
-      jax.block_until_ready(memory)
+    actor = Actor(config, env.spec)
+    params = jax.jit(actor.model.init)(jax.random.key(0))
+    actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // c.num_envs, c.num_envs))
+    observations, state = env.reset(), actor.model.initial_state(c.num_envs)
+    restart, key = np.zeros(c.num_envs, bool), jax.random.key(0)
 
     def emulate() -> None:
       for row in actions:
@@ -95,12 +91,60 @@ def _measure(config: config_lib.Config) -> dict[str, list[float]]:
 
     def choose() -> None:
       for _ in actions:
-        np.asarray(act(params, observations, state, restart, key, count, epsilon)[0])
+        np.asarray(actor.act(params, observations, state, restart, key, np.uint32(0), np.float32(0))[0])
 
-    parts = {"emulators": emulate, "policy": choose, "collection": collect}
+    parts = {"emulators, a step": emulate, "policy, a step": choose}
     return {name: [t / steps for t in record.seconds(part, repeats=_FLAGS.repeats)] for name, part in parts.items()}
   finally:
     env.close()
+
+
+class _Sleeping:
+  """Stands for the compiled epoch, and takes its time.
+
+  Args:
+    seconds: of a call.
+    nothing: sums without metrics, which the call returns.
+  """
+
+  def __init__(self, seconds: float, nothing: Any):
+    self._seconds, self._nothing = seconds, nothing
+
+  def lower(self, *_: Any) -> "_Sleeping":
+    return self
+
+  def compile(self) -> "_Sleeping":
+    return self
+
+  def __call__(self, state: Any, replay: Any, counts: Mapping[str, Any]) -> tuple[Any, Any]:
+    del replay, counts
+    time.sleep(self._seconds)
+    return state, self._nothing
+
+
+def _loop(config: config_lib.Config) -> tuple[list[float], float]:
+  """Returns the seconds that epochs take besides their updates, and the median's share of an epoch."""
+  updates = config.training.updates
+  updating = _PACKED.value * max(updates.denoiser, updates.reward_end, updates.actor_critic) * _TRIPLE.value / 1e3
+
+  def make(config: config_lib.Config, spec: Any, devices: Devices) -> Programs:
+    programs = make_programs(config, spec, devices)
+    return programs._replace(epoch=_Sleeping(updating, {phase.name: {} for phase in programs.model.phases}))
+
+  configs = [config_lib.override(config, {"seed": seed}) for seed in range(_PACKED.value)]
+  with tempfile.TemporaryDirectory() as place:
+    directories = [f"{place}/{run.seed}" for run in configs]
+    loop.make_programs = make
+    try:
+      loop.train_packed(
+        configs, directories, devices=Devices(jax.local_devices()[:1]), say=telemetry.Progress(io.StringIO())
+      )
+    finally:
+      loop.make_programs = make_programs
+    epochs = workdir.read_metrics(workdir.read(directories[0]).metrics)[1:]  # The first one compiles.
+  besides = [epoch["time/epoch_seconds"] - updating for epoch in epochs]
+  share = statistics.median(besides) / (statistics.median(besides) + updating)
+  return besides, share
 
 
 if __name__ == "__main__":
