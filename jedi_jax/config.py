@@ -295,7 +295,7 @@ class CollectConfig:
     False,
     "O",
     "Whether the host's CPU takes an epoch's steps while the device trains on those before them, which then come into "
-    "replay an epoch later.",
+    "replay an epoch later (the last ones after the last update, where `training.final_epochs` is 0).",
   )
 
 

@@ -68,11 +68,19 @@ class Interruption:
       Interrupted: if it is.
     """
     if self.seconds_left <= 0:
-      raise self.leave("before the end of its epoch")
+      raise self._stopped("before the end of its epoch")
 
   def leave(self, where: str) -> Interrupted:
     """The run stops here, and takes the time to finish what it writes; returns the exception to raise."""
     self._leaving.set()
+    return self._stopped(where)
+
+  def finish(self) -> None:
+    """A run whose time is over takes no more steps, in none of its threads, and finishes what it writes."""
+    if self.seconds_left <= 0:
+      self._leaving.set()
+
+  def _stopped(self, where: str) -> Interrupted:
     return Interrupted(f"stopped by {self._reason} {where}; the same command continues from the last checkpoint")
 
 

@@ -247,6 +247,27 @@ def poisoned():
 
 
 @pytest.fixture(scope="session")
+def stopped():
+  """A context in which a run is stopped within an epoch, before its updates, and has to be."""
+
+  @contextlib.contextmanager
+  def stop(*, epoch):
+    original = loop.Trainer._update
+
+    def update(trainer, counts, number, *, split):
+      if number == epoch:
+        raise KeyboardInterrupt
+      return original(trainer, counts, number, split=split)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(loop.Trainer, "_update", update)
+      with pytest.raises(KeyboardInterrupt):
+        yield
+
+  return stop
+
+
+@pytest.fixture(scope="session")
 def finished_run(train_tiny, tmp_path_factory):
   """The directory of a run that went straight to its end; read it, do not change it."""
   directory = tmp_path_factory.mktemp("runs") / "straight"

@@ -33,7 +33,17 @@ def test_the_grace_is_kept_and_the_second_time_ends_it(monkeypatch):
   interruption.ask("SIGINT")
   with pytest.raises(Interrupted, match=r"stopped by SIGINT .*; the same command continues"):
     interruption.check()
+  assert not interruption.leaving  # Its threads may be in the middle of a step.
+  interruption.finish()
   assert interruption.leaving
+
+
+def test_a_run_with_time_left_does_not_leave_by_finishing():
+  interruption = Interruption(grace=60.0)
+  interruption.finish()
+  interruption.ask("SIGTERM")
+  interruption.finish()
+  assert not interruption.leaving
 
 
 def test_signals_ask_and_the_handlers_are_put_back():
@@ -55,6 +65,12 @@ with on_signals(float(sys.argv[1])) as interruption:
   print("ready", flush=True)
   if sys.argv[2] == "stuck":
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # One call of minutes, within which Python runs no handler.
+  if sys.argv[2] == "threads":
+    from jedi_jax.training.acting import side_by_side
+    with side_by_side([lambda check: time.sleep(60)]):
+      while True:
+        interruption.check()
+        time.sleep(0.01)
   while sys.argv[2] == "leaving" and not interruption.asked:
     time.sleep(0.01)
   interruption.leave("here")
@@ -76,8 +92,9 @@ def stopped(grace, how, signals):
   return time.monotonic() - start, process.returncode, said
 
 
-def test_a_call_that_does_not_end_is_left_after_the_grace():
-  seconds, status, said = stopped(0.5, "stuck", [(signal.SIGTERM, 0.0)])
+@pytest.mark.parametrize("how", ["stuck", "threads"])
+def test_a_call_that_does_not_end_is_left_after_the_grace(how):
+  seconds, status, said = stopped(0.5, how, [(signal.SIGTERM, 0.0)])
   assert status == INTERRUPTED_STATUS
   assert 2.0 < seconds < 10.0  # Grace and margin.
   assert said.count("\n") == 1

@@ -1,7 +1,6 @@
 """Acting: what chooses the real steps of the runs, where it does so, and how they are taken side by side."""
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +31,8 @@ class Actor:
 
   Attributes:
     model: whose policy it is.
-    act: (parameters of `params`, observations, state, restart, key, count, epsilon) -> (actions, state), compiled.
+    act: (parameters as `bring` returns them, observations, state, restart, key, count, epsilon) -> (actions, state),
+      compiled.
 
   Raises:
     UserError: if the host's CPU is asked for and JAX does not have it, or for sizes that do not fit.
@@ -49,10 +49,13 @@ class Actor:
     """A context whose new arrays are where the policy is evaluated."""
     return contextlib.nullcontext() if self._host is None else jax.default_device(self._host)
 
-  def params(self, devices: Devices, params: Any, run: int) -> Any:
-    """Copies what the policy needs of a run's distributed parameters to where it is evaluated."""
-    own = devices.pick({name: params[name] for name in ("encoder", "actor_critic")}, run)
-    return own if self._host is None else jax.device_put(own, self._host)
+  def pick(self, devices: Devices, params: Any, run: int) -> Any:
+    """Copies what the policy needs of a run's distributed parameters, on the run's device."""
+    return devices.pick({name: params[name] for name in ("encoder", "actor_critic")}, run)
+
+  def bring(self, params: Any) -> Any:
+    """Brings what was picked to where the policy is evaluated, which may have to wait for it."""
+    return params if self._host is None else jax.device_put(params, self._host)
 
 
 def _host() -> jax.Device:
@@ -66,7 +69,7 @@ def _host() -> jax.Device:
   except RuntimeError:
     raise UserError(
       "collect.overlap needs the CPU beside the accelerator, and JAX_PLATFORMS leaves it out: "
-      f"set JAX_PLATFORMS={jax.default_backend()},cpu"
+      f"set JAX_PLATFORMS={jax.config.values['jax_platforms']},cpu"
     ) from None
 
 
@@ -76,9 +79,9 @@ class _StoppedError(Exception):
 
 @contextlib.contextmanager
 def side_by_side(tasks: Sequence[Callable[[Callable[[], None]], T]]) -> Iterator[list[Future[T]]]:
-  """A context in which tasks run in threads, as many at a time as there are processors; at its end all have ended.
+  """A context in which each task runs in a thread of its own; at its end all have ended.
 
-  Python's threads help where the time goes to emulators and compiled programs, which release its lock.
+  Python's threads help where the time goes to emulators, compiled programs and devices, which release its lock.
 
   Args:
     tasks: each is given a function to call between its steps, which raises when the context was left by an exception.
@@ -92,12 +95,9 @@ def side_by_side(tasks: Sequence[Callable[[Callable[[], None]], T]]) -> Iterator
     if stop.is_set():
       raise _StoppedError
 
-  with ThreadPoolExecutor(max_workers=max(min(len(tasks), os.cpu_count() or 1), 1)) as pool:
-    futures = [pool.submit(task, check) for task in tasks]
+  with ThreadPoolExecutor(max_workers=max(len(tasks), 1)) as pool:
     try:
-      yield futures
+      yield [pool.submit(task, check) for task in tasks]
     except BaseException:
       stop.set()
-      for future in futures:
-        future.cancel()
       raise

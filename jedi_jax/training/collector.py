@@ -78,7 +78,7 @@ class Collector:
     replay: Any,
     add: Callable[[Any, replay_lib.Chunk], Any],
     steps: int,
-    on_step: Callable[[int], None] = lambda done: None,
+    check: Callable[[], None] = lambda: None,
   ) -> tuple[Any, Collected]:
     """Takes real steps.
 
@@ -87,7 +87,7 @@ class Collector:
       replay: passed to `add`.
       add: (replay, `Chunk`) -> replay.
       steps: environment steps, a multiple of the number of environments.
-      on_step: told the environment steps done so far.
+      check: called after each step of all environments; what it raises ends the collection there.
 
     Returns:
       The replay with everything added, and what happened.
@@ -102,7 +102,7 @@ class Collector:
     returns: list[float] = []
     lengths: list[int] = []
     signs = np.zeros(3, np.int64)
-    for done in range(0, steps, num_envs):
+    for _ in range(0, steps, num_envs):
       chosen, self._state = self._act(
         params, self._observations, self._state, self._restart, self._key, np.uint32(self._calls), self._epsilon
       )
@@ -113,7 +113,7 @@ class Collector:
       writer.add(observations, actions, step.reward, step.end, step.truncated, step.next_observation)
       if writer.is_full:
         replay = add(replay, writer.flush())
-      on_step(done + num_envs)
+      check()
     replay = add(replay, writer.flush())
     return replay, Collected(steps, returns, lengths, (int(signs[0]), int(signs[1]), int(signs[2])))
 
@@ -143,19 +143,19 @@ class Collector:
       "observations": self._observations.copy(),
     }
 
-  def restore(self, saved: Mapping[str, Any], on_step: Callable[[int], None] = lambda done: None) -> None:
+  def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
     """Continues from `save`, on freshly reset environments of the same seed.
 
     Args:
       saved: what `save` returned.
-      on_step: told the environment steps done so far.
+      check: called after each step of all environments.
 
     Raises:
       UserError: if the environments do not lead to the same observations again.
     """
     for calls in range(int(saved["calls"])):
       self._step(saved["actions"][calls], [], [])
-      on_step((calls + 1) * self._env.num_envs)
+      check()
     if not np.array_equal(self._observations, saved["observations"]):
       raise UserError(
         "the environment did not repeat its steps, so this run cannot be continued here: "

@@ -233,7 +233,7 @@ class _Run:
 
   def __init__(self, run: workdir.Workdir, actor: Actor):
     config = run.config
-    self.workdir, self.config, self.spec = run, config, run.spec
+    self.workdir, self.config, self.spec, self._actor = run, config, run.spec, actor
     self.env = envs.make(
       config.env.name,
       num_envs=config.env.num_envs,
@@ -279,23 +279,23 @@ class _Run:
 
   def repeat(self, log: Mapping[str, Any], check: Callable[[], None]) -> None:
     """Takes the steps of a collector's log again; `check` is called after each."""
-    self.collector.restore(log, lambda _: check())
+    self.collector.restore(log, check)
 
   def collect(self, params: Any, check: Callable[[], None]) -> _Steps:
-    """Takes the real steps of the next epoch; `check` is called after each."""
+    """Takes the real steps of the next epoch by picked parameters; `check` is called after each."""
     start = time.monotonic()
-    chunks, collected = self._collect_epoch(params, lambda _: check())
+    chunks, collected = self._collect_epoch(self._actor.bring(params), check)
     return _Steps(chunks, collected, time.monotonic() - start)
 
-  def _collect_epoch(self, params: Any, on_step: Callable[[int], None]) -> tuple[list[replay_lib.Chunk], Collected]:
+  def _collect_epoch(self, params: Any, check: Callable[[], None]) -> tuple[list[replay_lib.Chunk], Collected]:
     if self.progress.epoch:
-      return self._collect(params, self.config.collect.steps_per_epoch, on_step)
+      return self._collect(params, self.config.collect.steps_per_epoch, check)
     c = self.config.collect
-    chunks, collected = self._collect(params, c.first_epoch_min_steps, on_step)
+    chunks, collected = self._collect(params, c.first_epoch_min_steps, check)
     # Until enough rewards of the two rarer signs were seen, within the configured bounds.
     while collected.steps < c.first_epoch_max_steps and _rarer_rewards(collected) < c.first_epoch_rewards:
       steps = min(c.steps_per_epoch, c.first_epoch_max_steps - collected.steps)
-      more_chunks, more = self._collect(params, steps, on_step)
+      more_chunks, more = self._collect(params, steps, check)
       chunks += more_chunks
       collected = Collected(
         collected.steps + more.steps,
@@ -305,14 +305,12 @@ class _Run:
       )
     return chunks, collected
 
-  def _collect(
-    self, params: Any, steps: int, on_step: Callable[[int], None]
-  ) -> tuple[list[replay_lib.Chunk], Collected]:
+  def _collect(self, params: Any, steps: int, check: Callable[[], None]) -> tuple[list[replay_lib.Chunk], Collected]:
     """Takes up to `steps` real steps, fewer when the run's total is reached."""
     steps = min(steps, self.config.collect.total_steps - self.collector.env_steps)
     if steps <= 0 or self.done:
       return [], Collected(0, [], [], (0, 0, 0))
-    return self.collector.collect(params, [], lambda chunks, chunk: [*chunks, chunk], steps, on_step)
+    return self.collector.collect(params, [], lambda chunks, chunk: [*chunks, chunk], steps, check)
 
   def count_epochs(self) -> None:
     """Knows after the first collection how many epochs there will be."""
@@ -388,12 +386,13 @@ class Trainer:
         states.append(restored[0])
         replays.append(restored[1])
         logs.append((run, restored[2]))
-        run.best.forget_after(run.progress.epoch)
     if len({run.progress.epoch for run in self._runs}) > 1:
       raise _UnevenError
     with side_by_side([functools.partial(run.repeat, log) for run, log in logs]) as futures:
       self._wait(futures, "repeating environment steps", sum(int(log["calls"]) * run.env.num_envs for run, log in logs))
     for run in self._runs:
+      if run.progress.epoch:
+        run.best.forget_after(run.progress.epoch)
       run.begin()
     with self._leader.doing(Operation.BEGIN):
       self._state = self._devices.distribute(states)
@@ -401,6 +400,7 @@ class Trainer:
 
   def close(self) -> None:
     """Finishes what is being written and frees the environments."""
+    self._interruption.finish()
     for run in self._runs:
       self._written(run)
       run.close()
@@ -484,7 +484,7 @@ class Trainer:
     counts = self._counts(training.first_updates if first else training.updates)
     split = epoch % training.time_phases_every == 0
     tasks = [
-      functools.partial(run.collect, self._actor.params(self._devices, self._state.params, index))
+      functools.partial(run.collect, self._actor.pick(self._devices, self._state.params, index))
       for index, run in enumerate(self._runs)
     ]
     with side_by_side(tasks) as futures:

@@ -131,7 +131,7 @@ class Devices:
     """Returns one run's arrays, as copies on its device."""
     device, place = divmod(run, self._runs_of_a_device)
     index = (0, place) if self.packed else (0,)
-    return jax.tree.map(lambda x: _index(x.addressable_shards[device].data, index), tree)
+    return _index(jax.tree.map(lambda x: x.addressable_shards[device].data, tree), index)
 
   def to_host(self, tree: Any, run: int = 0) -> Any:
     """Copies one run's arrays to NumPy arrays that later donation cannot touch."""
@@ -193,8 +193,8 @@ def _first(count: int | None) -> list[jax.Device]:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _index(x: Array, index: tuple[int, ...]) -> Array:
-  return x[index]
+def _index(tree: Any, index: tuple[int, ...]) -> Any:
+  return jax.tree.map(lambda x: x[index], tree)
 
 
 def _shared() -> bool:

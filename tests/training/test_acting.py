@@ -1,17 +1,20 @@
 """Real steps taken side by side, and beside training."""
 
 import json
+import shutil
 import threading
+import time
 
 import chex
 import jax
 import numpy as np
 import pytest
 
-from jedi_jax import workdir
+from jedi_jax import checkpoint, workdir
 from jedi_jax.config import override
 from jedi_jax.envs.catch import SPEC
-from jedi_jax.errors import UserError
+from jedi_jax.errors import Interrupted, UserError
+from jedi_jax.interruption import Interruption
 from jedi_jax.training import acting, loop
 from jedi_jax.training.acting import Actor, side_by_side
 from jedi_jax.training.collector import Collector
@@ -48,10 +51,10 @@ def test_an_exception_in_the_context_ends_the_tasks():
     finally:
       ended.set()
 
-  with pytest.raises(KeyError), side_by_side([endless] * 100) as futures:
+  with pytest.raises(KeyError), side_by_side([endless] * 10) as futures:
     raise KeyError
   assert ended.is_set()
-  assert all(future.cancelled() or future.exception() for future in futures)
+  assert all(future.exception() for future in futures)
 
 
 def test_an_exception_of_a_task_is_raised_with_its_result():
@@ -73,7 +76,7 @@ def overlapping(tiny):
 def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
   for config, half in ((tiny.config, True), (overlapping, False)):
     actor = Actor(override(config, {"precision.compute_dtype": "bfloat16"}), SPEC)
-    params = actor.params(tiny.devices(), tiny.state().params, 0)
+    params = actor.bring(actor.pick(tiny.devices(), tiny.state().params, 0))
     assert set(params) == {"encoder", "actor_critic"}
     with actor.near():
       state, key = actor.model.initial_state(2), jax.random.key(0)
@@ -87,7 +90,7 @@ def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch
   host = jax.local_devices()[3]
   monkeypatch.setattr(acting, "_host", lambda: host)
   actor = Actor(overlapping, SPEC)
-  params = actor.params(tiny.devices(), tiny.state().params, 0)
+  params = actor.bring(actor.pick(tiny.devices(), tiny.state().params, 0))
   with actor.near():
     state, key = actor.model.initial_state(2), jax.random.key(0)
   observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
@@ -100,9 +103,11 @@ def test_a_process_without_a_cpu_is_refused_before_anything(overlapping, tmp_pat
   def local_devices(*, backend):
     raise RuntimeError(f"no {backend}")
 
+  asked = jax.config.values | {"jax_platforms": "cuda"}
   with monkeypatch.context() as patch:
     patch.setattr(acting.jax, "local_devices", local_devices)
-    with pytest.raises(UserError, match=r"collect\.overlap needs the CPU .* JAX_PLATFORMS=cpu,cpu") as caught:
+    patch.setattr(type(jax.config), "values", asked)
+    with pytest.raises(UserError, match=r"collect\.overlap needs the CPU .* JAX_PLATFORMS=cuda,cpu") as caught:
       loop.train(overlapping, tmp_path / "run", devices=loop.Devices(jax.devices()[:1]), say=quiet)
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
@@ -174,18 +179,9 @@ def test_the_first_epoch_is_as_without_overlap(overlapped, finished_run):
   assert ours[1]["denoiser/loss"] != theirs[1]["denoiser/loss"]
 
 
-def test_an_overlapped_run_resumes_bit_for_bit(overlapped, overlapping, train_tiny, timeless, tmp_path):
-  original = loop.Trainer._update
-
-  def stop(trainer, counts, epoch, *, split):
-    if epoch == 4:
-      raise KeyboardInterrupt
-    return original(trainer, counts, epoch, split=split)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Trainer, "_update", stop)
-    with pytest.raises(KeyboardInterrupt):
-      train_tiny(tmp_path / "run", config=overlapping)
+def test_an_overlapped_run_resumes_bit_for_bit(overlapped, overlapping, train_tiny, stopped, timeless, tmp_path):
+  with stopped(epoch=4):
+    train_tiny(tmp_path / "run", config=overlapping)
   train_tiny(tmp_path / "run", config=overlapping)
   assert timeless(tmp_path / "run" / "metrics.jsonl") == timeless(overlapped[0] / "metrics.jsonl")
   results = [json.loads((d / "result.json").read_text()) | {"seconds": 0} for d in (tmp_path / "run", overlapped[0])]
@@ -219,3 +215,65 @@ def test_steps_are_taken_while_the_device_trains(overlapping, train_tiny, tmp_pa
     patch.setattr(Collector, "collect", collected)
     train_tiny(tmp_path / "run", config=overlapping)
   assert met == [True] * 6
+
+
+class Broken(Exception):
+  pass
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_environment_that_fails_ends_the_run(tiny, train_tiny, tmp_path, monkeypatch, overlap):
+  closed = []
+  make = loop.envs.make
+
+  def breaking(*args, **kwargs):
+    env = make(*args, **kwargs)
+    if kwargs["life_loss_ends"]:  # Those that collect.
+      step, close, left = env.step, env.close, iter(range(27))  # 54 of 60 steps: within the third epoch.
+
+      def fail(actions):
+        if next(left, None) is None:
+          raise Broken("emulator")
+        return step(actions)
+
+      env.step = fail
+      env.close = lambda: (closed.append(True), close())
+    return env
+
+  monkeypatch.setattr(loop.envs, "make", breaking)
+  with pytest.raises(Broken, match="emulator"):
+    train_tiny(tmp_path / "run", config=override(tiny.config, {"collect.overlap": overlap}))
+  assert closed == [True]
+  assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") == 2
+
+
+def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tmp_path, monkeypatch):
+  interruption = Interruption(grace=0.0)
+  monkeypatch.setattr(loop, "Interruption", lambda: interruption)
+  step, taken = Collector._step, []
+
+  def slow(collector, *args):
+    taken.append(collector)
+    if len(taken) == 5:
+      interruption.ask("a test")
+    time.sleep(0.05)
+    return step(collector, *args)
+
+  monkeypatch.setattr(Collector, "_step", slow)
+  with pytest.raises(Interrupted, match="before the end of its epoch"):
+    train_tiny(tmp_path / "run", say=quiet)
+  assert 5 <= len(taken) < 15  # Of 20 of the first epoch; the loop looks every tenth of a second.
+  assert interruption.leaving
+
+
+def test_a_refused_resume_keeps_the_best_checkpoint(finished_run, train_tiny, tmp_path, monkeypatch):
+  directory = tmp_path / "run"
+  shutil.copytree(finished_run, directory)
+  (directory / "result.json").unlink()
+  best = directory / "checkpoints" / "best"
+  [number] = best.iterdir()
+  number.rename(best / "9")  # Later than the latest.
+  monkeypatch.setattr(Collector, "restore", lambda *_: (_ for _ in ()).throw(UserError("not repeated")))
+  with pytest.raises(UserError, match="not repeated"):
+    train_tiny(directory)
+  assert [p.name for p in best.iterdir()] == ["9"]

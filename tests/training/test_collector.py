@@ -42,9 +42,9 @@ def collector(policy=None, *, seed=0, env_seed=5, epsilon=0.25):
 PARAMS = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
 
 
-def collect(collector, steps, on_step=lambda done: None):
+def collect(collector, steps, check=lambda: None):
   """The chunks' real slots joined, as a list of rows for each stream, and what was met."""
-  chunks, met = collector.collect(PARAMS, [], lambda replay, chunk: [*replay, chunk], steps, on_step)
+  chunks, met = collector.collect(PARAMS, [], lambda replay, chunk: [*replay, chunk], steps, check)
   streams = [[] for _ in range(N)]
   for chunk in chunks:
     assert chunk.actions.shape == (N, CHUNK_SLOTS)
@@ -58,7 +58,7 @@ def collect(collector, steps, on_step=lambda done: None):
 def test_steps_are_counted_over_all_environments():
   c, told = collector(), []
   assert c.env_steps == 0
-  streams, met = collect(c, 30, told.append)
+  streams, met = collect(c, 30, lambda: told.append(c.env_steps))
   assert c.env_steps == met.steps == 30
   assert told == list(range(3, 31, 3))
   # Ten steps each, and the final frame of the game of nine.
@@ -121,7 +121,7 @@ def test_a_restored_collector_goes_on_identically():
   jax.tree.map(np.testing.assert_array_equal, saved, frozen)  # Collecting on does not change what was saved.
 
   resumed, told = collector(), []
-  resumed.restore(saved, told.append)
+  resumed.restore(saved, lambda: told.append(resumed.env_steps))
   assert told == list(range(3, 61, 3))
   assert resumed.env_steps == 60
   got, met = collect(resumed, 90)

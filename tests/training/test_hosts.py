@@ -98,11 +98,13 @@ def flags_of(overrides):
   return ["--env=catch", "--preset=debug", *(f"--set={name}={text(value)}" for name, value in overrides.items())]
 
 
-@pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["toy", "toy overlap", pytest.param("real", marks=pytest.mark.slow)])
 def runs(request, tiny, toy_flags, tmp_path_factory):
   """A run by one process, and one by two of which the leader was stopped: (directories, outcomes of the two)."""
   how = request.param
-  flags = toy_flags if how == "toy" else flags_of(tiny.overrides)
+  flags = toy_flags if "toy" in how else flags_of(tiny.overrides)
+  if "overlap" in how:
+    flags = [*flags, "--set=collect.overlap=true"]
   straight, resumed = (tmp_path_factory.mktemp("runs") / name for name in ("straight", "resumed"))
   ((status, _, err),) = finish(start(how, *flags, f"--workdir={straight}", devices=4))
   assert status == 0, err

@@ -150,20 +150,11 @@ def test_a_finished_run_only_returns_its_result(finished_run, tiny, monkeypatch,
 
 
 @pytest.fixture(scope="module")
-def interrupted(tiny, train_tiny, tmp_path_factory):
+def interrupted(train_tiny, stopped, tmp_path_factory):
   """A run that was stopped in the middle of epoch 4, after steps had been collected."""
   directory = tmp_path_factory.mktemp("runs") / "interrupted"
-  original = loop.Trainer._update
-
-  def stop(trainer, updates, epoch, *, split):
-    if epoch == LAST_BEFORE + 1:
-      raise KeyboardInterrupt
-    return original(trainer, updates, epoch, split=split)
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Trainer, "_update", stop)
-    with pytest.raises(KeyboardInterrupt):
-      train_tiny(directory)
+  with stopped(epoch=LAST_BEFORE + 1):
+    train_tiny(directory)
   assert not (directory / "result.json").exists()
   assert len((directory / "metrics.jsonl").read_text().splitlines()) == LAST_BEFORE
   assert [p.name for p in (directory / "checkpoints" / "latest").iterdir()] == ["2"]
@@ -359,6 +350,7 @@ def test_a_run_without_time_left_stops_where_it_is(tiny, train_tiny, quiet, tmp_
   monkeypatch.setattr(quiet, "show", lambda task, *_: interruption.ask("a test") if "collecting" in task else None)
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", say=quiet)
+  assert interruption.leaving
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") is None
 
 
