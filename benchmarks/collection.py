@@ -2,15 +2,17 @@
 
   python benchmarks/collection.py --num_envs=1,8
 
-The loop runs as it trains, but in the place of the compiled epoch stands a call that sleeps: for --triple_ms for each
-update of the denoiser, of the reward / end model and of the actor-critic together, and for each of --packed runs, as
-long as an accelerator is meant to take. It leaves the host alone, as an accelerator does. What an epoch takes besides
-is collection, with its way into replay; its share is told as it is and with `collect.overlap`. Without overlap the
-policy runs on the device of this process: on a CPU it is arithmetic, which an accelerator does in less time. Written
-to benchmarks/results/collection_<platform>.json.
+The loop runs as it trains, but in the place of the compiled epoch stands a call that takes --triple_ms for each update
+of the denoiser, of the reward / end model and of the actor-critic together, and for each of --packed runs: as long as
+an accelerator is meant to take. What an epoch takes besides is collection, with its way into replay. Its share is told
+as it is, with `collect.overlap`, and with that and a call that keeps one of the host's cores busy, as launching kernels
+may; else the call sleeps. Without overlap the policy runs on the device of this process: on a CPU it is arithmetic,
+which an accelerator does in less time. Written to benchmarks/results/collection_<platform>.json.
 """
 
+import hashlib
 import io
+import itertools
 import statistics
 import tempfile
 import time
@@ -31,7 +33,7 @@ from jedi_jax.training.parallel import Devices
 from jedi_jax.training.programs import Programs, make_programs
 
 _NUM_ENVS = flags.DEFINE_list("num_envs", ["1", "8"], "Numbers of environments.")
-_PACKED = flags.DEFINE_integer("packed", 1, "Runs that train together.", lower_bound=1)
+_PACKED = flags.DEFINE_list("packed", ["1"], "Numbers of runs that train together.")
 _TRIPLE = flags.DEFINE_float("triple_ms", 15.0, "Milliseconds of one update of each component.", lower_bound=0.0)
 _FLAGS = flags.FLAGS
 
@@ -40,7 +42,8 @@ def main() -> None:
   """Measures and writes."""
   started = record.machine()
   rows = []
-  for num_envs in (int(text) for text in _NUM_ENVS.value):
+  asked = itertools.product(*(map(int, flag.value) for flag in (_PACKED, _NUM_ENVS)))
+  for runs, num_envs in asked:
     for variant in _FLAGS.variants:
       config = throughput.make_config(variant)
       steps = -(-config.collect.steps_per_epoch // num_envs) * num_envs
@@ -62,10 +65,10 @@ def main() -> None:
         "evaluation.max_episode_steps": 1,
       }
       config = config_lib.override(config, changes)
-      rows.append({"variant": variant, "environments": num_envs, "runs": _PACKED.value, "steps an epoch": steps})
+      rows.append({"variant": variant, "environments": num_envs, "runs": runs, "steps an epoch": steps})
       rows[-1] |= _parts(config)
-      for name, overlap in (("", False), (", overlapped", True)):
-        besides, share = _loop(config_lib.override(config, {"collect.overlap": overlap}))
+      for name, overlap, busy in (("", False, False), (", overlapped", True, False), (", a core busy", True, True)):
+        besides, share = _loop(config_lib.override(config, {"collect.overlap": overlap}), runs, busy)
         rows[-1] |= {f"besides updates{name}": besides, f"share of an epoch{name}": share}
   print(record.table(rows, list(rows[0])))
   print(f"written to {record.write(_FLAGS.name or f'collection_{jax.default_backend()}', rows, started=started)}")
@@ -99,39 +102,43 @@ def _parts(config: config_lib.Config) -> dict[str, list[float]]:
     env.close()
 
 
-class _Sleeping:
+class _StandIn:
   """Stands for the compiled epoch, and takes its time.
 
   Args:
     seconds: of a call.
+    busy: whether it keeps a core busy.
     nothing: sums without metrics, which the call returns.
   """
 
-  def __init__(self, seconds: float, nothing: Any):
-    self._seconds, self._nothing = seconds, nothing
+  def __init__(self, seconds: float, busy: bool, nothing: Any):
+    self._seconds, self._busy, self._nothing = seconds, busy, nothing
 
-  def lower(self, *_: Any) -> "_Sleeping":
+  def lower(self, *_: Any) -> "_StandIn":
     return self
 
-  def compile(self) -> "_Sleeping":
+  def compile(self) -> "_StandIn":
     return self
 
   def __call__(self, state: Any, replay: Any, counts: Mapping[str, Any]) -> tuple[Any, Any]:
     del replay, counts
-    time.sleep(self._seconds)
+    end = time.monotonic() + self._seconds
+    while self._busy and time.monotonic() < end:
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000)  # A fraction of a millisecond, without Python's lock.
+    time.sleep(max(end - time.monotonic(), 0.0))
     return state, self._nothing
 
 
-def _loop(config: config_lib.Config) -> tuple[list[float], float]:
+def _loop(config: config_lib.Config, runs: int, busy: bool) -> tuple[list[float], float]:
   """Returns the seconds that epochs take besides their updates, and the median's share of an epoch."""
   updates = config.training.updates
-  updating = _PACKED.value * max(updates.denoiser, updates.reward_end, updates.actor_critic) * _TRIPLE.value / 1e3
+  updating = runs * max(updates.denoiser, updates.reward_end, updates.actor_critic) * _TRIPLE.value / 1e3
 
   def make(config: config_lib.Config, spec: Any, devices: Devices) -> Programs:
     programs = make_programs(config, spec, devices)
-    return programs._replace(epoch=_Sleeping(updating, {phase.name: {} for phase in programs.model.phases}))
+    return programs._replace(epoch=_StandIn(updating, busy, {phase.name: {} for phase in programs.model.phases}))
 
-  configs = [config_lib.override(config, {"seed": seed}) for seed in range(_PACKED.value)]
+  configs = [config_lib.override(config, {"seed": seed}) for seed in range(runs)]
   with tempfile.TemporaryDirectory() as place:
     directories = [f"{place}/{run.seed}" for run in configs]
     loop.make_programs = make
