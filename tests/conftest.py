@@ -34,12 +34,11 @@ from jedi_jax import telemetry
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.interop import torch_file
 from jedi_jax.models.variants import build
-from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import traced
+from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_optimizers
 
@@ -126,16 +125,10 @@ class Tiny:
 
   def lowered_epoch(self, devices):
     """The epoch for one run or, packed, several; traced and lowered, but not compiled."""
-    epoch = epoch_lib.make_epoch(
-      build(self.config, SPEC, packed=devices.packed),
-      self.optimizers,
-      batch_size=self.config.training.batch_size,
-      age_weights=self.config.replay.age_weights,
-    )
-    state, replay = (
-      devices.distribute([x] * devices.runs) for x in (self.init(jax.random.key(0)), noise_replay(self.config))
-    )
-    return epoch_lib.distribute(epoch, devices).lower(state, replay, traced(dict.fromkeys(self.optimizers, 0)))
+    states = devices.distribute([self.init(jax.random.key(0))] * devices.runs)
+    replays = devices.distribute([noise_replay(self.config)] * devices.runs)
+    nothing = traced(dict.fromkeys(self.optimizers, 0))
+    return make_programs(self.config, SPEC, devices).epoch.lower(states, replays, nothing)
 
   def epoch(self, count=1):
     """(distributed state, distributed replay, counts) -> the same and sums; compiled: nothing traces it again."""
