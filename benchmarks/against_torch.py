@@ -31,11 +31,12 @@ import record
 import throughput
 from absl import flags
 
-from jedi_jax import envs, runtime
+from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.interop import diamond
 from jedi_jax.models.variants import build, count_parameters
+from jedi_jax.runs import program
 from jedi_jax.types import EnvSpec
 
 _REPO = flags.DEFINE_string("diamond_repo", None, "Clone of github.com/eloialonso/diamond.")
@@ -266,4 +267,4 @@ def repository() -> pathlib.Path:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

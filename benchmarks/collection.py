@@ -26,7 +26,8 @@ import throughput
 from absl import flags
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, runtime, telemetry, workdir
+from jedi_jax import envs
+from jedi_jax.runs import program, telemetry, workdir
 from jedi_jax.training import loop
 from jedi_jax.training.acting import Actor
 from jedi_jax.training.parallel import Devices
@@ -155,4 +156,4 @@ def _loop(config: config_lib.Config, runs: int, busy: bool) -> tuple[list[float]
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

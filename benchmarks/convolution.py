@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import record
 from absl import flags
 
-from jedi_jax import runtime
 from jedi_jax.nn.blocks import conv3x3
+from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
 _LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in a call.", lower_bound=1)
@@ -34,8 +34,8 @@ def main() -> None:
     for lowering in ("lax", "matmul_gradient", "matmul"):
       forward, backward = _programs(lowering, _LOOP.value)
       row = {"shape": f"{batch} x {size} x {size} x {channels_in} -> {channels_out}", "lowering": lowering}
-      for name, program in (("forward", forward), ("gradient", backward)):
-        times = record.seconds(functools.partial(program, x, kernel), repeats=_REPEATS.value)
+      for name, function in (("forward", forward), ("gradient", backward)):
+        times = record.seconds(functools.partial(function, x, kernel), repeats=_REPEATS.value)
         row[name] = [t / _LOOP.value for t in times]
       rows.append(row)
   print(record.table(rows, ["shape", "lowering", "forward", "gradient"]))
@@ -65,4 +65,4 @@ def _programs(lowering: str, loop: int):
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -23,12 +23,13 @@ import record
 import throughput
 from absl import flags
 
-from jedi_jax import envs, runtime
+from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.models import imagination
 from jedi_jax.models.variants import Model, build
 from jedi_jax.nn import blocks
 from jedi_jax.ops import sampler
+from jedi_jax.runs import program
 
 _FLAGS = flags.FLAGS
 
@@ -203,4 +204,4 @@ def _adam(params: Any) -> Piece:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

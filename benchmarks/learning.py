@@ -19,7 +19,7 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import figures, runtime, workdir
+from jedi_jax.runs import figures, program, workdir
 
 _NAME = flags.DEFINE_string("name", None, "Name of the record.", required=True)
 _RUNS = flags.DEFINE_string("runs", None, "Pattern of the runs' directories.", required=True)
@@ -132,4 +132,4 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

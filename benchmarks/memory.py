@@ -15,8 +15,9 @@ import record
 import throughput
 from absl import flags
 
-from jedi_jax import envs, runtime
+from jedi_jax import envs
 from jedi_jax.errors import UserError
+from jedi_jax.runs import program
 from jedi_jax.training import memory
 
 _MEASURE = flags.DEFINE_bool("measure", False, "Also runs one update of every phase and reads the device's peak.")
@@ -52,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -34,8 +34,9 @@ import record
 import throughput
 from absl import flags
 
-from jedi_jax import envs, runtime
+from jedi_jax import envs
 from jedi_jax.nn.blocks import conv3x3, resolve_convolution
+from jedi_jax.runs import program
 
 _VARIANT = flags.DEFINE_string("variant", "diamond", "Of ours.")
 _PROGRAMS = flags.DEFINE_bool("programs", True, "Whole programs too; they compile for minutes.")
@@ -237,4 +238,4 @@ def _convolution_torch(torch: Any, x: Any, kernel: Any, cotangent: Any, stride: 
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

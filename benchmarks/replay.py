@@ -13,7 +13,8 @@ import numpy as np
 import record
 from absl import flags
 
-from jedi_jax import replay, runtime
+from jedi_jax import replay
+from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 32, "Segments of a batch.", lower_bound=1)
@@ -59,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

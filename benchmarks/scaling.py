@@ -22,8 +22,9 @@ import throughput
 from absl import flags
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, figures, runtime
+from jedi_jax import envs
 from jedi_jax.errors import UserError
+from jedi_jax.runs import figures, program
 from jedi_jax.types import EnvSpec
 
 _SWEEPS = {
@@ -163,4 +164,4 @@ def _draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -31,9 +31,10 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import envs, figures, runtime, telemetry, workdir
-from jedi_jax.checkpoint import Checkpoints
-from jedi_jax.interruption import Interruption
+from jedi_jax import envs
+from jedi_jax.runs import figures, program, telemetry, workdir
+from jedi_jax.runs.checkpoint import Checkpoints
+from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training.parallel import Devices
 
 _ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment.")
@@ -108,7 +109,7 @@ def _train() -> Iterator[dict[str, Any]]:
   interruption = Interruption(grace=600.0)
   watch = _Watch(interruption, 60.0 * _MINUTES.value)
   with tempfile.TemporaryDirectory() as directory:
-    runtime.enable_compilation_cache()
+    program.enable_compilation_cache()
     try:
       jedi_jax.train(config, directory, devices=Devices.take(1), say=watch, interruption=interruption)
     except jedi_jax.Interrupted as stopped:
@@ -189,4 +190,4 @@ def _resident() -> int:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -23,9 +23,10 @@ import record
 from absl import flags
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, replay, runtime
+from jedi_jax import envs, replay
 from jedi_jax.config import Config
 from jedi_jax.models.variants import Model
+from jedi_jax.runs import program
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.programs import make_programs, traced
@@ -225,4 +226,4 @@ def _ratios(rows: list[dict[str, Any]]) -> list[str]:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -40,9 +40,10 @@ from absl import flags
 from jax.experimental import topologies
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, replay, runtime
+from jedi_jax import envs, replay
 from jedi_jax.errors import UserError
 from jedi_jax.models.variants import build
+from jedi_jax.runs import program
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import memory
 from jedi_jax.training.parallel import Devices
@@ -89,13 +90,13 @@ def main() -> None:
         raise UserError(f"--chips: {text!r} is no number of chips from 1 to {len(chips)}, those of {name}")
       devices = Devices(chips[:count])
       devices.check_batch(_FLAGS.batch_size)
-      for program in _WHICH.value:
+      for which in _WHICH.value:
         for variant in _FLAGS.variants:
           settings = " ".join(_FLAGS.set)
-          key = (name, count, variant, settings, program, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
+          key = (name, count, variant, settings, which, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
           if key not in done:
             about = {**dict(zip(_KEY, key, strict=True)), "commit": record.commit()}
-            rows.append({**about, **_measure(program, variant, spec, devices)})
+            rows.append({**about, **_measure(which, variant, spec, devices)})
             record.write(_NAME, rows, started=started)
             print(record.table(rows[-1:], _COLUMNS), flush=True)
   print(record.table(*compare(rows)))
@@ -109,10 +110,10 @@ def _chips(name: str) -> list[jax.Device]:
     raise UserError(f"--slices: no slice {name!r}: {str(error).splitlines()[0][:200]}") from None
 
 
-def _measure(program: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
-  """Compiles one program and returns what is known of it."""
+def _measure(which: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
+  """Compiles one which and returns what is known of it."""
   config = config_lib.override(throughput.make_config(variant), {"precision.convolution": "lax"})
-  if program in throughput.PHASES:
+  if which in throughput.PHASES:
     config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
   model = build(config, spec)
   optimizers = make_optimizers(config, model.phases)
@@ -121,15 +122,15 @@ def _measure(program: str, variant: str, spec: EnvSpec, devices: Devices) -> dic
   spread = [memory.distributed(tree, devices.count) for tree in (state, stored)]
   phases = {phase.name: (i, phase) for i, phase in enumerate(model.phases)}
   row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}
-  if program == "epoch":
+  if which == "epoch":
     counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in phases}
     lowered = epoch_lib.distribute(epoch_lib.make_epoch(model, optimizers, **settings), devices).lower(*spread, counts)
-  elif program == "draw":
+  elif which == "draw":
     draw = _draw(phases["denoiser"][1].length, **settings)
     lowered = devices.map(draw, in_axes=(0, None)).lower(spread[1], jax.ShapeDtypeStruct((2,), np.uint32))
   else:
-    index, phase = phases[program]
-    update = make_update(phase, index, optimizers[program], **settings)
+    index, phase = phases[which]
+    update = make_update(phase, index, optimizers[which], **settings)
     row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
     lowered = devices.map(update, donate=(0,)).lower(*spread)
   start = time.perf_counter()
@@ -206,4 +207,4 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -18,10 +18,10 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import figures as figures_lib
-from jedi_jax import runtime, workdir
 from jedi_jax.errors import nearest
 from jedi_jax.inspection import diagnosis
+from jedi_jax.runs import figures as figures_lib
+from jedi_jax.runs import program, workdir
 
 _ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's if left out.")
 _PRESET = flags.DEFINE_string("preset", "catch", "Preset of all runs.")
@@ -102,7 +102,7 @@ def main() -> None:
   for arm in _ARMS.value:
     if arm not in known:
       raise jedi_jax.UserError(f"unknown arm {arm!r}{nearest(arm, known)}")
-  runtime.enable_compilation_cache()
+  program.enable_compilation_cache()
   out = pathlib.Path(_OUT.value)
   shared = dict(config_lib.split_override(text) for text in _SET.value)
   report: dict[str, dict[str, list[Measured]]] = {}
@@ -190,4 +190,4 @@ def _draw(figure: str, arms: Mapping[str, list[Measured]], path: pathlib.Path) -
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -15,9 +15,9 @@ from typing import Any
 from absl import flags
 
 import jedi_jax
-from jedi_jax import figures as figures_lib
-from jedi_jax import runtime
 from jedi_jax.inspection import diagnosis
+from jedi_jax.runs import figures as figures_lib
+from jedi_jax.runs import program
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
@@ -33,7 +33,7 @@ def main() -> None:
   """Reads the flags, measures and reports."""
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
-  runtime.enable_compilation_cache()
+  program.enable_compilation_cache()
   figures = diagnosis.diagnose_run(
     _WORKDIR.value,
     checkpoint=_CHECKPOINT.value,
@@ -121,4 +121,4 @@ def _draw(figures: Mapping[str, Any], title: str, path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -13,8 +13,8 @@ import numpy as np
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime, workdir
 from jedi_jax.inspection import film, probe, recording
+from jedi_jax.runs import program, workdir
 from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -42,7 +42,7 @@ def main() -> None:
   out = pathlib.Path(_OUT.value)
   if out.suffix not in (".gif", ".mp4"):
     raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
-  runtime.enable_compilation_cache()
+  program.enable_compilation_cache()
   run = workdir.read(_WORKDIR.value)
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
   episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=seeds.evaluation_seed(_SEED.value))
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -13,7 +13,8 @@ from typing import Any
 from absl import flags
 
 import jedi_jax
-from jedi_jax import envs, runtime, telemetry, workdir
+from jedi_jax import envs
+from jedi_jax.runs import program, telemetry, workdir
 from jedi_jax.training import loop, seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -37,7 +38,7 @@ def main() -> None:
   """Reads the flags and evaluates."""
   if _EPISODES.value < 1 or _NUM_ENVS.value < 1:
     raise jedi_jax.UserError("--episodes and --num_envs must be at least 1")
-  runtime.enable_compilation_cache()
+  program.enable_compilation_cache()
   agent: jedi_jax.Agent | None = None
   about: dict[str, Any]
   if _RANDOM.value:
@@ -78,4 +79,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -9,8 +9,8 @@ The configuration is inferred from the shapes of the arrays; nothing in the file
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime
 from jedi_jax.interop import diamond
+from jedi_jax.runs import program
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "DIAMOND's .pt file.")
 _ENV = flags.DEFINE_string("env", None, "The environment that it was trained on, as in atari/Breakout.")
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -13,9 +13,9 @@ import pathlib
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime, workdir
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
+from jedi_jax.runs import program, workdir
 
 _RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the report.")
@@ -107,4 +107,4 @@ def _improvement(methods: dict[str, scores_lib.Scores], ours: list[str]) -> list
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -18,8 +18,8 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import runtime, sweeping
-from jedi_jax.interruption import on_signals
+from jedi_jax.runs import program, sweep
+from jedi_jax.runs.interruption import on_signals
 
 _GAMES = flags.DEFINE_list("games", ["atari100k"], "Games such as Pong, whole names such as catch, or atari100k.")
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1, upper_bound=1_000)
@@ -49,7 +49,7 @@ def main() -> None:
   """Reads the flags, plans and runs."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
-  plan = sweeping.plan(
+  plan = sweep.plan(
     pathlib.Path(_OUT.value),
     games=_GAMES.value,
     seeds=_SEEDS.value,
@@ -58,32 +58,30 @@ def main() -> None:
     overrides=_SET.value,
     packed=_PACK.value != 1,
   )
-  states = [sweeping.look(run) for run in plan]
-  print(sweeping.table(states))
+  states = [sweep.look(run) for run in plan]
+  print(sweep.table(states))
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
-  size = _PACK.value or (sweeping.runs_that_fit(left[0], train) if left else 1)
-  print(sweeping.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
+  size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
+  print(sweep.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
-  packs = sweeping.packs(left, size)
+  packs = sweep.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
-    job = sweeping.submit(
-      packs, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters
-    )
+    job = sweep.submit(packs, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters)
     print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows how they stand")
     return
-  pool = sweeping.Pool(packs, train, workers=_WORKERS.value)
+  pool = sweep.Pool(packs, train, workers=_WORKERS.value)
   with on_signals(grace=0.0, margin=60.0) as interruption, contextlib.closing(pool):
     while pool.step():
       if interruption.asked:
         raise interruption.leave("with its runs")
       time.sleep(min(_INTERVAL.value, 1.0))
       if pool.due(_INTERVAL.value):
-        print(sweeping.table([sweeping.look(run) for run in plan]), flush=True)
-  states = [sweeping.look(run) for run in plan]
-  print(sweeping.table(states))
+        print(sweep.table([sweep.look(run) for run in plan]), flush=True)
+  states = [sweep.look(run) for run in plan]
+  print(sweep.table(states))
   failed = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
   for run in failed:
     print(f"not finished: {run.workdir}; see {run.log}", file=sys.stderr)
@@ -92,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

@@ -22,8 +22,9 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import envs, runtime, workdir
-from jedi_jax.interruption import on_signals
+from jedi_jax import envs
+from jedi_jax.runs import program, workdir
+from jedi_jax.runs.interruption import on_signals
 from jedi_jax.training import memory
 from jedi_jax.training.parallel import Devices
 
@@ -68,7 +69,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 
 def main() -> None:
   """Reads the flags and trains."""
-  processes = runtime.Processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  processes = program.Processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   names = list(dict.fromkeys(_ENV.value)) or [None]
   slots = config_lib.room_for(_ENV.value)
   overrides = [f"env.action_slots={slots}", *_SET.value] if slots else _SET.value
@@ -83,7 +84,7 @@ def main() -> None:
     print(config_lib.describe(configs[0]))
     return
   if _FIT.value:
-    runtime.enable_compilation_cache()
+    program.enable_compilation_cache()
     found = memory.of_run(configs[0], envs.spec(configs[0].env.name))
     parts = ", ".join(f"{name} {getattr(found, name) / 2**20:,.0f} MiB" for name in ("replay", "state", "working"))
     print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
@@ -93,7 +94,7 @@ def main() -> None:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")
   out = pathlib.Path(_WORKDIR.value)
   places = [out] if len(configs) == 1 else [out / workdir.place(config) for config in configs]
-  runtime.enable_compilation_cache()
+  program.enable_compilation_cache()
   if len(configs) == 1:
     processes.connect()
   else:
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

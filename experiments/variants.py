@@ -6,8 +6,8 @@ python experiments/variants.py --env=atari/Breakout --preset=paper
 from absl import flags
 
 import jedi_jax
-from jedi_jax import runtime
 from jedi_jax.models import variants
+from jedi_jax.runs import program
 
 _ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; its number of actions counts.")
 _PRESET = flags.DEFINE_string("preset", "paper", "Preset that the parameters are counted for.")
@@ -19,4 +19,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  runtime.run(main, __doc__ or "")
+  program.run(main, __doc__ or "")

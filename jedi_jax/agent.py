@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax import checkpoint, workdir
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import Policy
 from jedi_jax.models.variants import Model, build
+from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.types import Array, LstmState
 
 Act = Callable[..., tuple[Array, LstmState]]

@@ -30,10 +30,10 @@ from torch_writer import Writer
 
 from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
-from jedi_jax import telemetry
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.interop import torch_file
 from jedi_jax.models.variants import build
+from jedi_jax.runs import telemetry
 from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.memory import empty_replay

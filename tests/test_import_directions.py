@@ -14,7 +14,7 @@ ALLOWED = {
   "version.py": set(),
   "errors.py": set(),
   "types.py": set(),
-  "config.py": {"errors", "envs"},  # The names of environments.
+  "config": {"errors", "envs"},  # The names of environments.
   "ops": {"types", "ops"},
   "nn": {"types", "ops", "nn"},
   # Configuration stops at the builder: the other models take plain arguments.
@@ -23,19 +23,14 @@ ALLOWED = {
   "replay.py": {"types"},
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
-  "evaluation/report.py": {"errors", "evaluation", "figures", "workdir"},
-  "interruption.py": {"errors"},
-  "runtime.py": {"errors", "interruption"},
-  "figures.py": set(),
-  "sweeping.py": {"errors", "config", "envs", "workdir", "evaluation"},
-  "telemetry.py": {"errors"},
-  "checkpoint.py": {"errors"},
-  "workdir.py": {"types", "errors", "config", "version"},
-  "agent.py": {"types", "errors", "config", "models", "evaluation", "checkpoint", "workdir"},
+  "evaluation/report.py": {"errors", "evaluation", "runs"},
+  "runs": {"types", "errors", "version", "config", "runs"},
+  "runs/sweep.py": {"errors", "config", "envs", "evaluation", "runs"},
+  "agent.py": {"types", "errors", "config", "models", "evaluation", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
-  "interop": {"types", "errors", "config", "envs", "models", "checkpoint", "workdir", "agent", "interop"},
+  "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
   "interop/torch_file.py": {"errors"},
-  # Looks at agents; the loop uses its pictures.
+  # Looks at agents.
   "inspection": {
     "types",
     "errors",
@@ -44,13 +39,11 @@ ALLOWED = {
     "ops",
     "models",
     "replay",
-    "telemetry",
-    "workdir",
+    "runs",
     "agent",
     "inspection",
     "training",
   },
-  "inspection/dreams.py": {"types", "models", "replay"},
   "training": ANYTHING,
   # The parts of training that know neither files nor environments.
   "training/parallel.py": {"types", "errors"},
@@ -59,14 +52,15 @@ ALLOWED = {
   "training/updates.py": {"types", "config", "models", "replay", "training"},
   "training/collector.py": {"types", "errors", "replay"},
   "training/seeds.py": set(),
+  "training/dreams.py": {"types", "models", "replay"},
 }
 
 # The only importers of some libraries.
 IMPORTERS = {
   "envpool": {"envs"},
-  "orbax": {"checkpoint.py"},
-  "tensorboardX": {"telemetry.py"},
-  "matplotlib": {"figures.py", "evaluation/report.py"},
+  "orbax": {"runs/checkpoint.py"},
+  "tensorboardX": {"runs/telemetry.py"},
+  "matplotlib": {"runs/figures.py", "evaluation/report.py"},
   "PIL": {"inspection/film.py"},
   "experiments": set(),
   "benchmarks": set(),
@@ -83,7 +77,7 @@ READERS = {
   "axis_index": {"training/parallel.py"},
   "shard_map": {"training/parallel.py"},
   # One place composes by variant; configuration checks it; what plans and reports runs names it.
-  "variant": {"config.py", "models/variants.py", "training/loop.py", "inspection/diagnosis.py", "sweeping.py"},
+  "variant": {"config", "models/variants.py", "training/loop.py", "inspection/diagnosis.py", "runs/sweep.py"},
 }
 
 

@@ -225,9 +225,9 @@ ANSWERS = {
 
 def prepare(directory):
   """A file, an empty directory, and one taken by a run with seed 7."""
-  from jedi_jax import workdir
   from jedi_jax.config import make_config
   from jedi_jax.envs.catch import SPEC
+  from jedi_jax.runs import workdir
 
   (directory / "file").write_text("mine")
   (directory / "empty").mkdir()

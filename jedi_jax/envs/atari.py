@@ -11,7 +11,7 @@ import numpy as np
 from envpool.registration import registry as _envpool_registry
 
 from jedi_jax.envs import skipping
-from jedi_jax.envs.base import Outcome, Pool, PooledEnv, open_pool
+from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, open_pool
 from jedi_jax.types import EnvSpec
 
 FRAMES_PER_STEP = 4

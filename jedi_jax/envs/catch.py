@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jedi_jax.envs.base import Outcome, PooledEnv, open_pool
+from jedi_jax.envs.pooled import Outcome, PooledEnv, open_pool
 from jedi_jax.types import EnvSpec
 
 ROWS, COLUMNS = 10, 5

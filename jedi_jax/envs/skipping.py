@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jedi_jax.envs.base import PartialPool, check_max_episode_steps
+from jedi_jax.envs.pooled import PartialPool, check_max_episode_steps
 from jedi_jax.errors import UserError
 
 MAX_SKIP = 60
@@ -39,7 +39,7 @@ def check_skip(low: int, high: int) -> None:
 
 
 class SkippingPool:
-  """A `jedi_jax.envs.base.Pool` whose steps hold the action for a random number of frames.
+  """A `jedi_jax.envs.pooled.Pool` whose steps hold the action for a random number of frames.
 
   The number is drawn uniformly from {low, ..., high}, for every step and environment anew. A step ends early where the
   game does. Its reward is the sum over its frames. Its observation is the pixelwise maximum of its last two frames (of

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from jedi_jax import figures, workdir
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.evaluation.scores import METRICS, Aggregate, Estimate, Scores
+from jedi_jax.runs import figures, workdir
 
 PROTOCOL = {"env_steps": 100_000, "games": 100, "max_episode_steps": 27_000}
 """What a result of the benchmark has; others are reported."""

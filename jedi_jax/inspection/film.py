@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from jedi_jax.agent import Agent
 from jedi_jax.errors import UserError
-from jedi_jax.inspection import dreams
+from jedi_jax.training import dreams
 from jedi_jax.types import Array, Params, Segment
 
 PANES = ("real game", "dream, same actions", "dream, own policy")

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jedi_jax import checkpoint, envs, workdir
 from jedi_jax import config as config_lib
+from jedi_jax import envs
 from jedi_jax.agent import Agent
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.interop.torch_file import load_arrays
 from jedi_jax.models.variants import build
+from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.types import EnvSpec
 
 

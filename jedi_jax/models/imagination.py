@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.models.behavior import Behavior
+from jedi_jax.models.actor_critic import Behavior
 from jedi_jax.models.dynamics import Dynamics
 from jedi_jax.models.reward_end import RewardEnd
 from jedi_jax.types import Array, LstmState, Params, Trajectory

@@ -11,7 +11,7 @@ import optax
 from jedi_jax import types
 from jedi_jax.config import Config, make_config
 from jedi_jax.errors import UserError
-from jedi_jax.models import behavior as behavior_lib
+from jedi_jax.models import actor_critic as actor_critic_lib
 from jedi_jax.models import codecs, imagination
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
@@ -82,7 +82,7 @@ class Model(NamedTuple):
   imagine: Callable[..., Trajectory]
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
-  behavior: behavior_lib.Behavior
+  behavior: actor_critic_lib.Behavior
   decode: Callable[[dict[str, Params], Array], Array] | None
 
 
@@ -165,7 +165,7 @@ def compose(
   codec: codecs.Codec,
   dynamics: dynamics_lib.Dynamics,
   reward_end: reward_end_lib.RewardEnd,
-  behavior: behavior_lib.Behavior,
+  behavior: actor_critic_lib.Behavior,
   *,
   conditioning_frames: int,
   targets: int,
@@ -562,10 +562,10 @@ def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.Reward
   )
 
 
-def _actor_critic(context: _Context, codec: codecs.Codec) -> behavior_lib.Behavior:
+def _actor_critic(context: _Context, codec: codecs.Codec) -> actor_critic_lib.Behavior:
   c = context.config.actor_critic
   _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape[:2])
-  return behavior_lib.actor_critic(
+  return actor_critic_lib.actor_critic(
     codec.latent_shape,
     num_actions=context.num_actions,
     action_slots=context.config.env.action_slots,

@@ -13,17 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jedi_jax import checkpoint, envs, telemetry, workdir
 from jedi_jax import config as config_lib
+from jedi_jax import envs
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent
 from jedi_jax.config import Config, Updates
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
-from jedi_jax.inspection import dreams
-from jedi_jax.interruption import Interruption
 from jedi_jax.models.variants import build, count_parameters, with_num_actions
-from jedi_jax.training import hosts, seeds
+from jedi_jax.runs import checkpoint, telemetry, workdir
+from jedi_jax.runs.interruption import Interruption
+from jedi_jax.training import dreams, hosts, seeds
 from jedi_jax.training.acting import Actor, side_by_side
 from jedi_jax.training.collector import Collected, Collector
 from jedi_jax.training.hosts import Operation

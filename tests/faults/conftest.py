@@ -15,7 +15,7 @@ LIMIT = 30
 
 DRIVER = """
 import json, os, runpy, signal, sys, time, traceback
-import jedi_jax, jedi_jax.sweeping, jedi_jax.evaluation.report, jedi_jax.interop.diamond, jedi_jax.inspection.film
+import jedi_jax, jedi_jax.runs.sweep, jedi_jax.evaluation.report, jedi_jax.interop.diamond, jedi_jax.inspection.film
 programs, limit, results, cases = json.load(sys.stdin)
 outcomes = []
 for i, (program, argv) in enumerate(cases):

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from jedi_jax import checkpoint
+from jedi_jax.runs import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 VICTIM, TRAIN = str(pathlib.Path(__file__).with_name("victim.py")), str(ROOT / "experiments" / "train.py")

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax import checkpoint
-from jedi_jax.checkpoint import Checkpoints
 from jedi_jax.errors import UserError
+from jedi_jax.runs import checkpoint
+from jedi_jax.runs.checkpoint import Checkpoints
 
 LIKE = {
   "params": {f"layer_{i}": {"kernel": np.zeros((8, 8 + i), np.float32)} for i in range(4)},

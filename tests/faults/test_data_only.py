@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import jedi_jax
-from jedi_jax import checkpoint, telemetry, workdir
 from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.interop.torch_file import load_arrays
+from jedi_jax.runs import checkpoint, telemetry, workdir
 from jedi_jax.training.parallel import Devices
 
 PACKAGE = pathlib.Path(jedi_jax.__file__).parent

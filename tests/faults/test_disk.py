@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from running import arrays, assert_equal_bit_for_bit, command, newest, process, to_the_end, until
 
-from jedi_jax.checkpoint import Checkpoints, SaveError
-from jedi_jax.runtime import USAGE_STATUS
+from jedi_jax.runs.checkpoint import Checkpoints, SaveError
+from jedi_jax.runs.program import USAGE_STATUS
 
 pytestmark = pytest.mark.faults
 ROOM = 6 * 2**20

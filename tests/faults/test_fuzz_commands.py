@@ -178,9 +178,9 @@ def choose(count):
 
 def furnish(home):
   """Directories and files that lines speak of."""
-  from jedi_jax import sweeping, workdir
   from jedi_jax.config import make_config
   from jedi_jax.envs.catch import SPEC
+  from jedi_jax.runs import sweep, workdir
 
   noise = random.Random(1).randbytes(3000)
   config = make_config(env="catch", preset="debug", seed=7)
@@ -208,7 +208,7 @@ def furnish(home):
     (home / "scores" / name / "result.json").write_text(json.dumps(result))
   (home / "scores" / "odd.json").write_text(json.dumps({**result, "mean_return": [1]}))
   for out, text in (("swept", whole), ("broken_sweep", "{")):
-    (place,) = sweeping.plan(home / out, games=["catch"], seeds=1, variants=["jedi"], preset="debug", overrides=[])
+    (place,) = sweep.plan(home / out, games=["catch"], seeds=1, variants=["jedi"], preset="debug", overrides=[])
     place.workdir.mkdir(parents=True)
     (place.workdir / "config.json").write_text(text)
 

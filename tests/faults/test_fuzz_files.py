@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from small_diamond import SPEC, make_config, random_params
 
-from jedi_jax import sweeping
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.interop import diamond
+from jedi_jax.runs import sweep
 
 SECONDS = 20
 MEMORY = 1 << 30
@@ -347,8 +347,8 @@ def test_unreadable_results_are_refused_by_name(tmp_path, commands, tree):
 
 
 def test_a_sweep_refuses_damaged_results_and_metrics_by_name(tmp_path):
-  (run,) = sweeping.plan(tmp_path, games=["catch"], seeds=1, variants=["jedi"], preset="debug", overrides=[])
-  from jedi_jax import workdir
+  (run,) = sweep.plan(tmp_path, games=["catch"], seeds=1, variants=["jedi"], preset="debug", overrides=[])
+  from jedi_jax.runs import workdir
 
   workdir.prepare(run.workdir, run.config, SPEC)
   read = refused = 0
@@ -356,7 +356,7 @@ def test_a_sweep_refuses_damaged_results_and_metrics_by_name(tmp_path):
     for content in contents:
       (run.workdir / name).write_bytes(content)
       try:
-        sweeping.table([sweeping.look(run)])
+        sweep.table([sweep.look(run)])
         read += 1  # A sweep takes less from the files than a report does.
       except UserError as error:
         one_line(error, run.workdir / name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from running import arrays, assert_equal_bit_for_bit, command, newest, process, to_the_end, until
 
-from jedi_jax.interruption import INTERRUPTED_STATUS
+from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 
 KILLS = 30
 MANY_EPOCHS = {

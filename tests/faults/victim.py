@@ -7,7 +7,7 @@ import pathlib
 import runpy
 import sys
 
-from jedi_jax import checkpoint
+from jedi_jax.runs import checkpoint
 from jedi_jax.training import loop
 
 

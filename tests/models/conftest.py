@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedi_jax.models import behavior as behavior_lib
+from jedi_jax.models import actor_critic as actor_critic_lib
 from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
@@ -41,7 +41,7 @@ class World(NamedTuple):
   codec: codecs.Codec
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
-  behavior: behavior_lib.Behavior
+  behavior: actor_critic_lib.Behavior
   model: variants.Model
   params: dict
 
@@ -97,7 +97,7 @@ def world(random_params, make_dynamics):
     lstm_width=5,
     **common,
   )
-  behavior = behavior_lib.actor_critic(
+  behavior = actor_critic_lib.actor_critic(
     codec.latent_shape,
     num_actions=3,
     channels=(),

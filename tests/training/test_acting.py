@@ -10,11 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax import checkpoint, workdir
 from jedi_jax.config import override
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import Interrupted, UserError
-from jedi_jax.interruption import Interruption
+from jedi_jax.runs import checkpoint, workdir
+from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import acting, loop
 from jedi_jax.training.acting import Actor, side_by_side
 from jedi_jax.training.collector import Collector

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import jedi_jax
-from jedi_jax import workdir
 from jedi_jax.config import override
 from jedi_jax.errors import UserError
-from jedi_jax.runtime import Processes
+from jedi_jax.runs import workdir
+from jedi_jax.runs.program import Processes
 
 TRAIN = str(pathlib.Path(__file__).parents[2] / "experiments" / "train.py")
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from jedi_jax import checkpoint, workdir
 from jedi_jax.config import make_config, override
 from jedi_jax.errors import Interrupted, TrainingError, UserError
-from jedi_jax.interruption import Interruption
+from jedi_jax.runs import checkpoint, workdir
+from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import loop, seeds
 from jedi_jax.training.loop import plan_calls
 from jedi_jax.training.seeds import Purpose

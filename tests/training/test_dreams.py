@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax.inspection import dreams, recording
+from jedi_jax.training import dreams, recording
 
 
 @pytest.fixture(scope="module")

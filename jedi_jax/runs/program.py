@@ -13,7 +13,7 @@ import jax
 from absl import app, flags, logging
 
 from jedi_jax.errors import Interrupted, TrainingError, UserError
-from jedi_jax.interruption import INTERRUPTED_STATUS
+from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 
 T = TypeVar("T")
 

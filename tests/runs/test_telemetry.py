@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from jedi_jax import telemetry
 from jedi_jax.errors import UserError
-from jedi_jax.telemetry import MetricsWriter, Progress, latent_summary, summarise
+from jedi_jax.runs import telemetry
+from jedi_jax.runs.telemetry import MetricsWriter, Progress, latent_summary, summarise
 
 
 def gram_of(latents):

@@ -6,16 +6,17 @@ import time
 
 import pytest
 
-from jedi_jax import sweeping, workdir
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.sweeping import RunState
+from jedi_jax.runs import sweep, workdir
+from jedi_jax.runs.sweep import RunState
 
 # Stands in for experiments/train.py: as many seconds as told, then the files of a run.
 TRAIN = """
 import json, pathlib, sys, time
 flags = dict(text[2:].split("=", 1) for text in sys.argv[1:] if text.startswith("--"))
-from jedi_jax import envs, workdir
+from jedi_jax import envs
+from jedi_jax.runs import workdir
 from jedi_jax.config import make_config
 config = make_config(
   env=flags["env"], variant=flags["variant"], preset=flags["preset"], seed=int(flags["seed"]),
@@ -44,7 +45,7 @@ def train(tmp_path):
 
 def make_plan(out, **changes):
   arguments = {"games": ["catch"], "seeds": 2, "variants": ["jedi"], "preset": "debug", "overrides": []}
-  return sweeping.plan(out, **{**arguments, **changes})
+  return sweep.plan(out, **{**arguments, **changes})
 
 
 def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
@@ -56,7 +57,7 @@ def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
   ]
   assert all(run.config.actor_critic.horizon == 3 for run in plan)
   assert len({run.log for run in plan}) == len(plan)
-  command = sweeping.command(plan[:1], pathlib.Path("train.py"))
+  command = sweep.command(plan[:1], pathlib.Path("train.py"))
   assert command[:2] == [sys.executable, "train.py"]
   assert {"--env=atari/Pong", "--variant=jedi", "--seed=0", "--set=actor_critic.horizon=3"} < set(command)
 
@@ -77,14 +78,14 @@ def test_plans_that_cannot_be_are_refused(tmp_path, changes):
 
 def test_packs_hold_games_that_can_share_a_program(tmp_path):
   plan = make_plan(tmp_path, games=["Pong", "catch", "Breakout", "Boxing"], packed=True)
-  packs = sweeping.packs(plan, 2)
+  packs = sweep.packs(plan, 2)
   assert [[(run.config.env.name, run.config.seed) for run in pack] for pack in packs] == [
     group
     for seed in (0, 1)
     for group in ([("atari/Pong", seed), ("atari/Breakout", seed)], [("atari/Boxing", seed)], [("catch", seed)])
   ]
   assert {run.config.env.action_slots for run in plan} == {18}  # Boxing's.
-  command = sweeping.command(packs[0], pathlib.Path("train.py"))
+  command = sweep.command(packs[0], pathlib.Path("train.py"))
   assert {"--env=atari/Pong,atari/Breakout", "--seed=0", f"--workdir={tmp_path / 'jedi'}"} < set(command)
   # That is where the program puts them.
   assert [run.workdir for run in packs[0]] == [tmp_path / "jedi" / workdir.place(run.config) for run in packs[0]]
@@ -94,14 +95,14 @@ def test_how_many_runs_fit_is_asked_of_the_program(tmp_path):
   [run] = make_plan(tmp_path, seeds=1)
   program = tmp_path / "train.py"
   program.write_text("import sys; assert '--fit' in sys.argv; print('one run: ...'); print('runs that fit: 3')")
-  assert sweeping.runs_that_fit(run, program) == 3
+  assert sweep.runs_that_fit(run, program) == 3
   program.write_text("import sys; sys.exit('no accelerator')")
   with pytest.raises(UserError, match=r"no accelerator\): give --pack"):
-    sweeping.runs_that_fit(run, program)
+    sweep.runs_that_fit(run, program)
 
 
 def finish(plan, train, workers=1):
-  pool = sweeping.Pool(sweeping.packs(plan, 1), train, workers=workers)
+  pool = sweep.Pool(sweep.packs(plan, 1), train, workers=workers)
   most = 0
   while pool.step():
     most = max(most, len(pool._running))
@@ -111,45 +112,45 @@ def finish(plan, train, workers=1):
 
 def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
   plan = make_plan(tmp_path / "out", seeds=3)
-  assert [sweeping.look(run).name for run in plan] == ["waiting"] * 3
+  assert [sweep.look(run).name for run in plan] == ["waiting"] * 3
   assert finish(plan, train(), workers=2) == 2
-  states = [sweeping.look(run) for run in plan]
+  states = [sweep.look(run) for run in plan]
   assert [(state.name, state.progress, state.return_, state.seconds) for state in states] == [
     ("finished", 1.0, 0.0, 60.0), ("finished", 1.0, 1.0, 60.0), ("finished", 1.0, 2.0, 60.0)
   ]  # fmt: skip
-  assert sweeping.table(states).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
+  assert sweep.table(states).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
 
 
 def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
   plan = make_plan(tmp_path / "out")
   slow = train(seconds=100)
-  pool = sweeping.Pool(sweeping.packs(plan, 1), slow, workers=1)
+  pool = sweep.Pool(sweep.packs(plan, 1), slow, workers=1)
   pool.step()
-  while sweeping.look(plan[0]).progress == 0:
+  while sweep.look(plan[0]).progress == 0:
     time.sleep(0.05)
-  states = [sweeping.look(run) for run in plan]
+  states = [sweep.look(run) for run in plan]
   assert [(state.name, state.progress, state.return_) for state in states] == [
     ("begun", 0.5, -1.0),
     ("waiting", 0.0, None),
   ]
-  assert sweeping.table(states).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
+  assert sweep.table(states).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
   pool.close()
   assert not pool._running
   finish(plan, train())  # What is there is not done again: the fake sleeps only where nothing has begun.
-  assert [sweeping.look(run).name for run in plan] == ["finished", "finished"]
+  assert [sweep.look(run).name for run in plan] == ["finished", "finished"]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, train):
   plan = make_plan(tmp_path / "out", seeds=3)
   finish(plan, train(bad=1))
-  assert [sweeping.look(run).name for run in plan] == ["finished", "begun", "finished"]
+  assert [sweep.look(run).name for run in plan] == ["finished", "begun", "finished"]
   assert "broken" in plan[1].log.read_text()
 
 
 def test_runs_of_another_configuration_are_refused(tmp_path, train):
   finish(make_plan(tmp_path / "out", seeds=1), train())
   with pytest.raises(UserError, match="horizon"):
-    sweeping.look(make_plan(tmp_path / "out", overrides=["actor_critic.horizon=3"])[0])
+    sweep.look(make_plan(tmp_path / "out", overrides=["actor_critic.horizon=3"])[0])
 
 
 def test_projections_by_hand(tmp_path):
@@ -161,23 +162,21 @@ def test_projections_by_hand(tmp_path):
     *(RunState(r, "waiting", new, None, 0.0) for r in runs[2:]),
   ]
   # Two hours a run: 2.5 runs of work, two at a time.
-  assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweeping.projection(states, workers=2)
+  assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweep.projection(states, workers=2)
   # However many at a time, the longest takes two hours.
-  assert "about 2.0 h with 8" in sweeping.projection(states, workers=8)
-  assert "about 1.2 h with 2" in sweeping.projection(states, workers=2, hours_per_run=1.0)
-  assert "how long is known when" in sweeping.projection(states[1:], workers=1)
-  assert sweeping.projection(states[:1], workers=1) == "1 runs, 1 finished, 0 left"
+  assert "about 2.0 h with 8" in sweep.projection(states, workers=8)
+  assert "about 1.2 h with 2" in sweep.projection(states, workers=2, hours_per_run=1.0)
+  assert "how long is known when" in sweep.projection(states[1:], workers=1)
+  assert sweep.projection(states[:1], workers=1) == "1 runs, 1 finished, 0 left"
 
 
 def test_an_array_job(tmp_path, train):
   pytest.importorskip("submitit")
   plan = make_plan(tmp_path / "out")
-  jobs = sweeping.submit(
-    sweeping.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local"
-  )
+  jobs = sweep.submit(sweep.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
   assert len(jobs.split(", ")) == 2
   deadline = time.monotonic() + 120
-  while any(sweeping.look(run).name != "finished" for run in plan):
+  while any(sweep.look(run).name != "finished" for run in plan):
     assert time.monotonic() < deadline, [p.read_text() for p in (tmp_path / "slurm").glob("*.err")]
     time.sleep(0.2)
 
@@ -185,9 +184,7 @@ def test_an_array_job(tmp_path, train):
 def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, train):
   pytest.importorskip("submitit")
   with pytest.raises(UserError, match="could not be submitted"):
-    sweeping.submit(
-      sweeping.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={}
-    )
+    sweep.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
 
 
 def test_a_damaged_result_is_one_line(tmp_path, train):
@@ -195,7 +192,7 @@ def test_a_damaged_result_is_one_line(tmp_path, train):
   finish(plan, train())
   (plan[0].workdir / "result.json").write_text("{")
   with pytest.raises(UserError, match=r"result\.json"):
-    sweeping.look(plan[0])
+    sweep.look(plan[0])
   assert json.loads((plan[0].workdir / "config.json").read_text())
   assert workdir.read(plan[0].workdir).config == plan[0].config
 
@@ -209,9 +206,9 @@ def test_a_damaged_run_is_refused_by_its_file(tmp_path, name, text):
   workdir.prepare(run.workdir, run.config, SPEC)
   (run.workdir / name).write_text(text)
   with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
-    sweeping.look(run)
+    sweep.look(run)
   assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_name_that_no_directory_can_have_is_a_waiting_run(tmp_path):
-  assert sweeping.look(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"
+  assert sweep.look(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"

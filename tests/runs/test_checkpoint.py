@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax import checkpoint
-from jedi_jax.checkpoint import Checkpoints, SaveError, load_params
 from jedi_jax.errors import UserError
+from jedi_jax.runs import checkpoint
+from jedi_jax.runs.checkpoint import Checkpoints, SaveError, load_params
 
 
 class Pair(NamedTuple):

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from jedi_jax.errors import Interrupted
-from jedi_jax.interruption import INTERRUPTED_STATUS, Interruption, on_signals
+from jedi_jax.runs.interruption import INTERRUPTED_STATUS, Interruption, on_signals
 
 
 def test_nothing_was_asked():
@@ -60,7 +60,7 @@ def test_signals_ask_and_the_handlers_are_put_back():
 
 PROGRAM = """
 import hashlib, sys, time
-from jedi_jax.interruption import on_signals
+from jedi_jax.runs.interruption import on_signals
 with on_signals(float(sys.argv[1])) as interruption:
   print("ready", flush=True)
   if sys.argv[2] == "stuck":
@@ -110,11 +110,12 @@ def test_a_later_signal_to_a_run_that_is_leaving_ends_it_but_not_the_same_one_tw
 
 
 SAYING = """
-from jedi_jax import errors, runtime, telemetry
+from jedi_jax import errors
+from jedi_jax.runs import program, telemetry
 def main():
   telemetry.Progress().say("a line")
   raise errors.Interrupted("stopped")
-runtime.run(main, "")
+program.run(main, "")
 """
 
 

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from jedi_jax import workdir
 from jedi_jax.config import make_config, to_dict
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
+from jedi_jax.runs import workdir
 from jedi_jax.version import __version__
 
 CONFIG = make_config(env="catch", preset="debug")
@@ -230,7 +230,8 @@ def test_a_full_disk_does_not_mask_what_ended_a_run(tmp_path):
   """A limit of no bytes a file stands for the disk."""
   code = f"""
 import resource, signal
-from jedi_jax import errors, workdir
+from jedi_jax import errors
+from jedi_jax.runs import workdir
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 try:

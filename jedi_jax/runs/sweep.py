@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import IO, Any, NamedTuple
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, workdir
+from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores
+from jedi_jax.runs import workdir
 
 
 @dataclasses.dataclass(frozen=True)
