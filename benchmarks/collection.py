@@ -27,7 +27,8 @@ from absl import flags
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
-from jedi_jax.runs import program, telemetry, workdir
+from jedi_jax.runs import program, workdir
+from jedi_jax.runs.console import Console
 from jedi_jax.training import loop
 from jedi_jax.training.acting import Actor
 from jedi_jax.training.parallel import Devices
@@ -144,9 +145,7 @@ def _loop(config: config_lib.Config, runs: int, busy: bool) -> tuple[list[float]
     directories = [f"{place}/{run.seed}" for run in configs]
     loop.make_programs = make
     try:
-      loop.train_packed(
-        configs, directories, devices=Devices(jax.local_devices()[:1]), say=telemetry.Progress(io.StringIO())
-      )
+      loop.train_packed(configs, directories, devices=Devices(jax.local_devices()[:1]), console=Console(io.StringIO()))
     finally:
       loop.make_programs = make_programs
     epochs = workdir.read_metrics(workdir.read(directories[0]).metrics)[1:]  # The first one compiles.

@@ -32,8 +32,9 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import envs
-from jedi_jax.runs import figures, program, telemetry, workdir
+from jedi_jax.runs import figures, program, workdir
 from jedi_jax.runs.checkpoint import Checkpoints
+from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training.parallel import Devices
 
@@ -48,7 +49,7 @@ _FIGURE = flags.DEFINE_string("figure", None, "Where the figure is drawn.")
 _KEPT = 600  # Samples in the record, at most.
 
 
-class _Watch(telemetry.Progress):
+class _Watch(Console):
   """Samples the process whenever the run tells of an epoch, and tells the run to stop when the time is over."""
 
   def __init__(self, interruption: Interruption, seconds: float):
@@ -57,15 +58,15 @@ class _Watch(telemetry.Progress):
     self._interruption, self._seconds = interruption, seconds
     self.start = time.monotonic()
 
-  def say(self, text: str) -> None:
+  def log(self, text: str) -> None:
     if not text.startswith("epoch "):
-      super().say(text)
+      super().log(text)
       return
     if not self.samples:
       self.start = time.monotonic()  # The time to compile does not count.
     self.sample()
     if len(self.samples) % 100 == 1:
-      super().say(text)
+      super().log(text)
     if self.samples[-1]["seconds"] > self._seconds and not self._interruption.asked:
       self._interruption.ask("the clock")
 
@@ -111,7 +112,7 @@ def _train() -> Iterator[dict[str, Any]]:
   with tempfile.TemporaryDirectory() as directory:
     program.enable_compilation_cache()
     try:
-      jedi_jax.train(config, directory, devices=Devices.take(1), say=watch, interruption=interruption)
+      jedi_jax.train(config, directory, devices=Devices.take(1), console=watch, interruption=interruption)
     except jedi_jax.Interrupted as stopped:
       print(stopped)
     records = workdir.read_metrics(pathlib.Path(directory, "metrics.jsonl"))

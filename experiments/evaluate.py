@@ -14,7 +14,8 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import envs
-from jedi_jax.runs import program, telemetry, workdir
+from jedi_jax.runs import program, workdir
+from jedi_jax.runs.console import Console
 from jedi_jax.training import loop, seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -53,7 +54,7 @@ def main() -> None:
     agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
     about = {"env": run.config.env.name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
     out = pathlib.Path(_OUT.value) if _OUT.value else run.evaluation
-  say = telemetry.Progress()
+  console = Console()
   results = jedi_jax.evaluate(
     agent,
     about["env"],
@@ -61,7 +62,7 @@ def main() -> None:
     num_envs=min(_NUM_ENVS.value, _EPISODES.value),
     seed=seeds.evaluation_seed(_SEED.value),
     max_episode_steps=_MAX_STEPS.value,
-    say=say,
+    console=console,
   )
   summary = {
     **about,
@@ -71,7 +72,7 @@ def main() -> None:
   }
   workdir.write_json(out, summary)
   score = summary["human_normalized_score"]
-  say.say(
+  console.log(
     f"{about['env']}: mean return {summary['mean_return']:.2f} over {len(results)} games"
     + (f", human-normalised score {score:.3f}" if score is not None else "")
     + f"; {out}"

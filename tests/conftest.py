@@ -33,7 +33,7 @@ from jedi_jax import replay as replay_lib
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.interop import torch_file
 from jedi_jax.models.variants import build
-from jedi_jax.runs import telemetry
+from jedi_jax.runs.console import Console
 from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.memory import empty_replay
@@ -183,13 +183,13 @@ def tiny_without_probe():
   return Tiny(**{"training.first_updates.probe": 0, "training.updates.probe": 0})
 
 
-class Quiet(telemetry.Progress):
+class Quiet(Console):
   """Progress that is remembered."""
 
   def __init__(self):
     self.lines = []
 
-  def say(self, text):
+  def log(self, text):
     self.lines.append(text)
 
   def show(self, task, done, total, detail=""):
@@ -204,13 +204,13 @@ def train_tiny(tiny):
   test_programs) and the one on Atari compile theirs.
   """
 
-  def run(directory, devices=1, config=None, say=None):
+  def run(directory, devices=1, config=None, console=None):
     def shared(trainer):
       trainer._epoch = tiny.epoch(devices)
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(loop.Trainer, "_compile", shared)
-      return loop.train(config or tiny.config, directory, devices=tiny.devices(devices), say=say or Quiet())
+      return loop.train(config or tiny.config, directory, devices=tiny.devices(devices), console=console or Quiet())
 
   return run
 

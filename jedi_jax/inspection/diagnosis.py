@@ -249,7 +249,7 @@ def _value(agent: Agent, episodes: list[Episode]) -> Figures:
   @jax.jit
   def measure(params: dict[str, Params], observations: Array, state: Any) -> tuple[Array, Any]:
     latents = model.encode(params, observations[None], jnp.ones((1, len(observations)), bool))
-    _, values, state = model.behavior.apply(params["actor_critic"], latents, state)
+    _, values, state = model.actor_critic.apply(params["actor_critic"], latents, state)
     return values[0], state
 
   predicted, realised = [], []

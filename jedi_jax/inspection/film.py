@@ -59,7 +59,7 @@ def shoot(agent: Agent, segment: Segment, *, seed: int = 0) -> Film:
     keys = jax.random.split(key, len(segment.mask))
     latents = model.encode(params, segment.observations, segment.mask)
     state = model.initial_state(len(segment.mask))
-    _, values, _ = model.behavior.apply(params["actor_critic"], latents, state, segment.mask.astype(jnp.float32))
+    _, values, _ = model.actor_critic.apply(params["actor_critic"], latents, state, segment.mask.astype(jnp.float32))
 
     def first(x: Array, start: float) -> Array:
       return jnp.concatenate([jnp.full_like(x[:, :1], start), x], axis=1)

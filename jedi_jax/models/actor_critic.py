@@ -15,7 +15,7 @@ _NEVER = -1e9
 """Logit of an action that the environment does not have; finite, so that its share of the entropy is 0."""
 
 
-class Behavior(NamedTuple):
+class ActorCritic(NamedTuple):
   """The actor-critic as data and pure functions.
 
   Attributes:
@@ -46,7 +46,7 @@ def actor_critic(
   value_weight: float,
   lowering: str,
   dtype: Any,
-) -> Behavior:
+) -> ActorCritic:
   """Builds the actor-critic.
 
   Args:
@@ -128,4 +128,4 @@ def actor_critic(
       },
     )
 
-  return Behavior(init, initial_state, apply, losses)
+  return ActorCritic(init, initial_state, apply, losses)

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.models.actor_critic import Behavior
+from jedi_jax.models.actor_critic import ActorCritic
 from jedi_jax.models.dynamics import Dynamics
 from jedi_jax.models.reward_end import RewardEnd
 from jedi_jax.types import Array, LstmState, Params, Trajectory
@@ -62,7 +62,7 @@ class _Carry(NamedTuple):
 def imagine(
   dynamics: Dynamics,
   reward_end: RewardEnd,
-  behavior: Behavior,
+  actor_critic: ActorCritic,
   params: Params,
   past: Array,
   past_actions: Array,
@@ -80,7 +80,7 @@ def imagine(
   Args:
     dynamics: the dynamics.
     reward_end: the reward / end model.
-    behavior: the actor-critic.
+    actor_critic: the actor-critic.
     params: parameters by component: 'denoiser', 'reward_end', 'actor_critic'.
     past: [B, L, h, w, c] latents of L successive frames, the last of which the first action is chosen on; or
       [2 B, ...]: after its first imagined end trajectory i goes on from row B + i.
@@ -104,13 +104,13 @@ def imagine(
     chex.assert_shape(actions, (batch, horizon))
   params, past = jax.lax.stop_gradient((params, past))
   reward_end_state = reward_end.initial_state(rows)
-  policy_state = behavior.initial_state(rows)
+  policy_state = actor_critic.initial_state(rows)
   if length > 1:
     _, _, reward_end_state = reward_end.predict(
       params["reward_end"], past[:, :-1], past_actions, past[:, 1:], reward_end_state
     )
     keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
-    _, _, policy_state = behavior.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
+    _, _, policy_state = actor_critic.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
   places = _Place(past, past_actions, reward_end_state, policy_state)
   start = jax.tree.map(lambda x: x[:batch], places)
   restart = jax.tree.map(lambda x: x[batch:], places) if rows > batch else None
@@ -119,7 +119,7 @@ def imagine(
     draws, given = inputs
     place = carry.place
     current = place.past[:, -1:]
-    logits, values, policy_state = behavior.apply(params["actor_critic"], current, place.policy_state)
+    logits, values, policy_state = actor_critic.apply(params["actor_critic"], current, place.policy_state)
     action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32) if given is None else given
     actions = jnp.concatenate([place.past_actions, action[:, None]], axis=1)
     following = dynamics.sample(params["denoiser"], place.past, actions, draws.frames)

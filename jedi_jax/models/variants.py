@@ -66,7 +66,7 @@ class Model(NamedTuple):
       for the policy's) -> `Trajectory`; see `imagination.imagine`.
     dynamics: latents to latents.
     reward_end: latents to rewards and ends.
-    behavior: latents to actions and values.
+    actor_critic: latents to actions and values.
     decode: (parameters, latents [B, T, h, w, c]) -> images [B, T, H, W, C] uint8; None where no decoder learns.
   """
 
@@ -82,7 +82,7 @@ class Model(NamedTuple):
   imagine: Callable[..., Trajectory]
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
-  behavior: actor_critic_lib.Behavior
+  actor_critic: actor_critic_lib.ActorCritic
   decode: Callable[[dict[str, Params], Array], Array] | None
 
 
@@ -165,7 +165,7 @@ def compose(
   codec: codecs.Codec,
   dynamics: dynamics_lib.Dynamics,
   reward_end: reward_end_lib.RewardEnd,
-  behavior: actor_critic_lib.Behavior,
+  actor_critic: actor_critic_lib.ActorCritic,
   *,
   conditioning_frames: int,
   targets: int,
@@ -188,7 +188,7 @@ def compose(
     codec: frames to latents.
     dynamics: latents to latents.
     reward_end: latents to rewards and ends.
-    behavior: latents to actions and values.
+    actor_critic: latents to actions and values.
     conditioning_frames: L.
     targets: n, targets of one denoising segment.
     horizon: H, imagined steps of one actor-critic update.
@@ -214,7 +214,7 @@ def compose(
       "encoder": codec.init(keys[0]),
       "denoiser": dynamics.init(keys[1]),
       "reward_end": reward_end.init(keys[2]),
-      "actor_critic": behavior.init(keys[3]),
+      "actor_critic": actor_critic.init(keys[3]),
     }
     if decoder is not None:
       params["decoder"] = decoder.init(jax.random.fold_in(key, 4))
@@ -281,7 +281,7 @@ def compose(
     return imagination.imagine(
       dynamics,
       reward_end,
-      behavior,
+      actor_critic,
       params,
       latents,
       segment.actions[:, :-1],
@@ -296,7 +296,7 @@ def compose(
     params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
   ) -> Losses:
     del shared_key, count
-    return behavior.losses(params["actor_critic"], imagine(params, segment, keys, horizon))
+    return actor_critic.losses(params["actor_critic"], imagine(params, segment, keys, horizon))
 
   def probe_losses(params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array) -> Losses:
     del keys, shared_key, count
@@ -313,7 +313,7 @@ def compose(
   def policy(params: dict[str, Params], observations: Array, state: LstmState) -> tuple[Array, Array, LstmState]:
     observations = observations[:, None]
     latents = encode(params, observations, jnp.ones(observations.shape[:2], bool))
-    logits, values, state = behavior.apply(params["actor_critic"], latents, state)
+    logits, values, state = actor_critic.apply(params["actor_critic"], latents, state)
     return logits[:, 0], values[:, 0], state
 
   def num_actions(params: dict[str, Params]) -> int | Array:
@@ -368,13 +368,13 @@ def compose(
     init,
     phases,
     encode,
-    behavior.initial_state,
+    actor_critic.initial_state,
     policy,
     num_actions,
     imagine,
     dynamics,
     reward_end,
-    behavior,
+    actor_critic,
     decode if show is not None else None,
   )
 
@@ -562,7 +562,7 @@ def _reward_end(context: _Context, codec: codecs.Codec) -> reward_end_lib.Reward
   )
 
 
-def _actor_critic(context: _Context, codec: codecs.Codec) -> actor_critic_lib.Behavior:
+def _actor_critic(context: _Context, codec: codecs.Codec) -> actor_critic_lib.ActorCritic:
   c = context.config.actor_critic
   _check_pooling("actor_critic.downsample", c.downsample, codec.latent_shape[:2])
   return actor_critic_lib.actor_critic(

@@ -111,13 +111,13 @@ class Checkpoints:
     """
     return _restore(self._manager, number, _PARAMS, params), _restore(self._manager, number, _STATE, state)
 
-  def restore_newest(self, *, params: Any, state: Any, say: Callable[[str], None]) -> Restored | None:
+  def restore_newest(self, *, params: Any, state: Any, log: Callable[[str], None]) -> Restored | None:
     """Restores the newest whole checkpoint that fits; those after it are set aside, into `damaged` beside this one.
 
     Args:
       params: as for `restore`.
       state: as for `restore`.
-      say: is told of each checkpoint that is not whole or does not fit.
+      log: is told of each checkpoint that is not whole or does not fit.
 
     Returns:
       None where there is no checkpoint at all.
@@ -133,7 +133,7 @@ class Checkpoints:
         damaged.append((number, error))
         continue
       for other, problem in damaged:
-        say(f"{problem}; it is set aside in {self._set_aside(other)}, and checkpoint {number} is used")
+        log(f"{problem}; it is set aside in {self._set_aside(other)}, and checkpoint {number} is used")
       return restored
     if damaged:
       others = f", and neither can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""

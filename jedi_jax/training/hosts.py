@@ -68,17 +68,17 @@ class Leader:
 
   def __exit__(self, *_: object) -> None:
     if self._heard:
-      self._say(Operation.STOP, {})
+      self._send(Operation.STOP, {})
 
   @contextlib.contextmanager
   def doing(self, operation: Operation, counts: Mapping[str, int] | None = None) -> Iterator[None]:
     """A context in which all processes launch an operation, of an epoch with these updates by phase."""
     self._heard = False
-    self._say(operation, counts or {})
+    self._send(operation, counts or {})
     yield
     self._heard = True
 
-  def _say(self, operation: Operation, counts: Mapping[str, int]) -> None:
+  def _send(self, operation: Operation, counts: Mapping[str, int]) -> None:
     if not self._alone:
       parallel.broadcast(np.asarray([operation, *(counts.get(name, 0) for name in _PHASES)], np.int32))
 

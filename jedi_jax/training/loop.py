@@ -22,6 +22,7 @@ from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
 from jedi_jax.models.variants import build, count_parameters, with_num_actions
 from jedi_jax.runs import checkpoint, telemetry, workdir
+from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import dreams, hosts, seeds
 from jedi_jax.training.acting import Actor, side_by_side
@@ -61,7 +62,7 @@ def train(
   *,
   overwrite: bool = False,
   devices: Devices | None = None,
-  say: telemetry.Progress | None = None,
+  console: Console | None = None,
   interruption: Interruption | None = None,
 ) -> dict[str, Any]:
   """Trains a run to its end, or continues it from its latest checkpoint.
@@ -72,7 +73,7 @@ def train(
     overwrite: starts anew in a directory that holds a run.
     devices: on which to train; all if None. They may be those of several processes that `jax.distributed` has
       connected, each of which calls this alike; the first one has the environments and the files.
-    say: where progress is told; standard output if None.
+    console: where progress is printed; standard output if None.
     interruption: what may tell the run to stop; nothing if None.
 
   Returns:
@@ -83,9 +84,9 @@ def train(
     TrainingError: if losses or gradients were not finite in too many updates in a row.
     Interrupted: if the run was told to stop.
   """
-  return train_packed([config], [directory], overwrite=overwrite, devices=devices, say=say, interruption=interruption)[
-    0
-  ]
+  return train_packed(
+    [config], [directory], overwrite=overwrite, devices=devices, console=console, interruption=interruption
+  )[0]
 
 
 def train_packed(
@@ -94,7 +95,7 @@ def train_packed(
   *,
   overwrite: bool = False,
   devices: Devices | None = None,
-  say: telemetry.Progress | None = None,
+  console: Console | None = None,
   interruption: Interruption | None = None,
 ) -> list[dict[str, Any]]:
   """Trains several runs in one program, each as it would train alone, or continues them.
@@ -108,7 +109,7 @@ def train_packed(
     directories: the runs' working directories, all different.
     overwrite: starts anew in directories that hold a run.
     devices: on which to train; all if None. Several runs are spread over them, which must be of one process.
-    say: where progress is told; standard output if None.
+    console: where progress is printed; standard output if None.
     interruption: what may tell the runs to stop; nothing if None.
 
   Returns:
@@ -121,7 +122,7 @@ def train_packed(
     Interrupted: if the runs were told to stop.
   """
   devices = devices or Devices()
-  say = say or telemetry.Progress()
+  console = console or Console()
   specs = [envs.spec(config.env.name) for config in configs]
   _check_pack(configs, directories, specs, devices)
   devices.with_runs(len(configs)).check_batch(configs[0].training.batch_size)
@@ -143,7 +144,7 @@ def train_packed(
       if not overwrite:
         workdir.check(directory, config, spec)  # Before the lock's file is made.
       stack.enter_context(workdir.locked(directory))
-    return _lead(configs, directories, specs, overwrite, devices, leader, say, interruption or Interruption())
+    return _lead(configs, directories, specs, overwrite, devices, leader, console, interruption or Interruption())
 
 
 def _lead(
@@ -153,7 +154,7 @@ def _lead(
   overwrite: bool,
   devices: Devices,
   leader: hosts.Leader,
-  say: telemetry.Progress,
+  console: Console,
   interruption: Interruption,
 ) -> list[dict[str, Any]]:
   """Trains runs that have been checked, in the process that has their files; see `train_packed`."""
@@ -164,7 +165,7 @@ def _lead(
   left = []
   for run in runs:
     if run.result.exists():
-      say.say(f"{run.path} is complete; --overwrite starts it anew")
+      console.log(f"{run.path} is complete; --overwrite starts it anew")
     else:
       left.append(run)
   failures: list[str] = []
@@ -172,7 +173,7 @@ def _lead(
     numbers = [checkpoint.newest(run.checkpoints / "latest") or 0 for run in left]
     group = [run for run, number in zip(left, numbers, strict=True) if number == min(numbers)]
     try:
-      trainer = Trainer(group, devices.with_runs(len(group)), leader, say, interruption)
+      trainer = Trainer(group, devices.with_runs(len(group)), leader, console, interruption)
     except _UnevenError:  # What was damaged is set aside now, and the runs stand where their files say.
       continue
     try:
@@ -343,7 +344,7 @@ class Trainer:
     runs: their directories and configurations, which differ in seed and game alone; all at the same epoch.
     devices: on which to train, for so many runs.
     leader: tells other processes what to do.
-    say: where progress is told.
+    console: where progress is printed.
     interruption: what may tell the runs to stop.
   """
 
@@ -352,10 +353,10 @@ class Trainer:
     runs: Sequence[workdir.Workdir],
     devices: Devices,
     leader: hosts.Leader,
-    say: telemetry.Progress,
+    console: Console,
     interruption: Interruption,
   ):
-    self._devices, self._leader, self._say, self._interruption = devices, leader, say, interruption
+    self._devices, self._leader, self._console, self._interruption = devices, leader, console, interruption
     config, spec = runs[0].config, runs[0].spec
     self._config = config  # What it says of seed and game is the first run's.
     self._model, self._optimizers, self._epoch, self._add, self._strips = make_programs(config, spec, devices)
@@ -437,7 +438,7 @@ class Trainer:
         values[index]["time/total_seconds"] = run.progress.seconds
         assert run.metrics is not None
         run.metrics.write(epoch, values[index])
-      self._say.say(self._epoch_line([values[index] for index in going], going))
+      self._console.log(self._epoch_line([values[index] for index in going], going))
       for index in going:
         self._warn_of_collapse(index, values[index])
       asked = self._interruption.asked
@@ -464,16 +465,16 @@ class Trainer:
       what = f"{len(self._runs)} runs of {', '.join(games)}, variant {c.variant}, preset {c.preset}"
     platform = self._devices.devices[0].platform
     where = os.path.commonpath([run.workdir.path for run in self._runs]) if self._devices.packed else first.workdir.path
-    self._say.say(f"{what}, {self._devices.count} {platform} device(s), in {where}")
+    self._console.log(f"{what}, {self._devices.count} {platform} device(s), in {where}")
     shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    self._say.say(f"parameters: {shares}, in all {sum(counts.values()):,}; latent {self._model.latent_shape}")
+    self._console.log(f"parameters: {shares}, in all {sum(counts.values()):,}; latent {self._model.latent_shape}")
 
   def _compile(self) -> None:
-    self._say.say("compiling the epoch (the result is cached on disk) ...")
+    self._console.log("compiling the epoch (the result is cached on disk) ...")
     start = time.monotonic()
     nothing = traced(dict.fromkeys(self._counts(self._config.training.updates), 0))
     self._epoch = self._epoch.lower(self._state, self._replay, nothing).compile()
-    self._say.say(f"compiled in {time.monotonic() - start:.1f} s")
+    self._console.log(f"compiled in {time.monotonic() - start:.1f} s")
 
   def _run_epoch(self) -> list[dict[str, Any]]:
     """Collects and trains; returns the epoch's figures of each run."""
@@ -519,7 +520,7 @@ class Trainer:
     """Waits for environment steps that are being taken, tells how many there are, and stops when it is time to."""
     left: set[Future[Any]] = set(futures)
     while left:
-      self._say.show(task, sum(run.collector.env_steps for run in self._runs), total)
+      self._console.show(task, sum(run.collector.env_steps for run in self._runs), total)
       self._interruption.check()
       done, left = wait(left, timeout=_POLL, return_when=FIRST_EXCEPTION)
       for future in done:
@@ -549,7 +550,7 @@ class Trainer:
       done += sum(call.values())
       self._stop_failing()
       self._interruption.check()
-      self._say.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(phases)})")
+      self._console.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(phases)})")
     timing = {
       "time/update_seconds": fused_seconds,
       "time/updates_per_second": total / max(fused_seconds, 1e-9),
@@ -580,7 +581,7 @@ class Trainer:
             f"{run.progress.epoch + 1}; {saved} was saved before: the same command tries again from there; else start "
             f"anew (--overwrite) with a lower {name}.optimizer.learning_rate or max_grad_norm"
           )
-          self._say.say(run.failure)
+          self._console.log(run.failure)
 
   def _warn_of_collapse(self, index: int, values: Mapping[str, Any]) -> None:
     """Tells when latents have collapsed, and when they have recovered."""
@@ -592,7 +593,7 @@ class Trainer:
     if collapsed != run.collapsed:
       place = f"{run.workdir.path}: " if self._devices.packed else ""
       what = "WARNING: the latents have collapsed" if collapsed else "the latents have recovered"
-      self._say.say(f"{place}{what}: standard deviation {std:.3g}, effective rank {rank:.3g}")
+      self._console.log(f"{place}{what}: standard deviation {std:.3g}, effective rank {rank:.3g}")
     run.collapsed = collapsed
 
   def _show_dreams(self, going: Sequence[int]) -> None:
@@ -623,7 +624,7 @@ class Trainer:
       num_envs=min(c.num_envs, episodes),
       seed=seeds.env_seed(run.config.seed, purpose, run.progress.epoch),
       max_episode_steps=c.max_episode_steps,
-      say=self._say,
+      console=self._console,
       on_step=self._interruption.check,
     )
 
@@ -669,7 +670,7 @@ class Trainer:
       run.latest.wait()
     workdir.write_json(run.workdir.result, result)
     score = result["human_normalized_score"]
-    self._say.say(
+    self._console.log(
       f"done: mean return {result['mean_return']:.2f} over {len(results)} games"
       + (f", human-normalised score {score:.3f}" if score is not None else "")
       + f", {seconds:.0f} s; {run.workdir.result}"
@@ -715,7 +716,7 @@ class Trainer:
     later = self._counts(self._config.training.updates)  # A phase that only the first epoch has may end with skips.
     names = " and ".join(name for name, count in skipped.items() if count and later[name])
     if names and not run.done:
-      self._say.say(f"epoch {run.progress.epoch} is not saved: the last updates of {names} were not finite")
+      self._console.log(f"epoch {run.progress.epoch} is not saved: the last updates of {names} were not finite")
       return
     with self._warned_of():
       self._write(index)
@@ -726,7 +727,7 @@ class Trainer:
     try:
       yield
     except checkpoint.SaveError as error:
-      self._say.say(f"WARNING: {error}")
+      self._console.log(f"WARNING: {error}")
 
   def _written(self, run: _Run) -> None:
     """Waits until what is being saved of a run is written, and tells of it if it cannot be."""
@@ -763,7 +764,7 @@ class Trainer:
       "collector": run.collector.save(),
       "progress": {name: np.zeros((), np.float64) for name in Progress._fields},
     }
-    restored = run.latest.restore_newest(params=shapes.params, state=target, say=self._say.say)
+    restored = run.latest.restore_newest(params=shapes.params, state=target, log=self._console.log)
     if restored is None:
       return None
     run.saved, params, saved = restored
@@ -771,7 +772,7 @@ class Trainer:
     run.progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
     log = saved["collector"]
     steps = int(log["calls"]) * run.env.num_envs
-    self._say.say(f"resuming after epoch {run.progress.epoch}: repeating {steps:,} environment steps")
+    self._console.log(f"resuming after epoch {run.progress.epoch}: repeating {steps:,} environment steps")
     return saved["train"].replace(params=params), saved["replay"], log
 
 
@@ -783,7 +784,7 @@ def evaluate(
   num_envs: int,
   seed: int,
   max_episode_steps: int,
-  say: telemetry.Progress | None = None,
+  console: Console | None = None,
   on_step: Callable[[], None] = lambda: None,
 ) -> list[EpisodeResult]:
   """Plays whole games under the paper's protocol: no life-loss ends, epsilon 0, sampled actions.
@@ -795,7 +796,7 @@ def evaluate(
     num_envs: environments, each playing a fixed number of them.
     seed: of the environments and of the actions.
     max_episode_steps: time limit in agent steps.
-    say: where progress is told, nowhere if None.
+    console: where progress is printed; nowhere if None.
     on_step: called before every step of the environments.
   """
   env = envs.make(env_name, num_envs=num_envs, seed=seed, life_loss_ends=False, max_episode_steps=max_episode_steps)
@@ -803,8 +804,8 @@ def evaluate(
 
   def on_episode(result: EpisodeResult) -> None:
     finished.append(result)
-    if say is not None:
-      say.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
+    if console is not None:
+      console.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
 
   policy = random_policy(env.spec.num_actions, seed) if agent is None else agent.player(num_envs, seed)
 

@@ -52,7 +52,7 @@ def harms(generator, files, count):
 def attempt(checkpoints):
   """What was restored, or why not."""
   try:
-    return checkpoints.restore_newest(**LIKE, say=pytest.fail), None
+    return checkpoints.restore_newest(**LIKE, log=pytest.fail), None
   except UserError as error:
     return None, str(error)
 

@@ -235,6 +235,6 @@ def test_training_listens_nowhere(tmp_path, quiet):
   config = make_config(env="catch", preset="debug", overrides=SMALLEST)
   before = set(listening())
   with watched() as (seen, looks):
-    jedi_jax.train(config, tmp_path / "run", devices=Devices.take(1), say=quiet)
+    jedi_jax.train(config, tmp_path / "run", devices=Devices.take(1), console=quiet)
   assert len(looks) > 20
   assert not seen - before

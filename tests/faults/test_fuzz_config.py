@@ -361,8 +361,8 @@ def trainable(found):
   return [config for turn in turns for config in turn if config is not None]
 
 
-def train(config, directory, say):
-  result = jedi_jax.train(config, directory, devices=Devices.take(1), say=say)
+def train(config, directory, console):
+  result = jedi_jax.train(config, directory, devices=Devices.take(1), console=console)
   assert len(result["episode_returns"]) == config.evaluation.episodes
   assert math.isfinite(result["mean_return"])
 

@@ -68,7 +68,7 @@ def test_bias_and_correlation_by_hand(figures, agent, episodes):
   for episode in episodes:
     frames = episode.observations[None]
     latents = agent.model.encode(agent.params, frames, np.ones(frames.shape[:2], bool))
-    _, v, _ = agent.model.behavior.apply(agent.params["actor_critic"], latents, agent.model.initial_state(1))
+    _, v, _ = agent.model.actor_critic.apply(agent.params["actor_critic"], latents, agent.model.initial_state(1))
     v = np.asarray(v, np.float64)[0]
     rewards = np.sign(episode.rewards)
     steps = len(rewards)

@@ -60,7 +60,7 @@ def parts(loaded):
   return {
     "dynamics": variants._diffusion(context, codec),
     "reward_end": variants._reward_end(context, codec),
-    "behavior": variants._actor_critic(context, codec),
+    "actor_critic": variants._actor_critic(context, codec),
   }
 
 
@@ -211,7 +211,7 @@ def test_actor_critic(loaded, parts):
   config, _, params = loaded
   frames = nhwc(REFERENCE["ac_obs"])
   state = zero_lstm_state(2, config.actor_critic.lstm_width)
-  logits, values, state = parts["behavior"].apply(params["actor_critic"], frames, state)
+  logits, values, state = parts["actor_critic"].apply(params["actor_critic"], frames, state)
   close(logits, "ac_logits", NETWORK)
   close(values, "ac_values", NETWORK)
   close(state.hidden, "ac_h", NETWORK)

@@ -140,9 +140,9 @@ def test_reward_end_logits(loaded):
 
 def test_actor_critic(loaded):
   config, _, params = loaded
-  behavior = variants._actor_critic(*context(loaded))
+  actor_critic = variants._actor_critic(*context(loaded))
   state = blocks.zero_lstm_state(2, config.actor_critic.lstm_width)
-  logits, values, state = jax.jit(behavior.apply)(params["actor_critic"], nhwc(REFERENCE["ac_obs"]), state)
+  logits, values, state = jax.jit(actor_critic.apply)(params["actor_critic"], nhwc(REFERENCE["ac_obs"]), state)
   close(logits, "ac_logits")
   close(values, "ac_values")
   close(state.hidden, "ac_h")

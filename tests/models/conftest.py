@@ -41,7 +41,7 @@ class World(NamedTuple):
   codec: codecs.Codec
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
-  behavior: actor_critic_lib.Behavior
+  actor_critic: actor_critic_lib.ActorCritic
   model: variants.Model
   params: dict
 
@@ -97,7 +97,7 @@ def world(random_params, make_dynamics):
     lstm_width=5,
     **common,
   )
-  behavior = actor_critic_lib.actor_critic(
+  actor_critic = actor_critic_lib.actor_critic(
     codec.latent_shape,
     num_actions=3,
     channels=(),
@@ -114,14 +114,14 @@ def world(random_params, make_dynamics):
     codec,
     dynamics,
     reward_end,
-    behavior,
+    actor_critic,
     conditioning_frames=2,
     targets=2,
     horizon=3,
     denoiser_trains=("encoder", "denoiser"),
     reward_end_trains=("encoder", "reward_end"),
   )
-  return World(codec, dynamics, reward_end, behavior, model, random_params(model.init))
+  return World(codec, dynamics, reward_end, actor_critic, model, random_params(model.init))
 
 
 @pytest.fixture(scope="session")

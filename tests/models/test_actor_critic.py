@@ -43,18 +43,18 @@ def evaluate(world, jit):
 
   def run(params, trajectory):
     def total(params, name):
-      term = world.behavior.losses(params, trajectory).terms[name]
+      term = world.actor_critic.losses(params, trajectory).terms[name]
       return jnp.sum(term.values * term.weights)
 
     gradients = {name: jax.grad(total)(params, name) for name in ("policy", "value", "entropy")}
-    return world.behavior.losses(params, trajectory), gradients
+    return world.actor_critic.losses(params, trajectory), gradients
 
   return jit(run)
 
 
 @pytest.fixture(scope="module")
 def outputs(world, trajectory, jit):
-  logits, values, _ = jit(world.behavior.apply)(
+  logits, values, _ = jit(world.actor_critic.apply)(
     world.params["actor_critic"], trajectory.latents, trajectory.policy_state
   )
   return np.asarray(logits, np.float64), np.asarray(values, np.float64)
@@ -145,7 +145,7 @@ def test_a_restart_is_two_trajectories(world, trajectory, evaluate, jit):
   )
   losses, _ = evaluate(params, both)
   before, _ = evaluate(params, trajectory)
-  logits, values, _ = jit(world.behavior.apply)(params, trajectory.latents[:, 2:], other)
+  logits, values, _ = jit(world.actor_critic.apply)(params, trajectory.latents[:, 2:], other)
   for name in losses.terms:
     np.testing.assert_allclose(losses.terms[name].values[0], before.terms[name].values[0], rtol=1e-3, atol=1e-5)
     np.testing.assert_allclose(losses.terms[name].values[1, :2], before.terms[name].values[1, :2], rtol=1e-3, atol=1e-5)

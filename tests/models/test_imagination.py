@@ -29,7 +29,7 @@ def noise(draw_noise):
 @pytest.fixture(scope="module")
 def imagine(world, jit):
   def run(params, past, past_actions, mask, noise, actions=None, **options):
-    parts = world.dynamics, world.reward_end, world.behavior
+    parts = world.dynamics, world.reward_end, world.actor_critic
     return imagination.imagine(*parts, params, past, past_actions, mask, noise, actions=actions, **options)
 
   return jit(run, static_argnames="unroll")
@@ -94,12 +94,12 @@ def test_the_trajectory_is_what_its_parts_say_step_by_step(world, start, noise, 
   past, past_actions, _ = start
   params = world.params
   trajectory = imagine(params, *start, noise)
-  sample, predict, apply = (jit(f) for f in (world.dynamics.sample, world.reward_end.predict, world.behavior.apply))
+  sample, predict, apply = (jit(f) for f in (world.dynamics.sample, world.reward_end.predict, world.actor_critic.apply))
   np.testing.assert_array_equal(trajectory.latents[:, 0], past[:, -1])
   _, _, reward_end_state = predict(
     params["reward_end"], past[:, :-1], past_actions, past[:, 1:], world.reward_end.initial_state(B)
   )
-  _, _, policy_state = apply(params["actor_critic"], past[:, :-1], world.behavior.initial_state(B))
+  _, _, policy_state = apply(params["actor_critic"], past[:, :-1], world.actor_critic.initial_state(B))
   np.testing.assert_allclose(trajectory.policy_state.hidden, policy_state.hidden, atol=1e-5)
   np.testing.assert_allclose(trajectory.policy_state.cell, policy_state.cell, atol=1e-5)
   frames, actions = past, past_actions
@@ -151,7 +151,7 @@ def test_one_frame_needs_no_burn_in(world, jit, make_dynamics, random_params, st
   )
   trajectory = jit(
     lambda past, actions, mask: imagination.imagine(
-      dynamics, world.reward_end, world.behavior, params, past, actions, mask, noise
+      dynamics, world.reward_end, world.actor_critic, params, past, actions, mask, noise
     )
   )(start[0][:, :1], jnp.zeros((B, 0), jnp.int32), jnp.ones((B, 1), bool))
   assert trajectory.latents.shape == (B, 2, *world.codec.latent_shape)
@@ -212,5 +212,5 @@ def test_rows_that_fit_no_trajectory_are_refused(world, start, noise):
   past, past_actions, mask = start
   with pytest.raises(ValueError, match="2 rows"):
     imagination.imagine(
-      world.dynamics, world.reward_end, world.behavior, world.params, past[:2], past_actions[:2], mask[:2], noise
+      world.dynamics, world.reward_end, world.actor_critic, world.params, past[:2], past_actions[:2], mask[:2], noise
     )

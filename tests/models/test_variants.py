@@ -157,7 +157,7 @@ def test_the_policy_acts_as_the_behavior_does_on_latents(world, make_segment, ji
   segment = make_segment(B, L)
   latents = jit(world.model.encode)(world.params, segment.observations, segment.mask)
   state = world.model.initial_state(B)
-  apply = jit(world.behavior.apply)
+  apply = jit(world.actor_critic.apply)
   expected_logits, expected_values, expected_state = apply(world.params["actor_critic"], latents, state)
   policy = jit(world.model.policy)
   for t in range(L):

@@ -230,7 +230,7 @@ def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_set_aside(tmp_
   for number in ("4", "6"):
     harm(tmp_path / "latest" / number)
   checkpoints, said = Checkpoints(tmp_path / "latest", keep=9), []
-  restored = checkpoints.restore_newest(**LIKE, say=said.append)
+  restored = checkpoints.restore_newest(**LIKE, log=said.append)
   assert restored.number == restored.state["number"] == 2
   assert_same(restored.params, params())
   assert [f"checkpoint {number}" in line for number, line in zip("64", said, strict=True)] == [True, True]
@@ -240,7 +240,7 @@ def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_set_aside(tmp_
   assert checkpoints.latest() == 2
   checkpoints.save(4, params=params(), state=numbered_state(40))
   checkpoints.wait()
-  restored = checkpoints.restore_newest(**LIKE, say=said.append)
+  restored = checkpoints.restore_newest(**LIKE, log=said.append)
   assert (restored.number, int(restored.state["number"]), len(said)) == (4, 40, 2)
   checkpoints.close()
 
@@ -252,14 +252,14 @@ def test_nothing_is_changed_where_no_checkpoint_is_whole(tmp_path, harm):
     harm(tmp_path / "latest" / number)
   before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
   checkpoints = Checkpoints(tmp_path / "latest", keep=9)
-  refused(lambda: checkpoints.restore_newest(**LIKE, say=pytest.fail), "checkpoint 4", "nothing was changed")
+  refused(lambda: checkpoints.restore_newest(**LIKE, log=pytest.fail), "checkpoint 4", "nothing was changed")
   checkpoints.close()
   assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_there_is_no_newest_where_there_is_none(tmp_path):
   checkpoints = Checkpoints(tmp_path / "latest", keep=1)
-  assert checkpoints.restore_newest(params=params(), state=odd(), say=pytest.fail) is None
+  assert checkpoints.restore_newest(params=params(), state=odd(), log=pytest.fail) is None
   checkpoints.close()
 
 

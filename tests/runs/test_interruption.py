@@ -111,9 +111,10 @@ def test_a_later_signal_to_a_run_that_is_leaving_ends_it_but_not_the_same_one_tw
 
 SAYING = """
 from jedi_jax import errors
-from jedi_jax.runs import program, telemetry
+from jedi_jax.runs.console import Console
+from jedi_jax.runs import program
 def main():
-  telemetry.Progress().say("a line")
+  Console().log("a line")
   raise errors.Interrupted("stopped")
 program.run(main, "")
 """

@@ -196,7 +196,7 @@ def test_the_second_who_trains_in_a_directory_is_refused(tmp_path):
 
 
 def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path):
-  code = f"from jedi_jax import workdir; lock = workdir.locked({str(tmp_path)!r}); lock.__enter__()"
+  code = f"from jedi_jax.runs import workdir; lock = workdir.locked({str(tmp_path)!r}); lock.__enter__()"
   code += "; print('locked', flush=True)"
   code += "; import time; time.sleep(60)"
   with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:

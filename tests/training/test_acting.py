@@ -108,7 +108,7 @@ def test_a_process_without_a_cpu_is_refused_before_anything(overlapping, tmp_pat
     patch.setattr(acting.jax, "local_devices", local_devices)
     patch.setattr(type(jax.config), "values", asked)
     with pytest.raises(UserError, match=r"collect\.overlap needs the CPU .* JAX_PLATFORMS=cuda,cpu") as caught:
-      loop.train(overlapping, tmp_path / "run", devices=loop.Devices(jax.devices()[:1]), say=quiet)
+      loop.train(overlapping, tmp_path / "run", devices=loop.Devices(jax.devices()[:1]), console=quiet)
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
 
@@ -261,7 +261,7 @@ def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tm
 
   monkeypatch.setattr(Collector, "_step", slow)
   with pytest.raises(Interrupted, match="before the end of its epoch"):
-    train_tiny(tmp_path / "run", say=quiet)
+    train_tiny(tmp_path / "run", console=quiet)
   assert 5 <= len(taken) < 15  # Of 20 of the first epoch; the loop looks every tenth of a second.
   assert interruption.leaving
 

@@ -142,11 +142,11 @@ def test_the_best_checkpoint_is_the_first_of_the_best_evaluations(finished_run, 
 
 def test_a_finished_run_only_returns_its_result(finished_run, tiny, monkeypatch, snapshot, quiet):
   monkeypatch.setattr(loop, "Trainer", None)
-  before, say = snapshot(finished_run), quiet
-  assert loop.train(tiny.config, finished_run, say=say, devices=tiny.devices()) == result(finished_run)
+  before, console = snapshot(finished_run), quiet
+  assert loop.train(tiny.config, finished_run, console=console, devices=tiny.devices()) == result(finished_run)
   assert snapshot(finished_run) == before
-  assert len(say.lines) == 1
-  assert "complete" in say.lines[0]
+  assert len(console.lines) == 1
+  assert "complete" in console.lines[0]
 
 
 @pytest.fixture(scope="module")
@@ -164,12 +164,12 @@ def interrupted(train_tiny, stopped, tmp_path_factory):
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
   finished_run, interrupted, train_tiny, tiny, tmp_path, timeless, quiet
 ):
-  directory, say = tmp_path / "run", quiet
+  directory, console = tmp_path / "run", quiet
   shutil.copytree(interrupted, directory)
   with (directory / "metrics.jsonl").open("a") as file:
     file.write('{"epoch": 4, "half a li')
-  train_tiny(directory, say=say)
-  assert any("resuming after epoch 2" in line for line in say.lines)
+  train_tiny(directory, console=console)
+  assert any("resuming after epoch 2" in line for line in console.lines)
   assert timeless(directory / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
   ours, theirs = result(directory), result(finished_run)
   assert ours.pop("seconds") > 0
@@ -207,7 +207,7 @@ def test_another_configuration_is_refused_before_anything(interrupted, tiny, tra
 def test_a_batch_that_devices_cannot_share_is_refused_before_anything(tiny, tmp_path, quiet):
   config = override(tiny.config, {"training.batch_size": 6})
   with pytest.raises(UserError, match=r"training\.batch_size=6 is not divisible by 4 devices"):
-    loop.train(config, tmp_path / "run", devices=tiny.devices(4), say=quiet)
+    loop.train(config, tmp_path / "run", devices=tiny.devices(4), console=quiet)
   assert not (tmp_path / "run").exists()
 
 
@@ -235,7 +235,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_overwritten(tmp_pa
   )
   before = snapshot(directory)
   with pytest.raises(UserError):
-    loop.train(config, directory, overwrite=True, devices=loop.Devices.take(1), say=quiet)
+    loop.train(config, directory, overwrite=True, devices=loop.Devices.take(1), console=quiet)
   assert snapshot(directory) == before
 
 
@@ -243,7 +243,7 @@ def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
   changes = {"actor_critic.channels": (8,) * 3, "actor_critic.downsample": (True,) * 3}  # Latents are 3 x 3.
   config = make_config(env="catch", preset="debug", overrides=changes)
   with pytest.raises(UserError, match=r"actor_critic\.downsample"):
-    loop.train(config, tmp_path / "run", devices=loop.Devices.take(1), say=quiet)
+    loop.train(config, tmp_path / "run", devices=loop.Devices.take(1), console=quiet)
 
 
 def test_seeds_of_purposes_differ_and_never_share_games():
@@ -273,8 +273,8 @@ def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):
       "checkpoint.interval_epochs": 10,
     },
   )
-  say = quiet
-  got = loop.train(config, tmp_path / "run", devices=tiny.devices(), say=say)
+  console = quiet
+  got = loop.train(config, tmp_path / "run", devices=tiny.devices(), console=console)
   assert got == result(tmp_path / "run")
   assert got["env_steps"] == 30
   assert got["frames"] == 4 * 30
@@ -284,8 +284,8 @@ def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):
   assert isinstance(got["human_normalized_score"], float)
   records = timeless(tmp_path / "run" / "metrics.jsonl")
   assert [(r["env_steps"], r["frames"]) for r in records] == [(20, 80), (30, 120)]
-  assert any("compiled in" in line for line in say.lines)
-  assert "done: mean return" in say.lines[-1]
+  assert any("compiled in" in line for line in console.lines)
+  assert "done: mean return" in console.lines[-1]
 
 
 def test_a_run_whose_numbers_are_not_finite_stops_and_goes_on_from_its_last_checkpoint(
@@ -293,7 +293,7 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_goes_on_from_its_last_chec
 ):
   config = override(tiny.config, {"training.max_skipped": 1})
   with poisoned(run=0, epoch=4), pytest.raises(TrainingError) as caught:
-    train_tiny(tmp_path / "run", config=config, say=quiet)
+    train_tiny(tmp_path / "run", config=config, console=quiet)
   message = str(caught.value)
   assert "\n" not in message
   assert "loss or gradient of denoiser was not finite in 2 updates in a row, in epoch 4" in message
@@ -307,7 +307,7 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_goes_on_from_its_last_chec
 def test_skipped_updates_are_reported_and_a_state_after_them_is_not_saved(tiny, train_tiny, poisoned, quiet, tmp_path):
   config = override(tiny.config, {"training.max_skipped": 1000})
   with poisoned(run=0, epoch=2):
-    train_tiny(tmp_path / "run", config=config, say=quiet)
+    train_tiny(tmp_path / "run", config=config, console=quiet)
   records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [record["denoiser/skipped"] for record in records] == [0, 2, 2, 2, 2]
   assert ["denoiser/loss" in record for record in records] == [True, False, False, False, False]
@@ -318,7 +318,7 @@ def test_skipped_updates_are_reported_and_a_state_after_them_is_not_saved(tiny, 
 
 
 def test_collapsed_latents_are_a_warning(tiny, train_tiny, quiet, tmp_path):
-  train_tiny(tmp_path / "run", config=override(tiny.config, {"training.collapse_std": 1e6}), say=quiet)
+  train_tiny(tmp_path / "run", config=override(tiny.config, {"training.collapse_std": 1e6}), console=quiet)
   warnings = [line for line in quiet.lines if "the latents have" in line]
   assert len(warnings) == 1
   assert warnings[0].startswith("WARNING: the latents have collapsed: standard deviation ")
@@ -335,9 +335,9 @@ def test_a_run_that_is_told_to_stop_ends_after_its_epoch(
 ):
   interruption = Interruption(grace=600.0)
   monkeypatch.setattr(loop, "Interruption", lambda: interruption)
-  monkeypatch.setattr(quiet, "say", lambda text: interruption.ask("a test") if text.startswith("epoch 3") else None)
+  monkeypatch.setattr(quiet, "log", lambda text: interruption.ask("a test") if text.startswith("epoch 3") else None)
   with pytest.raises(Interrupted, match="stopped by a test after epoch 3"):
-    train_tiny(tmp_path / "run", say=quiet)
+    train_tiny(tmp_path / "run", console=quiet)
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") == 3
   monkeypatch.undo()
   train_tiny(tmp_path / "run")
@@ -349,7 +349,7 @@ def test_a_run_without_time_left_stops_where_it_is(tiny, train_tiny, quiet, tmp_
   monkeypatch.setattr(loop, "Interruption", lambda: interruption)
   monkeypatch.setattr(quiet, "show", lambda task, *_: interruption.ask("a test") if "collecting" in task else None)
   with pytest.raises(Interrupted, match="before the end of its epoch"):
-    train_tiny(tmp_path / "run", say=quiet)
+    train_tiny(tmp_path / "run", console=quiet)
   assert interruption.leaving
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") is None
 
@@ -365,7 +365,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
   data = bytearray(largest.read_bytes())
   data[len(data) // 2] ^= 1
   largest.write_bytes(data)
-  train_tiny(directory, say=quiet)
+  train_tiny(directory, console=quiet)
   said = [line for line in quiet.lines if "checkpoint 5" in line]
   assert len(said) == 1
   assert "checkpoint 4 is used" in said[0]

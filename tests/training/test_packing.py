@@ -47,14 +47,14 @@ def packed(tiny, tmp_path_factory):
   return configs, places, _train(tiny, configs, places)
 
 
-def _train(tiny, configs, places, say=None):
+def _train(tiny, configs, places, console=None):
   def shared(trainer):
     assert trainer._devices.runs == RUNS
     trainer._epoch = tiny.packed_epoch()
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(loop.Trainer, "_compile", shared)
-    return loop.train_packed(configs, places, devices=tiny.devices(2), say=say)
+    return loop.train_packed(configs, places, devices=tiny.devices(2), console=console)
 
 
 def test_every_run_has_its_own_files_and_result(packed, finished_run, timeless):
@@ -206,5 +206,5 @@ def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path
       pass
 
   monkeypatch.setattr(loop, "Trainer", Trainer)
-  loop.train_packed(configs, places, devices=tiny.devices(1), say=quiet)
+  loop.train_packed(configs, places, devices=tiny.devices(1), console=quiet)
   assert groups == [["0", "1", "2"], ["1"], ["0", "2"]]

@@ -53,7 +53,7 @@ SWITCHES = {
 def train(tmp_path, tiny, quiet, env, variant, **overrides):
   sizes = PIXELS if variant == "diamond" else LATENT
   config = make_config(env=env, variant=variant, preset="debug", overrides={**SMALL, **sizes, **overrides})
-  result = loop.train(config, tmp_path / "run", devices=tiny.devices(), say=quiet)
+  result = loop.train(config, tmp_path / "run", devices=tiny.devices(), console=quiet)
   assert result["variant"] == variant
   assert result["env_steps"] == 30
   assert result["updates"] == {"denoiser": 6, "reward_end": 6, "actor_critic": 6}
