@@ -26,7 +26,8 @@ from absl import flags
 from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.models import imagination
-from jedi_jax.models.variants import Model, build
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build
 from jedi_jax.nn import blocks
 from jedi_jax.ops import sampler
 from jedi_jax.runs import program

@@ -25,7 +25,7 @@ from absl import flags
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay
 from jedi_jax.config import Config
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.runs import program
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices

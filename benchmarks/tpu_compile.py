@@ -42,7 +42,7 @@ from jax.experimental import topologies
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.runs import program
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import memory

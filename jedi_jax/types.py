@@ -128,6 +128,18 @@ class LstmState(NamedTuple):
   cell: Array
 
 
+class Compute(NamedTuple):
+  """How networks compute.
+
+  Attributes:
+    dtype: of activations and products; parameters stay float32.
+    lowering: of 3 x 3 convolutions; see `conv3x3`.
+  """
+
+  dtype: Any = np.dtype("float32")
+  lowering: str = "lax"
+
+
 class Trajectory(flax.struct.PyTreeNode):
   """An imagined rollout of B trajectories over T steps.
 

@@ -32,7 +32,7 @@ from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.interop import torch_file
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.runs.console import Console
 from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS

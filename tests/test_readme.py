@@ -7,7 +7,7 @@ import sys
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax.models import variants
+from jedi_jax.models.build import variants_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,7 @@ def test_the_example_runs(tmp_path):
 
 def test_the_table_of_variants_is_what_the_program_prints():
   spec = jedi_jax.envs.spec("atari/Breakout")
-  assert section("variants") == variants.table(spec, env="atari/Breakout", preset="paper")
+  assert section("variants") == variants_table(spec, env="atari/Breakout", preset="paper")
 
 
 def test_the_table_of_settings_is_what_the_program_prints():

@@ -122,7 +122,8 @@ class EncoderConfig:
   target_decay: float = setting(
     0.0, "R", "Decay an update of the moving average of the encoder that gives the targets; 0 for none.", low=0, high=1
   )
-  reward_gradient: bool = setting(True, "R", "Whether the reward / end loss trains the encoder too.")
+  kind: str = setting("learned", "C", "Which.", choices=("learned", "identity"))
+  learns_from: tuple[str, ...] = setting(("prediction", "reward_end"), "R", "Losses that train it.")
   learning_rate_factor: float = setting(
     0.3, "R", "Encoder's learning rate over that of the part trained with it.", low=0
   )
@@ -184,9 +185,7 @@ class DenoiserConfig:
     choices=("latent", "change"),
   )
   sigma_data: float = setting(0.5, "O", "Standard deviation of the data assumed by the preconditioning.", above=0)
-  follow_scale: bool = setting(
-    False, "O", "Whether latents are noised and predicted in units in which their measured deviation is `sigma_data`."
-  )
+  kind: str = setting("diffusion", "C", "Which.", choices=("diffusion", "regression"))
   offset_noise: float = setting(0.3, "O", "Standard deviation of noise shared by a channel's positions.", low=0)
   sigma_log_mean: float = setting(-0.4, "D", "Mean of ln sigma in training.")
   sigma_log_std: float = setting(1.2, "D", "Standard deviation of ln sigma in training.", low=0)
@@ -442,17 +441,18 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "actor_critic.restart_after_end": True,
     "denoiser.offset_noise": 0.3,
     "denoiser.sigma_data": 0.5,
-    "denoiser.follow_scale": False,
+    "encoder.kind": "identity",
+    "encoder.learns_from": (),
     "denoiser.target": "latent",
     "denoiser.clamp_estimate": True,
     "reward_end.downsample": True,
     "actor_critic.channels": (32, 32, 64, 64),
     "actor_critic.downsample": (True, True, True, True),
   },
-  "autoencoder": {},
-  "mse": {},
-  "no_diffusion_gradient": {},
-  "decoder_gradient": {},
+  "autoencoder": {"encoder.learns_from": ("reconstruction",)},
+  "mse": {"denoiser.kind": "regression"},
+  "no_diffusion_gradient": {"encoder.learns_from": ("reward_end",)},
+  "decoder_gradient": {"encoder.learns_from": ("prediction", "reward_end", "reconstruction")},
 }
 """What a variant changes in the `paper` settings. `models/variants.py` composes the parts."""
 

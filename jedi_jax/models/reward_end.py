@@ -1,7 +1,7 @@
-"""The reward / end model: classification of the reward's sign and of the end of the episode."""
+"""The reward / end model: classifies the sign of the reward and the end of the episode."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -10,7 +10,7 @@ import optax
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.reward_end import RewardEndNetwork
-from jedi_jax.types import Array, Losses, LstmState, Params, Term
+from jedi_jax.types import Array, Compute, Losses, LstmState, Params, Term
 
 
 class RewardEnd(NamedTuple):
@@ -34,16 +34,15 @@ def reward_end_model(
   latent_shape: tuple[int, int, int],
   *,
   num_actions: int,
-  channels: Sequence[int],
-  depths: Sequence[int],
-  attention: Sequence[bool],
-  downsample: bool,
-  conditioning_width: int,
-  lstm_width: int,
-  lowering: str,
-  dtype: Any,
+  channels: Sequence[int] = (32, 32, 32, 32),
+  depths: Sequence[int] = (2, 2, 2, 2),
+  attention: Sequence[bool] = (False, False, False, False),
+  downsample: bool = False,
+  conditioning_width: int = 128,
+  lstm_width: int = 512,
+  compute: Compute = Compute(),
 ) -> RewardEnd:
-  """Builds the model on latents of the given shape; see `RewardEndNetwork` for the other arguments."""
+  """Builds the model on latents of the given shape; `RewardEndNetwork` explains the other arguments."""
   network = RewardEndNetwork(
     num_actions=num_actions,
     channels=tuple(channels),
@@ -52,8 +51,8 @@ def reward_end_model(
     downsample=downsample,
     conditioning_width=conditioning_width,
     lstm_width=lstm_width,
-    lowering=lowering,
-    dtype=dtype,
+    lowering=compute.lowering,
+    dtype=compute.dtype,
   )
 
   def initial_state(batch: int) -> LstmState:

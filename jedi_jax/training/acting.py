@@ -12,7 +12,7 @@ from jedi_jax import config as config_lib
 from jedi_jax.agent import make_act
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.training.parallel import Devices
 from jedi_jax.types import EnvSpec
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedi_jax import replay as replay_lib
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.types import Array, Params, Segment, Trajectory
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.replay import ReplayState
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState

@@ -20,7 +20,7 @@ from jedi_jax.agent import Agent
 from jedi_jax.config import Config, Updates
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
-from jedi_jax.models.variants import build, count_parameters, with_num_actions
+from jedi_jax.models.build import build, count_parameters, with_num_actions
 from jedi_jax.runs import checkpoint, telemetry, workdir
 from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import Interruption

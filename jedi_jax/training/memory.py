@@ -11,7 +11,7 @@ import optax
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.programs import make_programs

@@ -9,7 +9,8 @@ import optax
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
-from jedi_jax.models.variants import Model, build
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build
 from jedi_jax.training import dreams
 from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training.parallel import Devices

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.types import Array, Params
 
 

@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config, OptimizerConfig
-from jedi_jax.models.variants import Phase
+from jedi_jax.models.base import Phase
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.types import Array, Metrics, Term

@@ -29,7 +29,7 @@ from jedi_jax import config as config_lib
 from jedi_jax.config import Config, make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.training import memory
 from jedi_jax.training.epoch import make_epoch
 from jedi_jax.training.parallel import Devices

@@ -9,7 +9,7 @@ import jedi_jax
 from jedi_jax.config import make_config, override
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import TrainingError, UserError
-from jedi_jax.models.variants import build, with_num_actions
+from jedi_jax.models.build import build, with_num_actions
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.training import loop
 from jedi_jax.types import EnvSpec

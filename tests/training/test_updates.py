@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from jedi_jax.config import OptimizerConfig, make_config
-from jedi_jax.models.variants import Phase, build
+from jedi_jax.models.base import Phase
+from jedi_jax.models.build import build
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import decayed, make_optimizer, make_optimizers, make_update, weighted_loss
