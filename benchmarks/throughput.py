@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import record
 from absl import flags
+from jedi_jax.training.programs import make_programs, traced
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay
@@ -29,7 +30,6 @@ from jedi_jax.models.base import Model
 from jedi_jax.runs import program
 from jedi_jax.training.memory import empty_replay
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_update
 from jedi_jax.types import EnvSpec
@@ -86,12 +86,12 @@ class Case:
     init = jax.jit(make_init(self._model, optimizers))
     states = [jax.device_get(init(jax.random.key(seed))) for seed in range(runs)]
     stored = noise_replay(config, spec, slots)
-    self._state, self._replay = self._devices.distribute(states), self._devices.distribute([stored] * runs)
+    self._state, self._replay = self._devices.to_devices(states), self._devices.to_devices([stored] * runs)
     start = time.perf_counter()
     nothing = traced({phase.name: 0 for phase in self._model.phases})
     self._epoch = programs.epoch.lower(self._state, self._replay, nothing).compile()
     self.compile_seconds = time.perf_counter() - start
-    self._keys = self._devices.distribute([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
+    self._keys = self._devices.to_devices([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
     sampling = self._devices.map(_sampling(self._model, batch, _FRAMES.value))
     self._sampler = sampling.lower(self._state.params, self._keys).compile()
     self.flop = {

@@ -9,7 +9,6 @@ import optax
 
 from jedi_jax.models.base import Model
 from jedi_jax.replay import ReplayState
-from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import Update, make_update
 from jedi_jax.types import Array, Metrics
@@ -61,11 +60,3 @@ def _repeat(update: Update, state: TrainState, replay: ReplayState, count: Array
     return state, jax.tree.map(jnp.add, sums, metrics)
 
   return jax.lax.fori_loop(0, count, body, (state, zeros))
-
-
-def distribute(epoch: Epoch, devices: parallel.Devices) -> Any:
-  """Compiles the epoch for the devices: (distributed state, distributed replay, counts) -> the same, sums.
-
-  The state is donated. Counts are shared by all devices.
-  """
-  return devices.map(epoch, in_axes=(0, 0, None), donate=(0,))

@@ -100,7 +100,7 @@ class Devices:
         f"take a multiple of {self.count}, or fewer devices (--devices)"
       )
 
-  def distribute(self, trees: Sequence[Any]) -> Any:
+  def to_devices(self, trees: Sequence[Any]) -> Any:
     """Copies each run's arrays to where the run lies. Of several processes all must call this together.
 
     Args:
@@ -126,6 +126,11 @@ class Devices:
       return jax.make_array_from_single_device_arrays((self.count, *parts[0].shape[1:]), sharding, shards)
 
     return jax.tree.map(put, *trees)
+
+  def shapes(self, tree: Any) -> Any:
+    """Returns one run's arrays or shapes as `to_devices` lays them out, as `jax.ShapeDtypeStruct`."""
+    leading = (self.count, self._runs_of_a_device) if self.packed else (self.count,)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), tree)
 
   def pick(self, tree: Any, run: int = 0) -> Any:
     """Returns one run's arrays, as copies on its device."""

@@ -22,7 +22,7 @@ def told(name, function):
 
 
 loop.evaluate = told("evaluating", loop.evaluate)
-loop.Trainer._run_epoch = told("epoch", loop.Trainer._run_epoch)
+loop.Trainer.run_epoch = told("epoch", loop.Trainer.run_epoch)
 checkpoint.Checkpoints.save = told("saving", checkpoint.Checkpoints.save)
 
 sys.argv = sys.argv[1:]

@@ -66,8 +66,8 @@ with on_signals(float(sys.argv[1])) as interruption:
   if sys.argv[2] == "stuck":
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # One call of minutes, within which Python runs no handler.
   if sys.argv[2] == "threads":
-    from jedi_jax.training.acting import side_by_side
-    with side_by_side([lambda check: time.sleep(60)]):
+    from jedi_jax.training.acting import run_in_threads
+    with run_in_threads([lambda check: time.sleep(60)]):
       while True:
         interruption.check()
         time.sleep(0.01)
