@@ -185,7 +185,7 @@ def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
   @jax.jit
   def measure(params: dict[str, Params], segment: Segment, key: Array) -> dict[str, Array]:
     count = len(segment.mask)
-    trajectory = dreams.follow(model, params, segment, jax.random.split(key, count))
+    trajectory = dreams.open_loop(model, params, segment, jax.random.split(key, count))
     latents = model.encode(params, segment.observations, segment.mask)
     weights = segment.mask.astype(jnp.float32)
     # Variance around the mean of each number of the latent.

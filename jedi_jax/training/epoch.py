@@ -1,4 +1,4 @@
-"""The epoch: the updates of all components in one compiled call."""
+"""The epoch: the updates of all phases in one compiled call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,9 +32,9 @@ def make_epoch(
     age_weights: see `replay.sample`.
 
   Returns:
-    A function of (state, replay, number of updates by phase, [] int32) that runs the phases in order. The numbers are
-    traced: one compilation serves the long first epoch, the others, and each phase by itself. It returns the new state
-    and, by phase, the sums of its metrics over its updates.
+    (state, replay, number of updates by phase, [] int32) -> (state, sums of each phase's metrics over its updates). The
+    phases run in order. The numbers are traced, so one compilation serves the long first epoch, the others, and each
+    phase by itself.
   """
   updates = {
     phase.name: make_update(phase, index, optimizers[phase.name], batch_size=batch_size, age_weights=age_weights)

@@ -25,7 +25,7 @@ def test_this_process_has_four_host_devices():
 
 
 def test_too_many_devices_are_refused():
-  with pytest.raises(UserError, match="5 devices are asked for and 4 are here"):
+  with pytest.raises(UserError, match="--devices=5, but this process has 4"):
     Devices.take(5)
 
 
