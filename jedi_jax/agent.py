@@ -11,10 +11,9 @@ import numpy as np
 
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.evaluation import Policy
 from jedi_jax.models.variants import Model, build
 from jedi_jax.runs import checkpoint, workdir
-from jedi_jax.types import Array, LstmState
+from jedi_jax.types import Array, LstmState, Policy
 
 Act = Callable[..., tuple[Array, LstmState]]
 
