@@ -11,6 +11,7 @@ import numpy as np
 
 from jedi_jax.envs import skipping
 from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, import_envpool, open_pool
+from jedi_jax.errors import UserError
 from jedi_jax.types import EnvSpec
 
 FRAMES_PER_STEP = 4
@@ -44,14 +45,13 @@ _FRAME_BY_FRAME = {
 
 
 @functools.cache
-def games() -> tuple[str, ...]:
-  """Returns EnvPool's Atari games, sorted, in its spelling (`Breakout`, `MsPacman`).
-
-  Raises:
-    UserError: EnvPool is not installed.
-  """
+def games() -> tuple[str, ...] | None:
+  """Returns EnvPool's Atari games, sorted, in its spelling (`Breakout`, `MsPacman`); None without EnvPool."""
+  try:
+    specs = import_envpool().registration.registry.specs
+  except UserError:
+    return None
   # The suffix alone is not enough: MuJoCo's tasks end in -v5 as well.
-  specs = import_envpool().registration.registry.specs
   return tuple(sorted(n.removesuffix("-v5") for n, e in specs.items() if e[0] == "envpool.atari" and n.endswith("-v5")))
 
 

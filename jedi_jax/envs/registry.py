@@ -79,15 +79,11 @@ def names() -> tuple[str, ...]:
 
   Atari games are included only if EnvPool is installed; each of them also takes `?skip=`.
   """
-  try:
-    games = atari.games()
-  except UserError:
-    games = ()
-  return (*_entries, *(_ATARI + game for game in games))
+  return (*_entries, *(_ATARI + game for game in atari.games() or ()))
 
 
 def validate(name: str) -> None:
-  """Checks that an environment of this name exists.
+  """Checks that an environment of this name exists; without EnvPool, every name that begins with `atari/` passes.
 
   Args:
     name: such as `atari/Breakout` or `atari/Breakout?skip=2-6`; case matters.
@@ -105,7 +101,7 @@ def spec(name: str) -> EnvSpec:
     name: see `validate`.
 
   Raises:
-    UserError: there is no such environment.
+    UserError: there is no such environment, or EnvPool is needed and not installed.
   """
   return _parse(name)[0].spec()
 
@@ -193,8 +189,8 @@ def _find(name: str) -> _Entry | None:
   """Returns the entry of a name without options, None if there is none."""
   if not name.startswith(_ATARI):
     return _entries.get(name)
-  game = name.removeprefix(_ATARI)
-  if game not in atari.games():
+  game, games = name.removeprefix(_ATARI), atari.games()
+  if games is not None and game not in games:
     return None
   return _Entry(functools.partial(atari.game_spec, game), functools.partial(atari.AtariEnv, game), takes_skip=True)
 

@@ -99,7 +99,7 @@ def test_collection_and_its_repetition(corridor):
     return jax.tree.leaves(chunks), met
 
   first = collector(corridor)
-  chunks, met = collect(first)
+  _, met = collect(first)
   assert met.steps == 100
   assert met.lengths
   resumed = collector(corridor)
@@ -285,11 +285,12 @@ from jedi_jax.errors import UserError
 envs.register("my/env", (2, (8, 8, 3)), lambda **options: None)
 assert envs.names() == ("catch", "my/env")
 assert envs.spec("catch").num_actions == 3
-assert config.make_config(env="catch", preset="debug").env.name == "catch"
+for name in ("catch", "atari/Pong"):  # A run of Atari can be read without EnvPool.
+  assert config.make_config(env=name, preset="debug").env.name == name
 for attempt in (
   lambda: envs.make("catch", num_envs=1, seed=0, life_loss_ends=True),
   lambda: envs.AtariEnv("Pong", num_envs=1, seed=0, life_loss_ends=True),
-  lambda: envs.validate("atari/Pong"),
+  lambda: envs.spec("atari/Pong"),
 ):
   try:
     attempt()

@@ -226,8 +226,7 @@ def test_arrays_of_another_shape_or_type_are_refused(name, value, part):
 
 def test_an_array_that_is_returned_twice_is_refused():
   pictures = np.zeros((2, 1, 1, 1), np.uint8)
-  env = Fake(3, observations=pictures)
-  step = env.step
-  env.step = lambda actions: step(actions)._replace(next_observation=pictures)
+  env = Fake(3, next_observation=pictures)
+  env.reset = lambda: pictures
   with pytest.raises(UserError, match="return a new one"):
     fake_collector(env).collect(None, None, lambda replay, chunk: None, 2)
