@@ -13,7 +13,7 @@ MAX_CALLS = 200
 
 
 class Policy:
-  """A recurrent policy that depends on everything it is given, and remembers when it was told to restart."""
+  """A recurrent policy that depends on everything it is given, and records `restart` of every call."""
 
   def __init__(self):
     self.restarts = []
@@ -43,7 +43,7 @@ PARAMS = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
 
 
 def collect(collector, steps, check=lambda: None):
-  """The chunks' real slots joined, as a list of rows for each stream, and what was met."""
+  """The chunks' real slots joined, as a list of rows for each stream, and the statistics."""
   chunks, met = collector.collect(PARAMS, [], lambda replay, chunk: [*replay, chunk], steps, check)
   streams = [[] for _ in range(N)]
   for chunk in chunks:
@@ -56,11 +56,11 @@ def collect(collector, steps, check=lambda: None):
 
 
 def test_steps_are_counted_over_all_environments():
-  c, told = collector(), []
+  c, counts = collector(), []
   assert c.env_steps == 0
-  streams, met = collect(c, 30, lambda: told.append(c.env_steps))
+  streams, met = collect(c, 30, lambda: counts.append(c.env_steps))
   assert c.env_steps == met.steps == 30
-  assert told == list(range(3, 31, 3))
+  assert counts == list(range(3, 31, 3))
   # Ten steps each, and the final frame of the game of nine.
   assert [len(rows) for rows in streams] == [11, 11, 11]
   collect(c, 6)
@@ -120,9 +120,9 @@ def test_a_restored_collector_goes_on_identically():
   expected, expected_met = collect(straight, 90)
   jax.tree.map(np.testing.assert_array_equal, saved, frozen)  # Collecting on does not change what was saved.
 
-  resumed, told = collector(), []
-  resumed.restore(saved, lambda: told.append(resumed.env_steps))
-  assert told == list(range(3, 61, 3))
+  resumed, counts = collector(), []
+  resumed.restore(saved, lambda: counts.append(resumed.env_steps))
+  assert counts == list(range(3, 61, 3))
   assert resumed.env_steps == 60
   got, met = collect(resumed, 90)
   assert got == expected
