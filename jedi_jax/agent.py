@@ -11,11 +11,10 @@ import numpy as np
 
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.evaluation import Policy
 from jedi_jax.models.base import Model
 from jedi_jax.models.build import build
 from jedi_jax.runs import checkpoint, workdir
-from jedi_jax.types import Array, LstmState
+from jedi_jax.types import Array, LstmState, Policy
 
 Act = Callable[..., tuple[Array, LstmState]]
 
