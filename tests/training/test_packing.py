@@ -133,7 +133,7 @@ def test_packed_runs_resume_together_bit_for_bit(packed, tiny, quiet, stopped, t
 def test_runs_that_cannot_share_a_program_are_refused(tiny, tmp_path):
   config = tiny.config
   other = override(config, {"seed": 1, "collect.epsilon": 0.5})
-  with pytest.raises(UserError, match=r"differ in seed and game alone, not in collect\.epsilon"):
+  with pytest.raises(UserError, match=r"differ in seed and game only, not in collect\.epsilon"):
     jedi_jax.train_packed([config, other], [tmp_path / "a", tmp_path / "b"])
   with pytest.raises(UserError, match="same directory"):
     jedi_jax.train_packed([config, override(config, {"seed": 1})], [tmp_path / "a", tmp_path / "a"])

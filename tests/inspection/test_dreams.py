@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax.training import dreams, recording
+from jedi_jax.inspection import recording
+from jedi_jax.training import dreams
 
 
 @pytest.fixture(scope="module")
