@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.decoder import DecoderNetwork
-from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.nn.encoder import EncoderNetwork
+from jedi_jax.ops.images import soft_clamp
 from jedi_jax.types import Array, Params
 
 
@@ -91,10 +92,10 @@ def learned(
     clamp: scale of the soft clamp, 0 for none.
     clamp_estimate: whether estimates are clamped as well.
     chunk: frames encoded at a time, 0 for all.
-    lowering: see `blocks.conv3x3`.
+    lowering: see `images.conv3x3`.
     dtype: of the activations.
   """
-  network = blocks.ConvStack(tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
+  network = EncoderNetwork(tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
 
   def init(key: Array) -> Params:
     return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))

@@ -15,9 +15,9 @@ from jedi_jax.models import actor_critic as actor_critic_lib
 from jedi_jax.models import codecs, imagination
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
-from jedi_jax.nn.blocks import resolve_convolution
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
+from jedi_jax.ops.images import resolve_convolution
 from jedi_jax.types import Array, EnvSpec, Losses, LstmState, Metrics, Params, Segment, Trajectory
 
 

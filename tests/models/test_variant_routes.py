@@ -9,7 +9,7 @@ from jedi_jax import config as config_lib
 from jedi_jax import envs
 from jedi_jax.errors import UserError
 from jedi_jax.models import variants
-from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.ops.images import soft_clamp
 from jedi_jax.types import Segment
 
 TINY = {
