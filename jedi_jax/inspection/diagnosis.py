@@ -12,9 +12,8 @@ from jedi_jax.agent import Agent, load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode, record, windows
 from jedi_jax.models.dynamics import DenoisingNoise
-from jedi_jax.models.phases import latent_statistics
-from jedi_jax.models.reward_end import confusion
 from jedi_jax.ops import edm
+from jedi_jax.ops.statistics import confusion, latent_statistics
 from jedi_jax.runs import telemetry, workdir
 from jedi_jax.training import dreams
 from jedi_jax.training.seeds import evaluation_seed

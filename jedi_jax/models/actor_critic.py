@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.ops.returns import lambda_returns
 from jedi_jax.types import Array, Compute, Losses, LstmState, Params, Term, Trajectory
 
@@ -82,7 +83,7 @@ def actor_critic(
   )
 
   def initial_state(batch: int) -> LstmState:
-    return blocks.zero_lstm_state(batch, lstm_width)
+    return zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
     params = blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
@@ -108,14 +109,7 @@ def actor_critic(
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
     rewards = jnp.sign(trajectory.rewards)
     returns = jax.lax.stop_gradient(
-      lambda_returns(
-        rewards,
-        trajectory.ends,
-        jnp.zeros_like(rewards),  # The horizon is the last step, beyond which the returns bootstrap anyway.
-        values[:, 1:],
-        gamma=objective.gamma,
-        lambda_=objective.lambda_,
-      )
+      lambda_returns(rewards, trajectory.ends, values[:, 1:], gamma=objective.gamma, lambda_=objective.lambda_)
     )
     values = values[:, :-1]
     advantage = returns - jax.lax.stop_gradient(values)

@@ -12,9 +12,9 @@ from jedi_jax.errors import UserError
 from jedi_jax.models import actor_critic, codecs, dynamics, reward_end
 from jedi_jax.models.base import Model, Parts
 from jedi_jax.models.compose import compose
-from jedi_jax.nn.blocks import resolve_convolution
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
+from jedi_jax.ops.images import resolve_convolution
 from jedi_jax.types import Compute, EnvSpec, Params
 
 BuildDynamics = Callable[[codecs.Codec], dynamics.Dynamics]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.decoder import DecoderNetwork
-from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.nn.encoder import EncoderNetwork
+from jedi_jax.ops.images import soft_clamp
 from jedi_jax.types import Array, Compute, Params
 
 
@@ -91,7 +92,7 @@ def learned(
     chunk: frames encoded at a time; 0 for all.
     compute: dtype and lowering.
   """
-  network = blocks.ConvStack(tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype)
+  network = EncoderNetwork(tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype)
 
   def init(key: Array) -> Params:
     return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))

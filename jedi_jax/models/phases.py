@@ -10,6 +10,7 @@ import optax
 
 from jedi_jax.models import codecs, imagination
 from jedi_jax.models.base import Parts
+from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.types import Array, Losses, Metrics, Params, Segment, Term, Trajectory
 
 _STD_RATE = 0.01
@@ -141,25 +142,3 @@ def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segm
   decoded = decoder.decode(params, latents.reshape(batch * time, *latents.shape[2:])).reshape(images.shape)
   error = jnp.mean(jnp.square(decoded - images), axis=(2, 3, 4))
   return Term(error, segment.mask[:, :time].astype(jnp.float32))
-
-
-def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[str, Array | Term]:
-  """Sums over the latents of real frames, from which `telemetry.latent_summary` derives its figures.
-
-  Args:
-    latents: [B, T, h, w, c].
-    mask: [B, T] bool.
-    limit: largest absolute value of a latent; None without a bound.
-
-  Returns:
-    'latent_gram': [c + 1, c + 1] float32, sum over real positions of x x^T with x the channels after a leading 1.
-    'latent_clamped': fraction of numbers beyond 0.9 of the limit; absent without a limit.
-  """
-  latents = jax.lax.stop_gradient(latents)
-  weights = jnp.broadcast_to(mask[:, :, None, None], latents.shape[:-1]).astype(jnp.float32)
-  augmented = jnp.concatenate([jnp.ones_like(latents[..., :1]), latents], axis=-1)
-  gram = jnp.einsum("bthwi,bthwj->ij", augmented * weights[..., None], augmented)
-  if limit is None:
-    return {"latent_gram": gram}
-  clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
-  return {"latent_gram": gram, "latent_clamped": Term(clamped, weights)}

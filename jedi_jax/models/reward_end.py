@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
 from jedi_jax.nn import blocks
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.nn.reward_end import RewardEndNetwork
+from jedi_jax.ops.statistics import confusion
 from jedi_jax.types import Array, Compute, Losses, LstmState, Params, Term
 
 
@@ -56,7 +57,7 @@ def reward_end_model(
   )
 
   def initial_state(batch: int) -> LstmState:
-    return blocks.zero_lstm_state(batch, lstm_width)
+    return zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
     frames = jnp.zeros((1, 1, *latent_shape))
@@ -88,17 +89,3 @@ def reward_end_model(
     )
 
   return RewardEnd(init, initial_state, predict, losses)
-
-
-def confusion(labels: Array, logits: Array, weights: Array) -> Array:
-  """Counts [K, K] float32 of (label, most likely class), weighted.
-
-  Args:
-    labels: [...] int32 in [0, K).
-    logits: [..., K].
-    weights: [...] float32.
-  """
-  classes = logits.shape[-1]
-  actual = jax.nn.one_hot(labels, classes) * weights[..., None]
-  predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
-  return jnp.einsum("...i,...j->ij", actual, predicted)

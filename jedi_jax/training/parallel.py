@@ -52,9 +52,7 @@ class Devices:
     """
     available = jax.local_devices()
     if not 0 <= count <= len(available):
-      raise UserError(
-        f"--devices={count}, but this process has {len(available)}: take 0 (all) to {len(available)}"
-      )
+      raise UserError(f"--devices={count}, but this process has {len(available)}: take 0 (all) to {len(available)}")
     return cls(_first(count) if count else None)
 
   def with_runs(self, runs: int) -> "Devices":

@@ -10,8 +10,8 @@ from jedi_jax import envs
 from jedi_jax.errors import UserError
 from jedi_jax.models.base import Phase
 from jedi_jax.models.build import build, count_parameters
-from jedi_jax.models.phases import latent_statistics
-from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.ops.images import soft_clamp
+from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.types import Segment
 
 TINY = {

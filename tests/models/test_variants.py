@@ -6,7 +6,7 @@ import pytest
 from jedi_jax.config import make_config
 from jedi_jax.models.build import build, count_parameters
 from jedi_jax.models.dynamics import switch
-from jedi_jax.models.phases import latent_statistics
+from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.types import EnvSpec
 
 B, L, N, H = 2, 2, 2, 3
