@@ -393,7 +393,7 @@ class Trainer:
       self._wait(futures, "repeating environment steps", sum(int(log["calls"]) * run.env.num_envs for run, log in logs))
     for run in self._runs:
       if run.progress.epoch:
-        run.best.forget_after(run.progress.epoch)
+        run.best.delete_after(run.progress.epoch)
       run.begin()
     with self._leader.doing(Operation.BEGIN):
       self._state = self._devices.distribute(states)
