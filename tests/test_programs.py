@@ -108,7 +108,7 @@ def test_report(tmp_path):
   assert "| DIAMOND | 26 | 5 | 1.459 [" in text
   assert "jedi: 2 of 26 games" in text
   assert "left out: Pong 1" in text
-  assert "JEDI: no scores by game are at hand; reported elsewhere: mean_hns 1.45" in text
+  assert "JEDI: no scores by game are available; reported elsewhere: mean_hns 1.45" in text
   assert "| jedi | DIAMOND |" in text
   assert {p.name for p in out.iterdir()} >= {"report.md", "report.tex", "scores.csv", "aggregates.csv", "profiles.svg"}
 

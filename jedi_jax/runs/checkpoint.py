@@ -257,7 +257,7 @@ def _read(directory: pathlib.Path, number: int, item: str) -> dict[str, np.ndarr
     stored = {name: np.asarray(value) for name, value in restored.items()}
   except Exception as error:  # Orbax and its storage raise many types.
     raise UserError(f"{_where(directory, number)} cannot be read ({_reason(error)})") from None
-  checksums = stored.pop(_CHECKSUMS, None)
+  checksums = stored.pop(_CHECKSUMS, np.empty(0, np.uint32))
   if _PACKED not in stored or not np.array_equal(checksums, _checksums(stored)):
     raise UserError(f"{_where(directory, number)} is damaged: the checksums of its {item} differ")
   return _unpack(stored)

@@ -135,8 +135,8 @@ def train_packed(
     if interruption is not None:
       interruption.margin = _FOLLOWERS_MARGIN  # The leader says when it ends.
     hosts.follow(configs[0], specs[0], devices)
-    if interruption is not None and interruption.asked:
-      raise interruption.leave("with the first process")
+    if interruption is not None and interruption.stop_requested:
+      raise interruption.begin_exit("with the first process")
     return [{}]
   with contextlib.ExitStack() as stack:
     leader = stack.enter_context(hosts.Leader(devices))  # First: the others are dismissed if a lock is refused.
@@ -401,7 +401,7 @@ class Trainer:
 
   def close(self) -> None:
     """Finishes what is being written and frees the environments."""
-    self._interruption.finish()
+    self._interruption.exit_if_overdue()
     for run in self._runs:
       self._written(run)
       run.close()
@@ -441,9 +441,9 @@ class Trainer:
       self._console.log(self._epoch_line([values[index] for index in going], going))
       for index in going:
         self._warn_of_collapse(index, values[index])
-      asked = self._interruption.asked
+      asked = self._interruption.stop_requested
       # Left before the last save, which takes its time.
-      stopped = self._interruption.leave(f"after epoch {epoch}") if asked else None
+      stopped = self._interruption.begin_exit(f"after epoch {epoch}") if asked else None
       for index in going:
         if epoch % config.checkpoint.interval_epochs == 0 or self._runs[index].done or asked:
           self._save(index)

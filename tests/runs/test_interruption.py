@@ -15,7 +15,7 @@ from jedi_jax.runs.interruption import INTERRUPTED_STATUS, Interruption, on_sign
 def test_nothing_was_asked():
   interruption = Interruption()
   interruption.check()
-  assert not interruption.asked
+  assert not interruption.stop_requested
   assert interruption.seconds_left == float("inf")
 
 
@@ -23,27 +23,27 @@ def test_the_grace_is_kept_and_the_second_time_ends_it(monkeypatch):
   now = 1000.0
   monkeypatch.setattr("time.monotonic", lambda: now)
   interruption = Interruption(grace=60.0)
-  interruption.ask("SIGTERM")
-  assert interruption.asked
+  interruption.request_stop("SIGTERM")
+  assert interruption.stop_requested
   now += 2.0  # A scheduler that tells the run and its parent.
-  interruption.ask("SIGTERM")
+  interruption.request_stop("SIGTERM")
   interruption.check()
   assert interruption.seconds_left == 58.0
   now += 2.0
-  interruption.ask("SIGINT")
+  interruption.request_stop("SIGINT")
   with pytest.raises(Interrupted, match=r"stopped by SIGINT .*; the same command continues"):
     interruption.check()
-  assert not interruption.leaving  # Its threads may be in the middle of a step.
-  interruption.finish()
-  assert interruption.leaving
+  assert not interruption.exiting  # Its threads may be in the middle of a step.
+  interruption.exit_if_overdue()
+  assert interruption.exiting
 
 
 def test_a_run_with_time_left_does_not_leave_by_finishing():
   interruption = Interruption(grace=60.0)
-  interruption.finish()
-  interruption.ask("SIGTERM")
-  interruption.finish()
-  assert not interruption.leaving
+  interruption.exit_if_overdue()
+  interruption.request_stop("SIGTERM")
+  interruption.exit_if_overdue()
+  assert not interruption.exiting
 
 
 def test_signals_ask_and_the_handlers_are_put_back():
@@ -51,10 +51,10 @@ def test_signals_ask_and_the_handlers_are_put_back():
   with on_signals(grace=60.0) as interruption:
     os.kill(os.getpid(), signal.SIGTERM)
     deadline = time.monotonic() + 10.0
-    while not interruption.asked and time.monotonic() < deadline:
+    while not interruption.stop_requested and time.monotonic() < deadline:
       time.sleep(0.01)
-    assert interruption.asked
-    interruption.leave("here")
+    assert interruption.stop_requested
+    interruption.begin_exit("here")
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -71,9 +71,9 @@ with on_signals(float(sys.argv[1])) as interruption:
       while True:
         interruption.check()
         time.sleep(0.01)
-  while sys.argv[2] == "leaving" and not interruption.asked:
+  while sys.argv[2] == "leaving" and not interruption.stop_requested:
     time.sleep(0.01)
-  interruption.leave("here")
+  interruption.begin_exit("here")
   time.sleep(60)
 """
 
