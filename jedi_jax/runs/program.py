@@ -101,7 +101,7 @@ class Processes:
         index, count = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
       except (KeyError, ValueError):
         raise UserError(
-          "--distributed shares several runs among SLURM's tasks, but there is no SLURM job: "
+          "--distributed shares several runs among the tasks of SLURM, but there are none: "
           "give --coordinator, --num_processes and --process_id"
         ) from None
     if index is None or count is None:
@@ -109,7 +109,7 @@ class Processes:
     share, rest = divmod(len(items), count)
     if rest:
       raise UserError(
-        f"{len(items)} runs cannot be shared evenly among {count} processes: take a multiple of {count} runs"
+        f"{len(items)} runs cannot be shared out evenly among {count} processes: take a multiple of {count} runs"
       )
     return items[index * share : (index + 1) * share]
 

@@ -177,7 +177,7 @@ def test_flags_that_do_not_fit_are_refused(given, message):
 def test_shares_are_contiguous_and_equal(monkeypatch):
   assert Processes().share("abc") == "abc"
   assert [Processes(coordinator="host:1", count=2, index=index).share("abcd") for index in range(2)] == ["ab", "cd"]
-  with pytest.raises(UserError, match="3 runs cannot be shared evenly among 2 processes"):
+  with pytest.raises(UserError, match="3 runs cannot be shared out evenly among 2 processes"):
     Processes(coordinator="host:1", count=2, index=0).share("abc")
   with pytest.raises(UserError, match="among the tasks of SLURM"):
     Processes(detect=True).share("ab")
