@@ -11,7 +11,7 @@ from jedi_jax.errors import UserError
 from jedi_jax.runs import sweep, workdir
 from jedi_jax.runs.sweep import RunStatus
 
-# Stands in for experiments/train.py: as many seconds as told, then the files of a run.
+# Replaces experiments/train.py: sleeps for SECONDS, then writes the files of a run.
 TRAIN = """
 import json, pathlib, sys, time
 flags = dict(text[2:].split("=", 1) for text in sys.argv[1:] if text.startswith("--"))
@@ -48,7 +48,7 @@ def make_plan(out, **changes):
   return sweep.plan(out, **{**arguments, **changes})
 
 
-def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
+def test_a_plan_has_all_games_of_a_seed_before_the_next_seed(tmp_path):
   plan = make_plan(
     tmp_path, games=["Pong", "catch", "Pong"], variants=["jedi", "diamond"], overrides=["actor_critic.horizon=3"]
   )
@@ -71,7 +71,7 @@ def test_atari100k_is_its_games(tmp_path):
 @pytest.mark.parametrize("changes", [
   {"games": ["Pomg"]}, {"variants": ["jedy"]}, {"preset": "papr"}, {"games": []}, {"overrides": ["horizon=3"]},
 ])  # fmt: skip
-def test_plans_that_cannot_be_are_refused(tmp_path, changes):
+def test_invalid_plans_are_refused(tmp_path, changes):
   with pytest.raises(UserError):
     make_plan(tmp_path, **changes)
 
@@ -87,11 +87,11 @@ def test_packs_hold_games_that_can_share_a_program(tmp_path):
   assert {run.config.env.action_slots for run in plan} == {18}  # Boxing's.
   command = sweep.command(packs[0], pathlib.Path("train.py"))
   assert {"--env=atari/Pong,atari/Breakout", "--seed=0", f"--workdir={tmp_path / 'jedi'}"} < set(command)
-  # That is where the program puts them.
+  # The training program uses the same paths.
   assert [run.workdir for run in packs[0]] == [tmp_path / "jedi" / workdir.place(run.config) for run in packs[0]]
 
 
-def test_how_many_runs_fit_is_asked_of_the_program(tmp_path):
+def test_the_program_reports_how_many_runs_fit(tmp_path):
   [run] = make_plan(tmp_path, seeds=1)
   program = tmp_path / "train.py"
   program.write_text("import sys; assert '--fit' in sys.argv; print('one run: ...'); print('runs that fit: 3')")
@@ -110,7 +110,7 @@ def finish(plan, train, workers=1):
   return most
 
 
-def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
+def test_workers_limit_the_runs_at_a_time(tmp_path, train):
   plan = make_plan(tmp_path / "out", seeds=3)
   assert [sweep.run_status(run).name for run in plan] == ["waiting"] * 3
   assert finish(plan, train(), workers=2) == 2
@@ -121,7 +121,7 @@ def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
   assert sweep.table(statuses).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
 
 
-def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
+def test_a_stopped_sweep_can_be_resumed(tmp_path, train):
   plan = make_plan(tmp_path / "out")
   slow = train(seconds=100)
   pool = sweep.Pool(sweep.packs(plan, 1), slow, workers=1)
@@ -136,7 +136,7 @@ def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
   assert sweep.table(statuses).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
   pool.close()
   assert not pool._running
-  finish(plan, train())  # What is there is not done again: the fake sleeps only where nothing has begun.
+  finish(plan, train())  # Begun runs are resumed: the fake program sleeps only at the start of a run.
   assert [sweep.run_status(run).name for run in plan] == ["finished", "finished"]
 
 
@@ -161,9 +161,9 @@ def test_projections_by_hand(tmp_path):
     RunStatus(runs[1], "begun", half, None, 10.0),
     *(RunStatus(r, "waiting", new, None, 0.0) for r in runs[2:]),
   ]
-  # Two hours a run: 2.5 runs of work, two at a time.
+  # 2.5 runs of two hours each, two at a time.
   assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweep.projection(statuses, workers=2)
-  # However many at a time, the longest takes two hours.
+  # With any number of workers, the longest run takes two hours.
   assert "about 2.0 h with 8" in sweep.projection(statuses, workers=8)
   assert "about 1.2 h with 2" in sweep.projection(statuses, workers=2, hours_per_run=1.0)
   assert "the time is unknown until" in sweep.projection(statuses[1:], workers=1)
@@ -181,7 +181,7 @@ def test_an_array_job(tmp_path, train):
     time.sleep(0.2)
 
 
-def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, train):
+def test_a_missing_scheduler_is_one_line(tmp_path, train):
   pytest.importorskip("submitit")
   with pytest.raises(UserError, match="could not be submitted"):
     sweep.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
@@ -201,7 +201,7 @@ def test_a_damaged_result_is_one_line(tmp_path, train):
   ("result.json", "{}"), ("result.json", "3"), ("result.json", '{"mean_return": null, "seconds": 1}'),
   ("metrics.jsonl", "{}\n"), ("metrics.jsonl", "3\n3\n"), ("metrics.jsonl", '{"env_steps": []}\n'),
 ])  # fmt: skip
-def test_a_damaged_run_is_refused_by_its_file(tmp_path, name, text):
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, text):
   run = make_plan(tmp_path)[0]
   workdir.prepare(run.workdir, run.config, SPEC)
   (run.workdir / name).write_text(text)
@@ -210,5 +210,5 @@ def test_a_damaged_run_is_refused_by_its_file(tmp_path, name, text):
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_name_that_no_directory_can_have_is_a_waiting_run(tmp_path):
+def test_a_run_with_an_invalid_directory_name_is_waiting(tmp_path):
   assert sweep.run_status(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"
