@@ -1,10 +1,10 @@
-"""Turns result.json files into the tables and figures of a paper, beside published methods.
+"""Makes the tables and figures of a paper from result.json files, with published methods for comparison.
 
   python experiments/report.py --results='runs/**/result.json' --out=report --compare=DIAMOND,IRIS
   python experiments/report.py --methods --out=report
 
 Writes report.md, scores.csv, aggregates.csv, aggregates.json, figures as PNG and SVG, and with --latex report.tex.
-Games and runs that are missing are named in the report and never filled in. docs/evaluation.md tells the conventions.
+Missing games and runs are named in the report and never filled in. docs/evaluation.md describes the conventions.
 """
 
 import glob
@@ -16,20 +16,23 @@ import jedi_jax
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.runs import program, workdir
+from jedi_jax.runs.tables import markdown_table
 
-_RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
+_RESULTS = flags.DEFINE_multi_string(
+  "results", [], "Glob pattern of result.json files, such as runs/**/result.json; may be repeated."
+)
 _OUT = flags.DEFINE_string("out", None, "Directory of the report.")
-_COMPARE = flags.DEFINE_list("compare", [], "Published methods to set beside; --methods lists them.")
+_COMPARE = flags.DEFINE_list("compare", [], "Published methods to compare with; --methods reports them all.")
 _METHODS = flags.DEFINE_bool("methods", False, "Reports all published methods.")
 _REPS = flags.DEFINE_integer(
-  "reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0, upper_bound=10**6
+  "reps", 2_000, "Bootstrap replications; 0 omits the intervals.", lower_bound=0, upper_bound=10**6
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, upper_bound=2**32 - 1)
-_LATEX = flags.DEFINE_bool("latex", False, "Writes report.tex as well.")
+_LATEX = flags.DEFINE_bool("latex", False, "Also writes report.tex.")
 
 
 def main() -> None:
-  """Reads the flags and the results, and writes the report."""
+  """Reads the results and writes the report."""
   if not _RESULTS.value and not _METHODS.value:
     raise jedi_jax.UserError("nothing to report: name --results, or --methods for the published ones")
   if not _OUT.value:
@@ -45,13 +48,13 @@ def main() -> None:
   for name, method in compared.items():
     if not method.by_game:
       figures = ", ".join(f"{what} {value}" for what, value in method.published.items())
-      notes.append(f"{name}: no scores by game are at hand; reported elsewhere: {figures} ({method.source}).")
+      notes.append(f"{name}: no scores by game are available; reported elsewhere: {figures} ({method.source}).")
     elif name in methods:
       raise jedi_jax.UserError(f"{name} is both a method of --results and of --compare")
     else:
       methods[name] = method
   if not methods:
-    raise jedi_jax.UserError("no result is of a game of Atari 100k")
+    raise jedi_jax.UserError("no result is of an Atari 100k game")
 
   aggregates = {
     name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()
@@ -64,7 +67,7 @@ def main() -> None:
     "",
     f"Human-normalised scores; 95% intervals by stratified bootstrap over runs ({_REPS.value:,} replications).",
     "",
-    report.markdown(table),
+    markdown_table(table),
     "",
     "## What to know",
     "",
@@ -73,7 +76,7 @@ def main() -> None:
     *_improvement(methods, [method for method in methods if method not in compared]),
     "## Raw scores",
     "",
-    report.markdown(games),
+    markdown_table(games),
     "",
     "## Sources",
     "",
@@ -86,7 +89,7 @@ def main() -> None:
   workdir.write_json(out / "aggregates.json", report.to_json(aggregates))
   if _LATEX.value:
     report.write_text(out / "report.tex", report.latex(table) + "\n\n" + report.latex(games) + "\n")
-  print(report.markdown(table))
+  print(markdown_table(table))
   print(report.notes_text(notes))
   report.draw_aggregates(aggregates, out / "aggregates.png")
   report.draw_profiles(methods, out / "profiles.png")
@@ -96,14 +99,14 @@ def main() -> None:
 
 
 def _improvement(methods: dict[str, scores_lib.Scores], ours: list[str]) -> list[str]:
-  """Lines that give the probability of improvement of each of our methods over every other."""
+  """Returns Markdown lines with the probability of improvement of each own method over every other method."""
   rows = [["X", "Y", "P(X > Y)", "games"]]
   for x in ours:
     for y, other in methods.items():
       if y != x and other.per_run:
         probability, shared = scores_lib.probability_of_improvement(methods[x], other)
         rows.append([x, y, f"{probability:.3f}", str(len(shared))])
-  return ["## Probability of improvement", "", report.markdown(rows), ""] if len(rows) > 1 else []
+  return ["## Probability of improvement", "", markdown_table(rows), ""] if len(rows) > 1 else []
 
 
 if __name__ == "__main__":

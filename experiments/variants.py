@@ -9,8 +9,8 @@ import jedi_jax
 from jedi_jax.models.build import variants_table
 from jedi_jax.runs import program
 
-_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; its number of actions counts.")
-_PRESET = flags.DEFINE_string("preset", "paper", "Preset that the parameters are counted for.")
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; sets the number of actions.")
+_PRESET = flags.DEFINE_string("preset", "paper", "Preset; sets the sizes of the networks.")
 
 
 def main() -> None:

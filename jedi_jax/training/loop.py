@@ -85,7 +85,7 @@ class Trainer:
 
   def close(self) -> None:
     """Finishes pending writes and frees the environments."""
-    self._interruption.finish()
+    self._interruption.exit_if_overdue()
     for run in self.runs:
       saving.wait(run, self._console)
       run.close()
@@ -111,7 +111,7 @@ class Trainer:
       self._wait(futures, "repeating environment steps", steps)
     for run in self.runs:
       if run.progress.epoch:
-        run.best.forget_after(run.progress.epoch)
+        run.best.delete_after(run.progress.epoch)
       run.open_metrics()
     self.learner.start(states, replays)
 
@@ -158,9 +158,9 @@ class Trainer:
         values[index] |= self._evaluate_and_keep_best(index)
       self._write_strips(runs)
     self._log(going, values, time.monotonic() - start)
-    asked = self._interruption.asked
+    asked = self._interruption.stop_requested
     # Before the last save, which takes time.
-    stopped = self._interruption.leave(f"after epoch {epoch}") if asked else None
+    stopped = self._interruption.begin_exit(f"after epoch {epoch}") if asked else None
     for index, run in zip(going, runs, strict=True):
       if epoch % config.checkpoint.interval_epochs == 0 or run.done or asked:
         saving.save(run, index, self.learner, self._console)

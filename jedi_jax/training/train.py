@@ -122,8 +122,8 @@ def train_packed(
     # The leader decides when to stop.
     interruption.margin = _FOLLOWERS_MARGIN
     hosts.follow(learner)
-    if interruption.asked:
-      raise interruption.leave("with the first process")
+    if interruption.stop_requested:
+      raise interruption.begin_exit("with the first process")
     return [{}]
   with contextlib.ExitStack() as stack:
     # First, so that a lock that is refused stops the other processes too.

@@ -266,7 +266,7 @@ def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tm
   def slow(collector, *args):
     taken.append(collector)
     if len(taken) == 5:
-      interruption.ask("a test")
+      interruption.request_stop("a test")
     time.sleep(0.05)
     return step(collector, *args)
 
@@ -274,7 +274,7 @@ def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tm
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", console=quiet)
   assert 5 <= len(taken) < 15  # Of 20 of the first epoch; the loop looks every tenth of a second.
-  assert interruption.leaving
+  assert interruption.exiting
 
 
 def test_a_refused_resume_keeps_the_best_checkpoint(finished_run, train_tiny, tmp_path, monkeypatch):

@@ -338,7 +338,7 @@ def test_a_run_that_is_told_to_stop_ends_after_its_epoch(
 ):
   interruption = Interruption(grace=600.0)
   monkeypatch.setattr(train_lib, "Interruption", lambda: interruption)
-  monkeypatch.setattr(quiet, "log", lambda text: interruption.ask("a test") if text.startswith("epoch 3") else None)
+  monkeypatch.setattr(quiet, "log", lambda text: text.startswith("epoch 3") and interruption.request_stop("a test"))
   with pytest.raises(Interrupted, match="stopped by a test after epoch 3"):
     train_tiny(tmp_path / "run", console=quiet)
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") == 3
@@ -350,10 +350,10 @@ def test_a_run_that_is_told_to_stop_ends_after_its_epoch(
 def test_a_run_without_time_left_stops_where_it_is(tiny, train_tiny, quiet, tmp_path, monkeypatch):
   interruption = Interruption(grace=0.0)
   monkeypatch.setattr(train_lib, "Interruption", lambda: interruption)
-  monkeypatch.setattr(quiet, "show", lambda task, *_: interruption.ask("a test") if "collecting" in task else None)
+  monkeypatch.setattr(quiet, "show", lambda task, *_: "collecting" in task and interruption.request_stop("a test"))
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", console=quiet)
-  assert interruption.leaving
+  assert interruption.exiting
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") is None
 
 
