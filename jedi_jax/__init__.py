@@ -3,9 +3,10 @@
 from jedi_jax.agent import Agent, load_agent
 from jedi_jax.config import Config, make_config
 from jedi_jax.errors import Interrupted, TrainingError, UserError
+from jedi_jax.evaluation.evaluate import evaluate
 from jedi_jax.models.variants import Model, build, compose, count_parameters
 from jedi_jax.runs.interruption import Interruption
-from jedi_jax.training.loop import evaluate, train, train_packed
+from jedi_jax.training.loop import train, train_packed
 from jedi_jax.types import EnvSpec, Segment, Trajectory
 from jedi_jax.version import __version__
 

@@ -8,7 +8,8 @@ from jedi_jax.agent import load_agent
 from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.training import loop
+from jedi_jax.evaluation.evaluate import describe_results
+from jedi_jax.runs import workdir
 
 N = 4
 
@@ -132,7 +133,7 @@ def test_there_must_be_a_run(tmp_path, finished_run):
 
 def test_a_run_without_a_checkpoint(tmp_path, tiny):
   config = make_config(env="catch", preset="debug", overrides=tiny.networks)
-  jedi_jax.training.loop.workdir.prepare(tmp_path, config, SPEC)
+  workdir.prepare(tmp_path, config, SPEC)
   refused(lambda: load_agent(tmp_path), "no checkpoint")
 
 
@@ -145,7 +146,7 @@ def test_evaluation_repeats_itself(agent):
   assert any(play(seed) != results for seed in (12, 13, 14))
   assert [r.env for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
   assert {r.length for r in results} == {9}
-  summary = loop.describe_results("catch", results)
+  summary = describe_results("catch", results)
   assert summary["mean_return"] == np.mean([r.return_ for r in results])
 
 
