@@ -86,7 +86,7 @@ def test_restart_clears_the_state_where_it_is_true(agent):
 
 
 def test_epsilon_one_is_uniform(agent):
-  # Parameters that always choose action 0 but for epsilon.
+  # Parameters with which the policy always chooses action 0.
   params = jax.tree.map(np.array, agent.params)
   params["actor_critic"]["actor"]["bias"][:] = [1e4, 0.0, 0.0]
   certain = jedi_jax.Agent(agent.model, params)
@@ -107,7 +107,7 @@ def test_wrong_observations_are_refused(agent):
   refused(lambda: agent.act(frames().transpose(0, 3, 1, 2), state, key), "(4, 3, 24, 24)")
   refused(lambda: agent.act(frames().astype(np.float32), state, key), "float32", "uint8")
   refused(lambda: agent.act(frames().astype(np.int64), state, key), "int64")
-  refused(lambda: agent.act(frames(n=2), state, key), "4 environments", "of 2", "initial_state")
+  refused(lambda: agent.act(frames(n=2), state, key), "4 environments", "have 2", "initial_state")
 
 
 def test_observations_in_a_list_are_refused(agent):
