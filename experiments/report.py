@@ -21,12 +21,12 @@ from jedi_jax.runs import program, workdir
 _RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the report; required with --results and --latex.")
 _COMPARE = flags.DEFINE_list("compare", [], "Published methods to compare with; --methods lists them.")
-_METHODS = flags.DEFINE_bool("methods", False, "Includes all published methods.")
+_METHODS = flags.DEFINE_bool("methods", default=False, help="Includes all published methods.")
 _REPS = flags.DEFINE_integer(
   "reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0, upper_bound=10**6
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, upper_bound=2**32 - 1)
-_LATEX = flags.DEFINE_bool("latex", False, "Also writes report.tex.")
+_LATEX = flags.DEFINE_bool("latex", default=False, help="Also writes report.tex.")
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def denoising_inputs():
     sigma=jnp.asarray(REFERENCE["loss_sigma"].T),
     noise=jnp.moveaxis(nhwc(REFERENCE["loss_noise"]), 0, 1),
     offset=jnp.moveaxis(nhwc(REFERENCE["loss_offset_noise"]), 0, 1),
-    use_estimate=jnp.asarray(True),
+    use_estimate=jnp.ones((), bool),
   )
   actions, mask = jnp.asarray(REFERENCE["loss_act"], jnp.int32), jnp.asarray(REFERENCE["loss_mask"])
   return observations[:, :-1], observations[:, 4:], actions[:, :-1], mask[:, 4:], draws
