@@ -1,19 +1,18 @@
-"""Times the public PyTorch DIAMOND against ours, update by update and in turn, on the same device in one process.
+"""Compares update times with those of DIAMOND's PyTorch program, on the same device in one process.
 
   git clone https://github.com/eloialonso/diamond
   pip install torch torcheval hydra-core omegaconf gymnasium ale-py opencv-python tqdm wandb h5py
   python benchmarks/against_torch.py --diamond_repo=diamond --variants=diamond,jedi --batch_size=32
 
-Its classes, its constants (config/trainer.yaml) and its own loaders, optimisers and imagination are what is timed;
-only batch size and horizon are set to ours. It starts from our parameters, so that networks of other sizes are refused,
-and the FLOP of both (PyTorch's own counter there, the trace here) and the calls of its denoiser tell whether the work
-is the same. Both draw their batches from a replay of noise within the timed call. Two things spare it work that
-training on a game would hardly make either: its model of ends is set to imagine none, since a random one ends half of
-all trajectories at every step and it starts each anew, and it prepares the beginnings of one update at a time, not of
-256.
+The benchmark times DIAMOND's own classes, constants (config/trainer.yaml), loaders, optimisers and imagination. Only
+batch size and horizon are changed, to ours. DIAMOND loads our initial parameters, which fails if sizes differ. The FLOP
+of both programs (PyTorch's counter, our trace) and the number of denoiser calls show whether they do the same work.
+Both draw batches from a replay of noise within the timed call. Two changes save DIAMOND work that training on a game
+would rarely need: its end model predicts no ends, since a random model would end half of all trajectories at every step
+and each end starts a new trajectory; and it prepares initial states for one update at a time instead of 256.
 
-float32 on both sides. On a GPU it has TF32 for matrix products, as its trainer sets it, and --compile compiles its
-imagination as its trainer does. On a CPU both have a thread a core. Written to
+Both programs use float32. On a GPU, DIAMOND uses TF32 for matrix products, as its trainer does, and --compile compiles
+its imagination, as its trainer does. On a CPU, both use one thread per core. The result is written to
 benchmarks/results/against_torch_<platform>.json.
 """
 
@@ -40,22 +39,22 @@ from jedi_jax.runs import program
 from jedi_jax.types import EnvSpec
 
 _REPO = flags.DEFINE_string("diamond_repo", None, "Clone of github.com/eloialonso/diamond.")
-_COMPILE = flags.DEFINE_bool("compile", False, "torch.compile of its imagination, as its trainer does.")
+_COMPILE = flags.DEFINE_bool("compile", default=False, help="Applies torch.compile to DIAMOND's imagination.")
 _FLAGS = flags.FLAGS
 _FLAGS.set_default("variants", ["diamond", "jedi"])
 
 _COMPONENTS = {"denoiser": "denoiser", "reward_end": "rew_end_model", "actor_critic": "actor_critic"}
-"""What DIAMOND calls the components that we call by the keys."""
+"""Maps our names of components to DIAMOND's."""
 _CALLS = ("sampling", *throughput.PHASES)
 
 
 class Diamond:
-  """DIAMOND as its trainer makes it, on a replay of noise.
+  """DIAMOND's agent, set up as its trainer does, with a replay of noise.
 
   Args:
-    repo: its clone.
-    config: our configuration of variant `diamond`; batch size and horizon are taken from it.
-    spec: of the environment.
+    repo: clone of DIAMOND's repository.
+    config: our configuration of variant `diamond`, which sets batch size and horizon.
+    spec: the environment's spec.
   """
 
   def __init__(self, repo: pathlib.Path, config: Config, spec: EnvSpec):
@@ -68,7 +67,7 @@ class Diamond:
     self._torch, self._config = torch, config
     self._device = torch.device("cuda" if jax.default_backend() == "gpu" else "cpu")
     batch, horizon = config.training.batch_size, config.actor_critic.horizon
-    OmegaConf.register_new_resolver("eval", eval)  # Its configuration files calculate.
+    OmegaConf.register_new_resolver("eval", eval)  # DIAMOND's configuration files use eval.
     with initialize_config_dir(str(repo / "config"), version_base="1.3"):
       changes = [f"{name}.training.batch_size={batch}" for name in _COMPONENTS.values()]
       changes += [f"world_model_env.horizon={horizon}", f"actor_critic.actor_critic_loss.backup_every={horizon}"]
@@ -90,7 +89,7 @@ class Diamond:
       instantiate(cfg.denoiser.sigma_distribution), instantiate(cfg.actor_critic.actor_critic_loss), env
     )
     self._agent.train()
-    # Only the world model is trained on batches; the actor-critic begins its imagination from its own.
+    # Only the world model is trained on these batches; the actor-critic's environment has a loader of its own.
     self._batches = {name: iter(loaders[name]) for name in ("denoiser", "reward_end")}
     self._steps = {}
     for name, theirs in _COMPONENTS.items():
@@ -103,25 +102,25 @@ class Diamond:
     return getattr(self._agent, _COMPONENTS[name])
 
   def _load(self, config: Config, spec: EnvSpec) -> None:
-    """Gives it our initial parameters, but for a model of ends that imagines none."""
+    """Loads our initial parameters, with an end model changed to predict no ends."""
     params = jax.device_get(jax.jit(build(config, spec).init)(jax.random.key(0)))
     arrays = diamond.export_state_dict(params, config, spec)
     try:
       self._agent.load_state_dict({name: self._torch.tensor(array) for name, array in arrays.items()})
     except RuntimeError as error:
-      raise UserError(f"its networks differ from ours: {' '.join(str(error).split())[:200]}") from None
+      raise UserError(f"DIAMOND's networks differ from ours: {' '.join(str(error).split())[:200]}") from None
     first, _, last = self._agent.rew_end_model.head
-    with self._torch.no_grad():  # What enters the last layer is positive, so its kernel decides.
+    with self._torch.no_grad():  # Inputs of the last layer become positive, so its kernel decides.
       first.bias += 10.0
       last.weight[-2], last.weight[-1] = 0.01, -0.01
 
   def _loaders(self, data: Any, cfg: Any, spec: EnvSpec) -> dict[str, Any]:
-    """Its loaders of segments, over twenty episodes of 100 steps of noise that it keeps in memory."""
+    """Makes DIAMOND's loaders of segments, over twenty episodes of 100 steps of noise in memory."""
     torch = self._torch
     height, width, channels = spec.observation_shape
-    # Its samplers give their base class the data set, which PyTorch no longer takes.
+    # DIAMOND's samplers pass the data set to their base class, which PyTorch no longer accepts.
     torch.utils.data.Sampler.__init__ = lambda self, data_source=None: None
-    # The directory is only named: nothing is saved.
+    # Nothing is saved to the directory.
     dataset = data.Dataset(pathlib.Path(tempfile.gettempdir()), "noise", cache_in_ram=True, save_on_disk=False)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
@@ -152,7 +151,7 @@ class Diamond:
     return loaders
 
   def update(self, name: str) -> None:
-    """One update of a component, and waits."""
+    """Runs one update of a component and waits for it."""
     model, (optimizer, schedule, bound) = self._component(name), self._steps[name]
     if name in self._batches:
       loss, _ = model(next(self._batches[name]).to(self._device))
@@ -166,12 +165,12 @@ class Diamond:
     self._wait()
 
   def updates(self, name: str) -> None:
-    """`--updates` updates of a component."""
+    """Runs `--updates` updates of a component."""
     for _ in range(_FLAGS.updates):
       self.update(name)
 
   def sample(self) -> None:
-    """Samples `--frames` successive frames for a batch, and waits."""
+    """Samples `--frames` successive frames for a batch and waits for them."""
     torch, inner = self._torch, self._agent.denoiser.cfg.inner_model
     batch, size = self._config.training.batch_size, self._agent.rew_end_model.cfg.img_size
     past = torch.zeros(batch, inner.num_steps_conditioning, inner.img_channels, size, size, device=self._device)
@@ -182,20 +181,20 @@ class Diamond:
     self._wait()
 
   def calls(self) -> dict[str, Callable[[], Any]]:
-    """What is timed, by the names of `throughput.Case.calls`."""
+    """Returns the timed calls, with the names of `throughput.Case.calls`."""
     updates: dict[str, Callable[[], Any]] = {name: (lambda name=name: self.updates(name)) for name in throughput.PHASES}
     return {"sampling": self.sample, **updates}
 
   def count(self, name: str) -> tuple[int, int]:
-    """FLOP and calls of the denoiser's network in one update of a component."""
+    """Returns the FLOP and the number of denoiser calls of one update of a component."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    made: list[int] = []
-    hook = self._agent.denoiser.inner_model.register_forward_pre_hook(lambda module, inputs: made.append(1))
+    calls: list[int] = []
+    hook = self._agent.denoiser.inner_model.register_forward_pre_hook(lambda module, inputs: calls.append(1))
     with FlopCounterMode(display=False) as counter:
       self.update(name)
     hook.remove()
-    return counter.get_total_flops(), len(made)
+    return counter.get_total_flops(), len(calls)
 
   def _wait(self) -> None:
     if self._device.type == "cuda":
@@ -203,14 +202,14 @@ class Diamond:
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   repo = repository()
   try:
     import torch
   except ImportError:
     raise UserError("PyTorch is missing: pip install torch") from None
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-  torch.set_num_threads(threads)  # As many as XLA takes.
+  torch.set_num_threads(threads)  # As many as XLA uses.
   started = {**record.machine(), "torch": torch.__version__, "threads": {"torch": torch.get_num_threads()}}
   if jax.default_backend() == "cpu":
     started["threads"]["jax"] = threads
@@ -219,7 +218,7 @@ def main() -> None:
   try:
     theirs = Diamond(repo, config, spec)
   except ImportError as error:
-    raise UserError(f"--diamond_repo: its programs cannot be imported ({error}): install what they need") from None
+    raise UserError(f"--diamond_repo: its modules cannot be imported ({error}): install its requirements") from None
   cases = [throughput.Case(throughput.make_config(variant), 1, spec) for variant in _FLAGS.variants]
   counts = {name: theirs.count(name) for name in throughput.PHASES}
   rows: list[dict[str, Any]] = [
@@ -247,7 +246,7 @@ def main() -> None:
     row["sampling"] = [t / _FLAGS.frames for t in taken["sampling"]]
   columns = ["program", "batch", "parameters", "denoiser calls", *_CALLS]
   print(record.table(rows, [*columns, *(f"{name} TFLOP" for name in throughput.PHASES)]))
-  print("`denoiser calls` are those of an imagined step; `sampling` is the time of one frame of the batch")
+  print("`denoiser calls` is per imagined step; `sampling` is the time of one frame of a batch")
   for row in rows[1:]:
     faster = [f"{name} {statistics.median(rows[0][name]) / statistics.median(row[name]):.2f}" for name in _CALLS]
     print(f"{row['program']} is faster than {rows[0]['program']} by a factor of: {', '.join(faster)}")
@@ -262,7 +261,7 @@ def repository() -> pathlib.Path:
   repo = pathlib.Path(_REPO.value).expanduser().absolute()
   for name in ("config/trainer.yaml", "src/agent.py"):
     if not (repo / name).is_file():
-      raise UserError(f"--diamond_repo={_REPO.value} is no clone of github.com/eloialonso/diamond: it lacks {name}")
+      raise UserError(f"--diamond_repo={_REPO.value} is not a clone of github.com/eloialonso/diamond: it lacks {name}")
   return repo
 
 

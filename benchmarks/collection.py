@@ -1,13 +1,13 @@
-"""Times collection: the emulators, the policy, and what all of it adds to the epochs of the training loop.
+"""Times collection: the emulators, the policy, and the time that collection adds to the epochs of the training loop.
 
   python benchmarks/collection.py --num_envs=1,8
 
-The loop runs as it trains, but in the place of the compiled epoch stands a call that takes --triple_ms for each update
-of the denoiser, of the reward / end model and of the actor-critic together, and for each of --packed runs: as long as
-an accelerator is meant to take. What an epoch takes besides is collection, with its way into replay. Its share is told
-as it is, with `collect.overlap`, and with that and a call that keeps one of the host's cores busy, as launching kernels
-may; else the call sleeps. Without overlap the policy runs on the device of this process: on a CPU it is arithmetic,
-which an accelerator does in less time. Written to benchmarks/results/collection_<platform>.json.
+The training loop runs with a simulated epoch in place of the compiled one. The simulated call takes --triple_ms for
+each triple of updates (denoiser, reward / end model, actor-critic) of each packed run, the assumed time on an
+accelerator. The remaining time of an epoch is collection, including adding to replay. Its share is reported without
+`collect.overlap`, with it, and with it while the simulated call keeps one core of the host busy, as kernel launches can
+do; otherwise the call sleeps. Without overlap the policy runs on the device of this process; an accelerator would take
+less time than a CPU. The result is written to benchmarks/results/collection_<platform>.json.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ import numpy as np
 import record
 import throughput
 from absl import flags
+from jedi_jax.training.programs import Programs, make_programs
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
@@ -32,27 +33,25 @@ from jedi_jax.runs.console import Console
 from jedi_jax.training import loop
 from jedi_jax.training.acting import Actor
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import Programs, make_programs
 
 _NUM_ENVS = flags.DEFINE_list("num_envs", ["1", "8"], "Numbers of environments.")
-_PACKED = flags.DEFINE_list("packed", ["1"], "Numbers of runs that train together.")
-_TRIPLE = flags.DEFINE_float("triple_ms", 15.0, "Milliseconds of one update of each component.", lower_bound=0.0)
+_PACKED = flags.DEFINE_list("packed", ["1"], "Numbers of packed runs.")
+_TRIPLE = flags.DEFINE_float("triple_ms", 15.0, "Milliseconds of a triple of updates.", lower_bound=0.0)
 _FLAGS = flags.FLAGS
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   rows = []
-  asked = itertools.product(*(map(int, flag.value) for flag in (_PACKED, _NUM_ENVS)))
-  for runs, num_envs in asked:
+  for runs, num_envs in itertools.product(*(map(int, flag.value) for flag in (_PACKED, _NUM_ENVS))):
     for variant in _FLAGS.variants:
       config = throughput.make_config(variant)
       steps = -(-config.collect.steps_per_epoch // num_envs) * num_envs
       changes = {
         "env.num_envs": num_envs,
         "collect.steps_per_epoch": steps,
-        # A first epoch as short as the others.
+        # The first epoch is as short as the others.
         **{f"collect.first_epoch_{name}_steps": steps for name in ("min", "max")},
         "collect.total_steps": steps * (1 + _FLAGS.repeats),
         **{f"training.first_updates.{name}": count for name, count in vars(config.training.updates).items()},
@@ -70,14 +69,14 @@ def main() -> None:
       rows.append({"variant": variant, "environments": num_envs, "runs": runs, "steps an epoch": steps})
       rows[-1] |= _parts(config)
       for name, overlap, busy in (("", False, False), (", overlapped", True, False), (", a core busy", True, True)):
-        besides, share = _loop(config_lib.override(config, {"collect.overlap": overlap}), runs, busy)
-        rows[-1] |= {f"besides updates{name}": besides, f"share of an epoch{name}": share}
+        seconds, share = _loop(config_lib.override(config, {"collect.overlap": overlap}), runs, busy=busy)
+        rows[-1] |= {f"besides updates{name}": seconds, f"share of an epoch{name}": share}
   print(record.table(rows, list(rows[0])))
   print(f"written to {record.write(_FLAGS.name or f'collection_{jax.default_backend()}', rows, started=started)}")
 
 
 def _parts(config: config_lib.Config) -> dict[str, list[float]]:
-  """Returns the seconds that one environment step takes of the emulators and of the policy, of every repetition."""
+  """Returns the seconds that one environment step takes in the emulators and in the policy, for each repetition."""
   c = config.env
   env = envs.make(
     c.name, num_envs=c.num_envs, seed=0, life_loss_ends=c.life_loss_ends, max_episode_steps=c.max_episode_steps
@@ -104,41 +103,42 @@ def _parts(config: config_lib.Config) -> dict[str, list[float]]:
     env.close()
 
 
-class _StandIn:
-  """Stands for the compiled epoch, and takes its time.
+class _SimulatedEpoch:
+  """Replaces the compiled epoch by a call that takes a given time.
 
   Args:
-    seconds: of a call.
-    busy: whether it keeps a core busy.
-    nothing: sums without metrics, which the call returns.
+    seconds: duration of a call.
+    sums: sums of metrics that the call returns.
+    busy: whether the call keeps a core busy; otherwise it sleeps.
   """
 
-  def __init__(self, seconds: float, busy: bool, nothing: Any):
-    self._seconds, self._busy, self._nothing = seconds, busy, nothing
+  def __init__(self, seconds: float, sums: Any, *, busy: bool):
+    self._seconds, self._sums, self._busy = seconds, sums, busy
 
-  def lower(self, *_: Any) -> "_StandIn":
+  def lower(self, *_: Any) -> "_SimulatedEpoch":
     return self
 
-  def compile(self) -> "_StandIn":
+  def compile(self) -> "_SimulatedEpoch":
     return self
 
   def __call__(self, state: Any, replay: Any, counts: Mapping[str, Any]) -> tuple[Any, Any]:
     del replay, counts
     end = time.monotonic() + self._seconds
     while self._busy and time.monotonic() < end:
-      hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000)  # A fraction of a millisecond, without Python's lock.
+      hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000)  # Less than a millisecond; releases the GIL.
     time.sleep(max(end - time.monotonic(), 0.0))
-    return state, self._nothing
+    return state, self._sums
 
 
-def _loop(config: config_lib.Config, runs: int, busy: bool) -> tuple[list[float], float]:
-  """Returns the seconds that epochs take besides their updates, and the median's share of an epoch."""
+def _loop(config: config_lib.Config, runs: int, *, busy: bool) -> tuple[list[float], float]:
+  """Returns the seconds of each epoch without its updates, and the share of their median in an epoch."""
   updates = config.training.updates
   updating = runs * max(updates.denoiser, updates.reward_end, updates.actor_critic) * _TRIPLE.value / 1e3
 
   def make(config: config_lib.Config, spec: Any, devices: Devices) -> Programs:
     programs = make_programs(config, spec, devices)
-    return programs._replace(epoch=_StandIn(updating, busy, {phase.name: {} for phase in programs.model.phases}))
+    sums: dict[str, Any] = {phase.name: {} for phase in programs.model.phases}
+    return programs._replace(epoch=_SimulatedEpoch(updating, sums, busy=busy))
 
   configs = [config_lib.override(config, {"seed": seed}) for seed in range(runs)]
   with tempfile.TemporaryDirectory() as place:
@@ -149,9 +149,9 @@ def _loop(config: config_lib.Config, runs: int, busy: bool) -> tuple[list[float]
     finally:
       loop.make_programs = make_programs
     epochs = workdir.read_metrics(workdir.read(directories[0]).metrics)[1:]  # The first one compiles.
-  besides = [epoch["time/epoch_seconds"] - updating for epoch in epochs]
-  share = statistics.median(besides) / (statistics.median(besides) + updating)
-  return besides, share
+  seconds = [epoch["time/epoch_seconds"] - updating for epoch in epochs]
+  share = statistics.median(seconds) / (statistics.median(seconds) + updating)
+  return seconds, share
 
 
 if __name__ == "__main__":

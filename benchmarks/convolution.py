@@ -1,10 +1,10 @@
-"""Times the lowerings of a 3 x 3 convolution, forward and with both gradients, inside a compiled loop.
+"""Times the lowerings of a 3 x 3 convolution and of its gradients inside a compiled loop.
 
   python benchmarks/convolution.py
 
-Every update of this library runs inside a loop, where XLA's CPU backend computes the gradient of a convolution's
-kernel far slower than outside. The table shows what the lowerings of `jedi_jax.ops.images.conv3x3` make of it. The
-result is written to benchmarks/results/convolution_<platform>.json.
+All updates of this library run inside a loop, where XLA's CPU backend computes the gradient of a convolution's kernel
+much slower than outside. The table compares the lowerings of `jedi_jax.ops.images.conv3x3`. The result is written to
+benchmarks/results/convolution_<platform>.json.
 """
 
 import functools
@@ -18,14 +18,14 @@ from jedi_jax.ops.images import conv3x3
 from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
-_LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in a call.", lower_bound=1)
+_LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in one call.", lower_bound=1)
 
-# Batch, height = width, channels in, channels out: the encoder's first levels and the denoiser's.
+# Batch, height = width, input channels, output channels: the first levels of the encoder and of the denoiser.
 SHAPES = ((32, 8, 160, 160), (80, 64, 3, 16), (80, 64, 16, 16), (32, 64, 32, 32))
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   rows = []
   for batch, size, channels_in, channels_out in SHAPES:

@@ -1,7 +1,7 @@
 """Counts the floating-point operations of matrix products and convolutions in a traced function.
 
-XLA's own cost analysis counts the body of a loop once, however often it runs. This follows the trace instead: the
-length of a scan is known there.
+XLA's cost analysis counts the body of a loop once. The trace contains the length of each scan, so this count includes
+all iterations.
 """
 
 import math
@@ -12,10 +12,10 @@ import jax
 
 
 def count(function: Callable[..., Any], *args: Any) -> int:
-  """Returns the operations of one call, a multiplication and an addition being two.
+  """Returns the operations of one call; a multiply-add counts as two.
 
   Args:
-    function: anything that JAX can trace. A loop whose number of rounds is not known counts as one round.
+    function: a function that JAX can trace. Loops of unknown length count as one iteration.
     args: arrays or `jax.ShapeDtypeStruct`.
   """
   return _of(jax.make_jaxpr(function)(*args).jaxpr)

@@ -1,11 +1,10 @@
-"""Times what the hot path does otherwise than the plainest program would, each piece beside its plain form.
+"""Compares optimised pieces of the updates with their straightforward forms.
 
   python benchmarks/hot_path.py --preset=paper --batch_size=8
 
-The pieces are cut out of the updates of `jedi`; both forms of one take turns, and their results are compared before
-they are timed. Settings that a run can choose (`precision.compute_dtype`, `precision.convolution`,
-`actor_critic.unroll`) are compared by throughput.py with --dtype or --set. Written to
-benchmarks/results/hot_path_<platform>.json.
+The pieces come from the updates of variant `jedi`. Both forms of a piece are checked for equal results and then timed
+in turn. For settings of a run (`precision.compute_dtype`, `precision.convolution`, `actor_critic.unroll`), use
+throughput.py with --dtype or --set. The result is written to benchmarks/results/hot_path_<platform>.json.
 """
 
 import math
@@ -37,7 +36,7 @@ _FLAGS = flags.FLAGS
 
 
 class Piece(NamedTuple):
-  """One piece in two forms, functions of the same arguments, and of the same results unless they draw them."""
+  """One piece in two forms: functions of the same arguments. If `same`, their results are equal up to rounding."""
 
   name: str
   plain: Callable[..., Any]
@@ -47,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   spec = envs.spec(_FLAGS.env)
   config = throughput.make_config("jedi")
@@ -92,7 +91,7 @@ def _check(name: str, plain: Any, ours: Any) -> None:
 
 
 def _lstm(params: Any, config: Config) -> Piece:
-  """The reward / end model's LSTM over a segment, with its gradient."""
+  """Gradient of the reward / end model's LSTM over a segment."""
   own = params["reward_end"]["lstm"]
   width, batch = config.reward_end.lstm_width, _FLAGS.batch_size
   network = Lstm(width)
@@ -113,13 +112,11 @@ def _lstm(params: Any, config: Config) -> Piece:
   def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.grad(lambda own, inputs: jnp.mean(jnp.square(function(own, inputs))), argnums=(0, 1))
 
-  return Piece(
-    "LSTM: the inputs' products outside of the scan", gradient(step_by_step), gradient(hoisted), (own, inputs)
-  )
+  return Piece("LSTM: input products outside the scan", gradient(step_by_step), gradient(hoisted), (own, inputs))
 
 
 def _encoder(model: Model, params: Any, config: Config) -> Piece:
-  """The conditioning latents of one denoiser update, with the encoder's gradient."""
+  """Gradient of the encoder through the conditioning latents of one denoiser update."""
   length, targets, batch = config.denoiser.conditioning_frames, config.denoiser.targets, _FLAGS.batch_size
   frames = jax.random.randint(
     jax.random.key(2), (batch, length + targets - 1, *model.spec.observation_shape), 0, 256
@@ -135,7 +132,7 @@ def _encoder(model: Model, params: Any, config: Config) -> Piece:
     return jax.grad(lambda encoder, frames: jnp.mean(jnp.square(function(encoder, frames))))
 
   return Piece(
-    "encoder: once a frame, not once a use",
+    "encoder: once per frame, not once per use",
     gradient(lambda encoder, frames: encode(encoder, windows(frames))),
     gradient(lambda encoder, frames: windows(encode(encoder, frames))),
     (params["encoder"], frames),
@@ -143,7 +140,7 @@ def _encoder(model: Model, params: Any, config: Config) -> Piece:
 
 
 def _noise(model: Model, config: Config) -> Piece:
-  """All random numbers of a rollout."""
+  """Drawing all random numbers of an imagined trajectory."""
   horizon = config.actor_critic.horizon
   keys = jax.random.split(jax.random.key(3), _FLAGS.batch_size)
 
@@ -159,11 +156,13 @@ def _noise(model: Model, config: Config) -> Piece:
 
     return jax.lax.scan(step, 0.0, jnp.arange(horizon))[0]
 
-  return Piece("noise: drawn ahead of the scan", step_by_step, lambda keys: total(draw(keys, horizon)), (keys,), False)
+  return Piece(
+    "noise: drawn before the scan", step_by_step, lambda keys: total(draw(keys, horizon)), (keys,), same=False
+  )
 
 
 def _sampler(model: Model, params: Any, config: Config) -> Piece:
-  """One imagined frame."""
+  """Sampling of one imagined frame."""
   batch, length = _FLAGS.batch_size, config.denoiser.conditioning_frames
   past = jax.random.normal(jax.random.key(4), (batch, length, *model.latent_shape))
   noise = jax.tree.map(lambda x: x[0], model.dynamics.sample_noise(jax.random.split(jax.random.key(5), batch), 1))
@@ -180,7 +179,7 @@ def _sampler(model: Model, params: Any, config: Config) -> Piece:
 
 
 def _euler_loop(denoise: Callable[[Any, Any], Any], noise: Any, sigmas: Any, **unused: Any) -> Any:
-  """Euler's method as a compiled loop, without churn."""
+  """Euler's method as a compiled loop without churn; replaces `sampler.sample`."""
   del unused
 
   def step(x: Any, levels: Any) -> Any:
@@ -192,7 +191,7 @@ def _euler_loop(denoise: Callable[[Any, Any], Any], noise: Any, sigmas: Any, **u
 
 
 def _adam(params: Any) -> Piece:
-  """The optimiser's step of the denoiser and the encoder."""
+  """The optimiser's step for denoiser and encoder."""
   trained = {name: params[name] for name in ("encoder", "denoiser")}
   gradient = jax.tree.map(jnp.ones_like, trained)
   forms = optax.scale_by_adam(), optax.flatten(optax.scale_by_adam())
@@ -202,7 +201,7 @@ def _adam(params: Any) -> Piece:
 
   count = len(jax.tree.leaves(trained))
   size = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
-  return Piece(f"Adam: one vector of {size:,} for {count} arrays", step(forms[0]), step(forms[1]), (gradient,))
+  return Piece(f"Adam: one vector of {size:,} instead of {count} arrays", step(forms[0]), step(forms[1]), (gradient,))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Collects finished runs of one setting into a record of what they learned, and draws their curves.
+"""Summarises finished runs of one setting and draws their learning curves.
 
   python benchmarks/learning.py --name=catch --runs='runs/catch/seed_*' --random=runs/catch/random.json
 
-Writes benchmarks/results/learning/<name>.json (each run's command, final games, curve and seconds, and what
-experiments/diagnose.py found if it was run) and <name>.png, and prints a Markdown table. --random is what
-experiments/evaluate.py --random wrote.
+Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
+run's command, final games, curve and seconds, and the figures of its diagnosis.json if there is one. --random is an
+output file of experiments/evaluate.py --random.
 """
 
 import glob
@@ -23,14 +23,14 @@ from jedi_jax.runs import figures, program, workdir
 
 _NAME = flags.DEFINE_string("name", None, "Name of the record.", required=True)
 _RUNS = flags.DEFINE_string("runs", None, "Pattern of the runs' directories.", required=True)
-_RANDOM = flags.DEFINE_string("random", None, "Evaluation of the random policy.")
+_RANDOM = flags.DEFINE_string("random", None, "Evaluation file of the random policy.")
 
 
 def main() -> None:
-  """Reads, writes and draws."""
+  """Reads the runs, and writes and draws the summary."""
   paths = [pathlib.Path(path) for path in sorted(glob.glob(_RUNS.value))]
   if not paths:
-    raise jedi_jax.UserError(f"there is no run at {_RUNS.value}")
+    raise jedi_jax.UserError(f"--runs: no directory matches {_RUNS.value}")
   rows = [_row(path) for path in paths]
   if _RANDOM.value:
     rows.append({"run": "random policy", **_games(workdir.read_json(pathlib.Path(_RANDOM.value)))})
@@ -44,14 +44,14 @@ def main() -> None:
 
 
 def _fixed(pattern: str) -> pathlib.Path:
-  """The directory before the first part of a pattern that varies."""
+  """Returns the part of a pattern's directory before its first wildcard."""
   parts = pathlib.Path(pattern).parts
   fixed = itertools.takewhile(lambda part: not set(part) & set("*?["), parts[:-1])
   return pathlib.Path(*fixed)
 
 
 def _games(result: dict[str, Any]) -> dict[str, Any]:
-  """Mean of the returns of whole games with its 95% interval by the normal approximation."""
+  """Returns the mean return of whole games and its 95% interval by the normal approximation."""
   returns = result["episode_returns"]
   half = 1.96 * statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
   mean = result["mean_return"]
@@ -66,13 +66,13 @@ def _games(result: dict[str, Any]) -> dict[str, Any]:
 def _row(path: pathlib.Path) -> dict[str, Any]:
   run = workdir.read(path)
   if not run.result.exists():
-    raise jedi_jax.UserError(f"{path} is not finished")
+    raise jedi_jax.UserError(f"{path} is not finished: train it to its end first")
   result = workdir.read_json(run.result)
   config = run.config
   preset = config_lib.make_config(env=config.env.name, variant=config.variant, preset=config.preset, seed=config.seed)
   flat = config_lib.flatten(config_lib.to_dict(config))
-  plain = config_lib.flatten(config_lib.to_dict(preset))
-  changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != plain[name]]
+  default = config_lib.flatten(config_lib.to_dict(preset))
+  changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != default[name]]
   command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
   command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
   records = workdir.read_metrics(run.metrics)
@@ -90,7 +90,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _world_model(path: pathlib.Path) -> dict[str, Any]:
-  """The world model's figures of experiments/diagnose.py, where it was run."""
+  """Returns the figures of a diagnosis.json; empty if the file does not exist."""
   if not path.exists():
     return {}
   found = workdir.read_json(path)

@@ -1,11 +1,11 @@
-"""Weighs a run of each variant: replay, parameters and optimisers, and what an epoch needs besides.
+"""Reports the device memory of a run of each variant: state, replay, and working memory of an epoch.
 
   python benchmarks/memory.py --variants=jedi,diamond --preset=paper --batch_size=32
 
-The figures are XLA's own account of the compiled epoch (`Compiled.memory_analysis`) and the sizes of the arrays;
-nothing is run. They are those of the backend that compiles: another one fuses and reuses otherwise. Where the backend
-tells its peak (GPU, TPU), --measure runs one update of every phase in this process, for a single variant, and adds it.
-Written to benchmarks/results/memory_<platform>.json.
+The figures are the sizes of the arrays and XLA's memory analysis of the compiled epoch (`Compiled.memory_analysis`);
+nothing is executed. They hold for the current backend, since backends differ in fusion and in reuse of buffers. On
+backends that report their peak memory (GPU, TPU), --measure runs one update of each phase in this process, for a single
+variant, and adds the peak. The result is written to benchmarks/results/memory_<platform>.json.
 """
 
 from typing import Any
@@ -20,16 +20,18 @@ from jedi_jax.errors import UserError
 from jedi_jax.runs import program
 from jedi_jax.training import memory
 
-_MEASURE = flags.DEFINE_bool("measure", False, "Also runs one update of every phase and reads the device's peak.")
+_MEASURE = flags.DEFINE_bool(
+  "measure", default=False, help="Also runs one update of each phase and reports the device's peak memory."
+)
 _FLAGS = flags.FLAGS
 
 
 def main() -> None:
-  """Weighs and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   variants = _FLAGS.variants
   if _MEASURE.value and len(variants) > 1:
-    raise UserError("--measure takes one variant: the peak is that of the process")
+    raise UserError("--measure takes one variant, since the peak is that of the process: set --variants to one")
   spec = envs.spec(_FLAGS.env)
   rows: list[dict[str, Any]] = []
   for variant in variants:
@@ -48,7 +50,7 @@ def main() -> None:
   print(record.table(rows, list(rows[0])))
   for row in rows[1:]:
     saved = 1 - rows[0]["without replay MiB"] / row["without replay MiB"]
-    print(f"{rows[0]['variant']} needs {100 * saved:.0f} % less than {row['variant']}, replay apart")
+    print(f"{rows[0]['variant']} needs {100 * saved:.0f} % less than {row['variant']}, without replay")
   print(f"written to {record.write(_FLAGS.name or f'memory_{jax.default_backend()}', rows, started=started)}")
 
 

@@ -1,20 +1,20 @@
-"""Shows where a CPU's time goes in our DIAMOND and in the public PyTorch one: by kind of operation, by convolution.
+"""Profiles our DIAMOND and its PyTorch program on a CPU: time by kind of operation, and time of single convolutions.
 
   taskset -c 0 python benchmarks/profile_cpu.py --diamond_repo=../diamond --batch_size=4 --frames=3 --repeats=2
 
-Run it on one core, as above: operations that share cores cannot be added up. All times are the processor's for this
-process, which other programs on the core hardly change. The first table holds the programs of against_torch.py (see
-there for what they do and need), each timed without a profiler, in turn with the other side's. That time is then shared
-out as the profilers of JAX and PyTorch, in one more call, share theirs among the kinds of operation:
+Run it on one core, as above: times of operations that run in parallel cannot be added. All times are CPU times of this
+process, on which other programs have little influence. One table lists the programs of against_torch.py (see there for
+their description and requirements). Both sides are timed in turn without a profiler. A further call under the profiler
+of JAX or PyTorch gives the share of each kind of operation in that time:
 
-  convolution   forward, with bias; kernels of 1 x 1 too
-  gradient      of convolutions, by inputs and kernels
-  products      the LSTM, attention, linear layers, forward and backward
+  convolution   forward, with bias; includes 1 x 1 kernels
+  gradient      gradients of convolutions with respect to inputs and kernels
+  products      LSTM, attention and linear layers, forward and backward
   rest          group norm, activations, sums, pooling, copies, the optimiser, drawing the batch
 
-XLA fuses operations, and a fusion counts as its last one. The second table holds single convolutions of 3 x 3 of these
-programs with their gradients, ours inside of a compiled loop, where updates run; convolution.py compares the lowerings.
-Without --diamond_repo there is no PyTorch. Written to benchmarks/results/profile_<platform>.json.
+XLA fuses operations; a fusion counts as its last operation. The other table lists single 3 x 3 convolutions of these
+programs and their gradients. Ours run inside a compiled loop, as in updates; convolution.py compares the lowerings.
+Without --diamond_repo only our side is measured. The result is written to benchmarks/results/profile_<platform>.json.
 """
 
 import collections
@@ -38,13 +38,14 @@ from jedi_jax import envs
 from jedi_jax.ops.images import conv3x3, resolve_convolution
 from jedi_jax.runs import program
 
-_VARIANT = flags.DEFINE_string("variant", "diamond", "Of ours.")
-_PROGRAMS = flags.DEFINE_bool("programs", True, "Whole programs too; they compile for minutes.")
-_LOOP = flags.DEFINE_integer("loop", 2, "Convolutions of the compiled loop in a call.", lower_bound=1)
+_VARIANT = flags.DEFINE_string("variant", "diamond", "Our variant.")
+_PROGRAMS = flags.DEFINE_bool("programs", default=True, help="Also profiles whole programs, which compile for minutes.")
+_LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in one call.", lower_bound=1)
 _FLAGS = flags.FLAGS
 
 KINDS = ("convolution", "gradient", "products", "rest")
-# Batch, height = width, channels in, channels out, stride: the reward / end model's at batch 4, then the denoiser's.
+# Batch, height = width, input channels, output channels, stride: of the reward / end model at batch 4, then of the
+# denoiser.
 SHAPES = (
   (72, 64, 6, 32, 1),
   (72, 64, 32, 32, 1),
@@ -58,7 +59,7 @@ SHAPES = (
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   started["threads"] = threads
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def _programs(torch: Any) -> list[dict[str, Any]]:
-  """Times and profiles sampling and every update."""
+  """Times and profiles sampling and each kind of update."""
   spec = envs.spec(_FLAGS.env)
   ours = throughput.Case(throughput.make_config(_VARIANT.value), 1, spec)
   sides: list[tuple[str, Any, Callable[..., Any]]] = [
@@ -104,7 +105,7 @@ def _programs(torch: Any) -> list[dict[str, Any]]:
 
 
 def _profile_jax(text: str, call: Callable[[], Any]) -> tuple[collections.Counter[str], collections.Counter[str]]:
-  """Runs a compiled program of that text once and returns seconds by kind and by operation."""
+  """Profiles one call of a program with this HLO text; returns seconds by kind and by operation."""
   definitions = {}
   for line in text.splitlines():
     if found := re.match(r"\s*(?:ROOT )?%([\w.\-]+) = (.*)", line):
@@ -121,7 +122,7 @@ def _profile_jax(text: str, call: Callable[[], Any]) -> tuple[collections.Counte
       for event in line.events:
         name = dict(event.stats).get("hlo_op")
         definition = definitions.get(str(name), "")
-        # What calls others is counted there.
+        # The operations inside these are counted themselves.
         if name is None or re.search(r" (while|call|conditional)\(", definition):
           continue
         found = re.search(r'op_name="([^"]*)"', definition)
@@ -132,14 +133,14 @@ def _profile_jax(text: str, call: Callable[[], Any]) -> tuple[collections.Counte
 
 
 def _kind_jax(origin: str) -> str:
-  """Tells an operation's kind from the path of modules that it was traced in."""
+  """Returns the kind of an operation from the path of modules in which it was traced."""
   if re.search(r"/(conv\w*|downsample_\d+|upsample_\d+|skip|qkv|out)/", origin):
     return "gradient" if "transpose(" in origin else "convolution"
   return "products" if re.search(r"lstm|attention|linear|head_|dot_general|embed", origin) else "rest"
 
 
 def _profile_torch(torch: Any, call: Callable[[], Any]) -> tuple[collections.Counter[str], collections.Counter[str]]:
-  """Runs a call once and returns seconds by kind and by operation."""
+  """Profiles one call; returns seconds by kind and by operation."""
   with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
     call()
   kinds: collections.Counter[str] = collections.Counter(dict.fromkeys(KINDS, 0.0))
@@ -156,7 +157,7 @@ def _profile_torch(torch: Any, call: Callable[[], Any]) -> tuple[collections.Cou
 
 
 def _kind_torch(names: list[str]) -> str:
-  """Tells an operation's kind from its name and those of what it runs in."""
+  """Returns the kind of an operation from its name and those of its enclosing operations."""
   for kind, pattern in (
     ("gradient", r"conv\w*_backward|ConvolutionBackward"),
     ("convolution", r"aten::\w*conv"),
@@ -214,7 +215,7 @@ def _loops(lowering: str, stride: int) -> tuple[Any, Any]:
 
 
 def _convolution_torch(torch: Any, x: Any, kernel: Any, cotangent: Any, stride: int) -> dict[str, Callable[[], Any]]:
-  """Returns the same calls of PyTorch, on its own layout."""
+  """Returns the same calls in PyTorch, in its layout."""
   x, cotangent = (torch.tensor(jax.device_get(jnp.moveaxis(value, -1, 1))) for value in (x, cotangent))
   kernel = torch.tensor(jax.device_get(kernel.transpose(3, 2, 0, 1)))
   x.requires_grad_()

@@ -1,4 +1,4 @@
-"""What all benchmarks share: repetitions, the record of machine and versions, the JSON under benchmarks/results."""
+"""Shared by all benchmarks: timing, description of the machine, and JSON records in benchmarks/results."""
 
 import datetime
 import json
@@ -23,7 +23,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 
 
 def seconds(function: Callable[[], Any], *, repeats: int, warmup: int = 1) -> list[float]:
-  """Times a function whose result is waited for; the first `warmup` calls are not counted."""
+  """Times calls of a function, including the wait for its result; discards the first `warmup` calls."""
   times = []
   for i in range(warmup + repeats):
     start = time.perf_counter()
@@ -40,18 +40,16 @@ def in_turn(
   warmup: int = 1,
   clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, list[float]]]:
-  """Times calls that wait for their results, those of the same name in turn.
-
-  What else the machine does then falls on all cases.
+  """Times several cases in turn, so that other load on the machine affects all of them alike.
 
   Args:
-    cases: calls by name, the same names in every case.
-    repeats: rounds that are counted.
-    warmup: rounds before them.
-    clock: what tells the time, in seconds.
+    cases: calls by name, which wait for their results; all cases have the same names.
+    repeats: number of timed rounds.
+    warmup: number of rounds before them that are discarded.
+    clock: returns the time in seconds.
 
   Returns:
-    The seconds of every round, by case and name.
+    The seconds of each timed round, by case and name.
   """
   times: list[dict[str, list[float]]] = [{name: [] for name in case} for case in cases]
   for i in range(warmup + repeats):
@@ -65,7 +63,7 @@ def in_turn(
 
 
 def machine() -> dict[str, Any]:
-  """Describes the machine and the versions that a figure was measured with."""
+  """Describes the machine and the versions of libraries."""
   device = jax.devices()[0]
   return {
     "device": f"{device.platform} {device.device_kind}",
@@ -82,12 +80,15 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, rows: list[dict[str, Any]], *, started: dict[str, Any]) -> pathlib.Path:
-  """Writes rows with command, commit, date and machine to benchmarks/results/<name>.json.
+  """Writes measurements with command, commit, date and machine to benchmarks/results/<name>.json.
 
   Args:
-    name: of the file.
-    rows: the measurements.
-    started: `machine()` before they were taken.
+    name: name of the record.
+    rows: measurements as JSON values.
+    started: result of `machine()` before the measurements.
+
+  Returns:
+    The path of the file.
   """
   path = RESULTS / f"{name}.json"
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def write(name: str, rows: list[dict[str, Any]], *, started: dict[str, Any]) -> 
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-  """Formats rows as a Markdown table; lists of seconds appear as their median in milliseconds."""
+  """Formats rows as a Markdown table; a list of seconds becomes its median in milliseconds."""
 
   def cell(value: Any) -> str:
     if isinstance(value, list):
@@ -124,7 +125,7 @@ def _cpu_name() -> str:
 
 
 def commit() -> str:
-  """The commit of the code; `-dirty` behind it if files other than records have changed since."""
+  """Returns the commit of the code, with the suffix `-dirty` if files other than records have changed."""
 
   def git(*args: str) -> str:
     return subprocess.run(["git", *args], cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,8 +1,8 @@
-"""Times the replay's sampler at several fill levels, and adding a chunk.
+"""Times sampling from replay at several fill levels.
 
   python benchmarks/replay.py
 
-Drawing a batch should cost the same however much is stored. The result is written to
+The time of a batch should not depend on the number of stored frames. The result is written to
 benchmarks/results/replay_<platform>.json.
 """
 
@@ -17,8 +17,8 @@ from jedi_jax import replay
 from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls.", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 32, "Segments of a batch.", lower_bound=1)
-_LENGTH = flags.DEFINE_integer("length", 19, "Frames of a segment.", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 32, "Segments in a batch.", lower_bound=1)
+_LENGTH = flags.DEFINE_integer("length", 19, "Frames in a segment.", lower_bound=1)
 
 SHAPE = (64, 64, 3)
 SLOTS = 110_000
@@ -27,7 +27,7 @@ EPISODE = 200
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   state = replay.init(num_streams=1, slots_per_stream=SLOTS, observation_shape=SHAPE)
   add = jax.jit(replay.add, donate_argnums=0)

@@ -1,11 +1,11 @@
-"""Times an update against the batch, the horizon, the frames of conditioning, packed runs and the size of the replay.
+"""Times updates over batch size, horizon, conditioning frames, number of packed runs, and size of the replay.
 
   python benchmarks/scaling.py --preset=small --variants=jedi --figure=scaling.png
 
-Each is swept with the others left at the preset's value, all values in turn in every repetition. Beside the curve
-stands its exponent: the least-squares slope of log seconds (and of the FLOP in the trace, see flops.py) over log value;
-1 is proportional, 0 free. With packed runs the time is that of the call, for all of them: below 1 packing gains.
-Written to benchmarks/results/scaling_<platform>.json.
+Each sweep changes one of them and leaves the others at the preset's values; all values are timed in turn. The exponent
+of a curve is the least-squares slope of log seconds (or of log FLOP in the trace, see flops.py) over log value: 1 for
+proportional, 0 for constant. For packed runs the time is that of one call for all runs, so that an exponent below 1 is
+a gain. The result is written to benchmarks/results/scaling_<platform>.json.
 """
 
 import functools
@@ -28,20 +28,20 @@ from jedi_jax.runs import figures, program
 from jedi_jax.types import EnvSpec
 
 _SWEEPS = {
-  "batch_size": flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Batches; empty for no sweep."),
+  "batch_size": flags.DEFINE_list("batch_sizes", ["4", "8", "16", "32"], "Batch sizes; empty for no sweep."),
   "horizon": flags.DEFINE_list("horizons", ["5", "10", "20"], "Imagined steps."),
-  "conditioning": flags.DEFINE_list("conditioning", ["1", "2", "4", "8"], "Frames L of conditioning."),
+  "conditioning": flags.DEFINE_list("conditioning", ["1", "2", "4", "8"], "Conditioning frames L."),
   "runs": flags.DEFINE_list("packed", ["1", "2", "4"], "Packed runs on one device."),
-  "replay": flags.DEFINE_list("replays", ["500", "2000", "8000", "32000"], "Frames that the replay has room for."),
+  "replay": flags.DEFINE_list("replays", ["500", "2000", "8000", "32000"], "Capacities of the replay in frames."),
 }
 _SETTINGS = {
   "batch_size": "training.batch_size",
   "horizon": "actor_critic.horizon",
   "conditioning": "denoiser.conditioning_frames",
 }
-"""The setting that a sweep changes; the others are no settings of a run."""
+"""The setting that each sweep changes; the other sweeps change no setting."""
 _LEAST = {"replay": 100}
-_FIGURE = flags.DEFINE_string("figure", None, "Also draws the curves to this PNG file.")
+_FIGURE = flags.DEFINE_string("figure", None, "PNG file for a figure of the curves.")
 _FLAGS = flags.FLAGS
 _FLAGS.set_default("preset", "small")
 _FLAGS.set_default("variants", ["jedi"])
@@ -51,7 +51,7 @@ _FLAGS.set_default("repeats", 5)
 
 
 def main() -> None:
-  """Measures, writes and draws."""
+  """Runs the benchmark."""
   started = record.machine()
   sweeps = {name: _values(name) for name, flag in _SWEEPS.items() if flag.value}
   if not sweeps:
@@ -65,7 +65,7 @@ def main() -> None:
     own = functools.cache(lambda base=base: throughput.Case(base, 1, spec, slots=throughput.SLOTS))
     for name, values in sweeps.items():
       rows.append({"variant": variant, "sweep": name, "values": values, **_sweep(name, values, base, spec, own)})
-      # A program for CPUs takes thousands of the memory maps that Linux gives a process: a dozen is too many.
+      # Each compiled CPU program uses thousands of memory maps; Linux limits their number per process.
       jax.clear_caches()
   print(record.table(*_tabulate(rows)))
   path = record.write(_FLAGS.name or f"scaling_{jax.default_backend()}", rows, started=started)
@@ -77,13 +77,13 @@ def main() -> None:
 def _sweep(
   name: str, values: Sequence[int], base: config_lib.Config, spec: EnvSpec, own: Callable[[], throughput.Case]
 ) -> dict[str, Any]:
-  """Times one sweep; `own` gives the preset's own point, which most sweeps have and which is compiled once."""
+  """Times one sweep; `own` returns the point of the unchanged preset, which most sweeps contain and share."""
   points = []
   for value in values:
     config = config_lib.override(base, {_SETTINGS[name]: value}) if name in _SETTINGS else base
     runs, slots = value if name == "runs" else 1, value if name == "replay" else throughput.SLOTS
-    as_it_is = (config, runs, slots) == (base, 1, throughput.SLOTS)
-    points.append(own() if as_it_is else throughput.Case(config, runs, spec, slots=slots))
+    unchanged = (config, runs, slots) == (base, 1, throughput.SLOTS)
+    points.append(own() if unchanged else throughput.Case(config, runs, spec, slots=slots))
   calls = [{phase: point.calls()[phase] for phase in throughput.PHASES} for point in points]
   return _curves(values, points, record.in_turn(calls, repeats=_FLAGS.repeats))
 
@@ -96,14 +96,14 @@ def _values(sweep: str) -> list[int]:
     raise UserError(f"--{flag.name}={','.join(flag.value)} is not a list of integers") from None
   least = _LEAST.get(sweep, 1)
   if min(values) < least:
-    raise UserError(f"--{flag.name}: {min(values)} is too small: at least {least}")
+    raise UserError(f"--{flag.name}: {min(values)} is too small; it must be at least {least}")
   return values
 
 
 def _curves(
   values: Sequence[int], points: Sequence[throughput.Case], times: Sequence[dict[str, list[float]]]
 ) -> dict[str, Any]:
-  """Seconds of every repetition and FLOP, point by point, by phase and of all three together; and the exponents."""
+  """Returns seconds of each repetition and FLOP of each point, by phase and for the triple; and their exponents."""
   seconds = {name: [[t / _FLAGS.updates for t in taken[name]] for taken in times] for name in throughput.PHASES}
   flop = {name: [point.runs * point.flop[name] for point in points] for name in throughput.PHASES}
   together = zip(*seconds.values(), strict=True)
@@ -119,14 +119,14 @@ def _curves(
 
 
 def exponent(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-  """The least-squares slope of log y over log x; None for fewer than two different values."""
+  """Returns the least-squares slope of log y over log x; None for fewer than two different values."""
   if len(set(xs)) < 2:
     return None
   return float(np.polyfit(np.log(xs), np.log(ys), 1)[0])
 
 
 def _tabulate(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-  """A line a point, and under each sweep its exponents, with those of the FLOP in brackets."""
+  """Returns one line per point, followed by the exponents of the sweep with those of FLOP in brackets."""
   lines: list[dict[str, Any]] = []
   for row in rows:
     about = {"variant": row["variant"], "sweep": row["sweep"]}
@@ -140,7 +140,7 @@ def _tabulate(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], lis
 
 
 def _draw(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """One panel a sweep: the curves of the phases, each with its exponent; line styles tell variants apart."""
+  """Draws one panel per sweep with the curves of the phases and their exponents; line styles denote variants."""
   plt = figures.pyplot(path)
   if plt is None:
     return

@@ -1,18 +1,18 @@
-"""Trains and evaluates for half an hour and watches what the process holds: nothing may grow.
+"""Checks for leaks: samples the process's memory, files and threads while it trains, evaluates and saves.
 
   python benchmarks/soak.py --minutes=30 --figure=benchmarks/results/soak_cpu.png
   python benchmarks/soak.py --minutes=0 --resets=0 --saves=300 --name=soak_saves_cpu
 
-A run of preset debug (tiny networks, so that much happens in the time) collects, trains, evaluates, writes
-its records and saves, and is told to stop when the time is over. Every evaluation makes and closes environments of its
-own. Then environments are made, reset, stepped and closed --resets times. Sampled after every epoch, and with every
-tenth reset: resident memory, open files, threads, and the bytes of live arrays on the device. With --saves a checkpoint
-of 150 small arrays and a large one is written so many times, and after every tenth the C library is also told to give
-back what is free (`malloc_trim`): what stays is in use.
+The benchmark has up to three parts:
+  A run of preset debug, whose tiny networks allow many epochs, is interrupted after --minutes. Every evaluation makes
+    and closes environments. Sampled after every epoch.
+  Environments are made, reset, stepped and closed --resets times. Sampled at every tenth.
+  A checkpoint of 150 small arrays and a large one is written --saves times. Sampled at every tenth, and again after
+    `malloc_trim`, which returns the C library's free memory, so that the rest is in use.
+A sample holds resident memory, open files, threads, and the bytes of live arrays on the device.
 
-Growth is the slope of a line through the samples after the first fifth of the time (caches fill at first), in an hour,
-and the difference of the medians of the last and of the second fifth. Written to
-benchmarks/results/soak_<platform>.json.
+Growth is the slope of a line through the samples without the first fifth, in which caches fill, per hour. The medians
+of the second and of the last fifth are reported too. The result is written to benchmarks/results/soak_<platform>.json.
 """
 
 import ctypes
@@ -39,18 +39,18 @@ from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training.parallel import Devices
 
 _ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment.")
-_MINUTES = flags.DEFINE_float("minutes", 30.0, "Of training.", lower_bound=0.0)
+_MINUTES = flags.DEFINE_float("minutes", 30.0, "Minutes of training.", lower_bound=0.0)
 _RESETS = flags.DEFINE_integer("resets", 1_000, "Environments to make, reset and close.", lower_bound=0)
 _SAVES = flags.DEFINE_integer("saves", 0, "Checkpoints to write.", lower_bound=0)
 _NAME = flags.DEFINE_string("name", None, "Name of the record; soak_<platform> if left out.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting of preset debug; may be repeated.")
-_FIGURE = flags.DEFINE_string("figure", None, "Where the figure is drawn.")
+_FIGURE = flags.DEFINE_string("figure", None, "PNG file for a figure of the samples.")
 
-_KEPT = 600  # Samples in the record, at most.
+_MAX_SAMPLES = 600  # About the maximum number of samples in the record.
 
 
 class _Watch(Console):
-  """Samples the process whenever the run tells of an epoch, and tells the run to stop when the time is over."""
+  """Samples the process whenever the run logs an epoch, and interrupts the run when the time is over."""
 
   def __init__(self, interruption: Interruption, seconds: float):
     super().__init__()
@@ -63,7 +63,7 @@ class _Watch(Console):
       super().log(text)
       return
     if not self.samples:
-      self.start = time.monotonic()  # The time to compile does not count.
+      self.start = time.monotonic()  # Excludes compilation.
     self.sample()
     if len(self.samples) % 100 == 1:
       super().log(text)
@@ -71,7 +71,7 @@ class _Watch(Console):
       self._interruption.request_stop("the clock")
 
   def sample(self) -> None:
-    """Reads what the process holds."""
+    """Takes a sample."""
     self.samples.append(
       {
         "seconds": time.monotonic() - self.start,
@@ -84,7 +84,7 @@ class _Watch(Console):
 
 
 def main() -> None:
-  """Runs and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   rows = [
     *(_train() if _MINUTES.value else ()),
@@ -134,7 +134,7 @@ def _reset() -> Iterator[dict[str, Any]]:
 
 
 def _save() -> Iterator[dict[str, Any]]:
-  """Writes checkpoints, before and after what is free was given back."""
+  """Writes checkpoints; samples before and after `malloc_trim`."""
   watch, trimmed = _Watch(Interruption(), 0.0), _Watch(Interruption(), 0.0)
   state: dict[str, np.ndarray] = {str(i): np.full((100, 10), 0.1 * i) for i in range(150)}
   state["large"] = np.zeros(2**24, np.uint8)
@@ -149,11 +149,11 @@ def _save() -> Iterator[dict[str, Any]]:
         trimmed.sample()
     checkpoints.close()
   yield summary("saves", watch.samples, saves=_SAVES.value)
-  yield summary("saves, what is free given back", trimmed.samples, saves=_SAVES.value)
+  yield summary("saves, after malloc_trim", trimmed.samples, saves=_SAVES.value)
 
 
 def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
-  """Summarises samples; about `_KEPT` of them are kept."""
+  """Summarises samples and thins them out to about `_MAX_SAMPLES`."""
   fifths = [samples[len(samples) * i // 5 : len(samples) * (i + 1) // 5] for i in range(5)]
   row: dict[str, Any] = {"what": what, **counts, "minutes": samples[-1]["seconds"] / 60}
   settled = [sample for fifth in fifths[1:] for sample in fifth]
@@ -163,7 +163,7 @@ def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[s
     row[f"{name}, second fifth"] = statistics.median(sample[name] for sample in fifths[1])
     row[f"{name}, last fifth"] = statistics.median(sample[name] for sample in fifths[4])
     row[f"{name}, growth an hour"] = float(np.polyfit(hours, values, 1)[0])
-  return {**row, "samples": samples[:: max(len(samples) // _KEPT, 1)]}
+  return {**row, "samples": samples[:: max(len(samples) // _MAX_SAMPLES, 1)]}
 
 
 def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -186,7 +186,7 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def _resident() -> int:
-  """Bytes of memory that the process has."""
+  """Returns the resident memory of the process in bytes."""
   return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

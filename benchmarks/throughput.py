@@ -1,12 +1,12 @@
-"""Times sampling, every update and the epoch, side by side for the variants, alone and packed.
+"""Times sampling and the updates of each phase, by variant and number of packed runs.
 
   python benchmarks/throughput.py --variants=jedi,diamond --preset=paper --batch_size=32 --runs=1,2
 
-Every variant takes its turn in every repetition, so that what else the machine does falls on all of them. The replay
-holds noise: no time depends on what is in it. `triple` is one update of the denoiser, of the reward / end model and of
-the actor-critic, in one call or (--nofused) their sum; its FLOP are counted in the trace (see flops.py), and the
-projected hours are those of all updates of a run of the preset, without collection and evaluation. Written to
-benchmarks/results/throughput_<platform>.json.
+Variants are timed in turn, so that other load on the machine affects all of them alike. The replay contains noise,
+since no time depends on its contents. `triple` is one update of the denoiser, of the reward / end model and of the
+actor-critic in one call, or with --nofused the sum of their times; its FLOP are counted in the trace (see flops.py).
+The projected hours are those of all updates of a run of the preset, without collection and evaluation. The result is
+written to benchmarks/results/throughput_<platform>.json.
 """
 
 import math
@@ -35,27 +35,27 @@ from jedi_jax.training.updates import make_update
 from jedi_jax.types import EnvSpec
 
 _VARIANTS = flags.DEFINE_list("variants", ["jedi", "diamond"], "World models.")
-_ENV = flags.DEFINE_string("env", "atari/Breakout", "Gives the number of actions and the shape of frames.")
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment, for its number of actions and shape of frames.")
 _PRESET = flags.DEFINE_string("preset", "paper", "Preset.")
-_BATCH = flags.DEFINE_integer("batch_size", 32, "Batch of every update.", lower_bound=1)
-_RUNS = flags.DEFINE_list("runs", ["1"], "Numbers of packed runs, on one device.")
+_BATCH = flags.DEFINE_integer("batch_size", 32, "Batch size of every update.", lower_bound=1)
+_RUNS = flags.DEFINE_list("runs", ["1"], "Numbers of packed runs on one device.")
 _UPDATES = flags.DEFINE_integer("updates", 1, "Updates of a phase in a timed call.", lower_bound=1)
 _FRAMES = flags.DEFINE_integer("frames", 15, "Successive frames of a timed sampling call.", lower_bound=1)
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
-_WARMUP = flags.DEFINE_integer("warmup", 1, "Calls before them that are not counted.", lower_bound=0)
-_FUSED = flags.DEFINE_bool("fused", True, "Times the triple as one call; else it is the sum of its three updates.")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "Format of activations: float32 or bfloat16.")
-_PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak of the device, for the share of it that is reached; 0 for none.")
+_WARMUP = flags.DEFINE_integer("warmup", 1, "Untimed calls before them.", lower_bound=0)
+_FUSED = flags.DEFINE_bool("fused", default=True, help="Times the triple as one call instead of three.")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "Data type of activations: float32 or bfloat16.")
+_PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak TFLOP/s of the device, to report the share of it; 0 for none.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting.")
 _NAME = flags.DEFINE_string("name", None, "Name of the record; throughput_<platform> if left out.")
 
 PHASES = ("denoiser", "reward_end", "actor_critic")
 SLOTS = 2_000
-"""Frames of the replay, where their number does not matter."""
+"""Capacity of the replay in frames, where it does not matter."""
 
 
 def make_config(variant: str) -> Config:
-  """Returns a variant's configuration as the flags ask for it, without a probe."""
+  """Returns a variant's configuration with the settings of the flags and without a probe."""
   overrides = [
     f"training.batch_size={_BATCH.value}",
     f"precision.compute_dtype={_DTYPE.value}",
@@ -68,13 +68,13 @@ def make_config(variant: str) -> Config:
 
 
 class Case:
-  """One configuration and number of runs, compiled.
+  """The compiled programs of one configuration and number of packed runs.
 
   Args:
-    config: of every run.
-    runs: packed runs.
-    spec: of the environment.
-    slots: frames of the replay.
+    config: configuration of all runs.
+    runs: number of packed runs.
+    spec: the environment's spec.
+    slots: capacity of the replay in frames.
   """
 
   def __init__(self, config: Config, runs: int, spec: EnvSpec, *, slots: int = SLOTS):
@@ -104,21 +104,21 @@ class Case:
     }
 
   def run(self, **counts: int) -> Any:
-    """Makes so many updates of each phase, and waits."""
+    """Runs the given number of updates of each phase and waits for them."""
     calls = {phase.name: counts.get(phase.name, 0) for phase in self._model.phases}
     self._state, sums = self._epoch(self._state, self._replay, traced(calls))
     return jax.block_until_ready(sums)
 
   def sample(self) -> Any:
-    """Samples `--frames` successive frames for a batch, and waits."""
+    """Samples `--frames` successive frames for a batch and waits for them."""
     return jax.block_until_ready(self._sampler(self._state.params, self._keys))
 
   def text(self, name: str) -> str:
-    """Returns what XLA compiled to sample, or for the updates."""
+    """Returns the HLO text of the sampling program, or of the epoch for any other name."""
     return (self._sampler if name == "sampling" else self._epoch).as_text()
 
   def calls(self) -> dict[str, Callable[[], Any]]:
-    """What is timed: sampling, and `--updates` updates of every phase."""
+    """Returns the timed calls: sampling, and `--updates` updates of each phase."""
     updates: dict[str, Callable[[], Any]] = {
       name: (lambda name=name: self.run(**{name: _UPDATES.value})) for name in PHASES
     }
@@ -142,7 +142,7 @@ def _sampling(model: Model, batch: int, frames: int) -> Callable[[Any, Any], Any
 
 
 def noise_replay(config: Config, spec: EnvSpec, slots: int = SLOTS) -> replay.ReplayState:
-  """A replay of so many frames, in episodes of 100 steps of noise."""
+  """Makes a replay with capacity `slots`, filled with episodes of 100 steps of noise."""
   small = config_lib.override(config, {"replay.capacity": slots, "replay.final_frames": 0, "env.num_envs": 1})
   state, steps = empty_replay(small, spec), slots - 50
   rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def noise_replay(config: Config, spec: EnvSpec, slots: int = SLOTS) -> replay.Re
 
 
 def projected_hours(config: Config, seconds: dict[str, float]) -> float:
-  """Hours of all updates of a run, of which the first collection is the shortest that the settings allow."""
+  """Returns the hours of all updates of a run with the shortest first collection that its settings allow."""
   c, t = config.collect, config.training
   epochs = math.ceil((c.total_steps - c.first_epoch_min_steps) / c.steps_per_epoch) + t.final_epochs
   total = sum(seconds[name] * (getattr(t.first_updates, name) + epochs * getattr(t.updates, name)) for name in PHASES)
@@ -168,7 +168,7 @@ def projected_hours(config: Config, seconds: dict[str, float]) -> float:
 
 
 def main() -> None:
-  """Measures and writes."""
+  """Runs the benchmark."""
   started = record.machine()
   spec = envs.spec(_ENV.value)
   variants = [(variant, int(runs)) for runs in _RUNS.value for variant in _VARIANTS.value]
@@ -211,7 +211,7 @@ def main() -> None:
 
 
 def _ratios(rows: list[dict[str, Any]]) -> list[str]:
-  """Compares the first variant with the others, at equal numbers of runs."""
+  """Compares the first variant with the others at equal numbers of runs."""
   lines = []
   for ours in rows:
     for other in rows:

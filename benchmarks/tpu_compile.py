@@ -1,25 +1,24 @@
-"""Compiles the updates for TPUs that are not here, and tells what the compiler says of memory and time.
+"""Compiles the updates for TPUs without a TPU, and reports the compiler's memory analysis and time estimate.
 
   pip install libtpu
   python benchmarks/tpu_compile.py --slices=v5e:2x2,v5p:2x2x1 --chips=1,4 --variants=jedi,diamond
 
-Nothing is run: libtpu compiles for the chips of a named slice, and the programs are those that train there (`pmap` over
-its devices). A program is one of
+Nothing is executed. libtpu compiles the programs of training (`pmap` over the devices) for the chips of a named slice:
 
-  draw: drawing the denoiser's batch, from the whole replay of the preset.
+  draw: drawing the denoiser's batch from the preset's replay.
   denoiser, reward_end, actor_critic: one update, from a replay of --slots frames, so that the working memory is that of
     the networks.
-  epoch: all of them in their loops, from the whole replay; what a run executes. It takes as long to compile as the
-    others together, and is left out unless it is asked for.
+  epoch: all updates in their loops, from the preset's replay, as a run executes them. It takes as long to compile as
+    the others together and is not part of the default.
 
-Memory is XLA's account (`Compiled.memory_analysis`) for one chip. The estimate of time is its cost model's
-(`optimal_seconds`), for one chip; it counts the body of a loop once, and imagination is a loop, so it is multiplied by
-the operations in the trace (see flops.py) over those that it counted. Outside of loops that is 1.1, since the trace
-counts products with the zeros around a frame. An operation of which the model knows nothing seems to count as -1 s;
-these are taken out and their number is told. It is no measurement.
+Memory is XLA's `Compiled.memory_analysis` for one chip. The time is not a measurement but the estimate of XLA's cost
+model (`optimal_seconds`) for one chip. The cost model counts the body of a loop once, and imagination is a loop, so the
+estimate is multiplied by the ratio of the operations in the trace (see flops.py) to those that the model counted.
+Without loops this ratio is 1.1, since the trace includes products with padding. Operations unknown to the cost model
+seem to count as -1 s; the estimate excludes them, and their number is reported.
 
-Compiling takes minutes a program on a small machine: the record is written after each, and --add goes on with one.
-Written to benchmarks/results/tpu_compile.json.
+Compiling a program takes minutes on a small machine. The record is written after each program, and --add continues an
+existing record. The result is written to benchmarks/results/tpu_compile.json.
 """
 
 import importlib.metadata
@@ -51,14 +50,14 @@ from jedi_jax.training.updates import make_optimizers, make_update
 from jedi_jax.types import Array, EnvSpec
 
 _PROGRAMS = ("draw", *throughput.PHASES, "epoch")
-_SLICES = flags.DEFINE_list("slices", ["v5e:2x2"], "Slices, by libtpu's names; v5p:2x2x1 is another of four chips.")
+_SLICES = flags.DEFINE_list("slices", ["v5e:2x2"], "libtpu's names of slices, such as v5e:2x2 or v5p:2x2x1.")
 _CHIPS = flags.DEFINE_list("chips", ["1"], "Numbers of chips of a slice that share the run.")
-_WHICH = flags.DEFINE_list("programs", ["draw", *throughput.PHASES], f"What to compile: {', '.join(_PROGRAMS)}.")
-_SLOTS = flags.DEFINE_integer("slots", 2_000, "Frames of the replay that updates draw from.", lower_bound=100)
+_PARTS = flags.DEFINE_list("programs", ["draw", *throughput.PHASES], f"Programs: {', '.join(_PROGRAMS)}.")
+_SLOTS = flags.DEFINE_integer("slots", 2_000, "Capacity in frames of the replay of updates.", lower_bound=100)
 _LEVEL = flags.DEFINE_enum(
   "level", "default", ["default", "O0", "O1", "O2", "O3"], "The compiler's effort (jax_optimization_level)."
 )
-_ADD = flags.DEFINE_bool("add", False, "Keeps the programs in the record, and compiles what it lacks.")
+_ADD = flags.DEFINE_bool("add", default=False, help="Keeps the record's programs and compiles the missing ones.")
 _FLAGS = flags.FLAGS
 
 _NAME = "tpu_compile"
@@ -67,16 +66,16 @@ _COLUMNS = [*_KEY, "compile s", "arguments MiB", "working MiB", "output MiB", "T
 
 
 def main() -> None:
-  """Compiles and writes."""
-  unknown = [name for name in _WHICH.value if name not in _PROGRAMS]
+  """Runs the benchmark."""
+  unknown = [name for name in _PARTS.value if name not in _PROGRAMS]
   if unknown:
     raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(_PROGRAMS)}")
   if importlib.util.find_spec("libtpu") is None:
-    raise UserError("libtpu is missing, which holds the compiler for TPUs: pip install libtpu")
-  jax.config.update("jax_platforms", "cpu")  # The default device; libtpu would look for a TPU.
+    raise UserError("libtpu is missing, the compiler for TPUs: pip install libtpu")
+  jax.config.update("jax_platforms", "cpu")  # Keeps libtpu from searching for a TPU.
   if _LEVEL.value != "default":
     jax.config.update("jax_optimization_level", _LEVEL.value)
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # No TPU machine's metadata to ask for.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There is no metadata server.
   started = {**record.machine(), "libtpu": importlib.metadata.version("libtpu")}
   spec = envs.spec(_FLAGS.env)
   path = record.RESULTS / f"{_NAME}.json"
@@ -87,16 +86,16 @@ def main() -> None:
     for text in _CHIPS.value:
       count = int(text) if text.isdigit() else 0
       if not 1 <= count <= len(chips):
-        raise UserError(f"--chips: {text!r} is no number of chips from 1 to {len(chips)}, those of {name}")
+        raise UserError(f"--chips: {text!r} is not a number from 1 to {len(chips)}, the chips of {name}")
       devices = Devices(chips[:count])
       devices.check_batch(_FLAGS.batch_size)
-      for which in _WHICH.value:
+      for part in _PARTS.value:
         for variant in _FLAGS.variants:
           settings = " ".join(_FLAGS.set)
-          key = (name, count, variant, settings, which, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
+          key = (name, count, variant, settings, part, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
           if key not in done:
             about = {**dict(zip(_KEY, key, strict=True)), "commit": record.commit()}
-            rows.append({**about, **_measure(which, variant, spec, devices)})
+            rows.append({**about, **_measure(part, variant, spec, devices)})
             record.write(_NAME, rows, started=started)
             print(record.table(rows[-1:], _COLUMNS), flush=True)
   print(record.table(*compare(rows)))
@@ -110,10 +109,10 @@ def _chips(name: str) -> list[jax.Device]:
     raise UserError(f"--slices: no slice {name!r}: {str(error).splitlines()[0][:200]}") from None
 
 
-def _measure(which: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
-  """Compiles one which and returns what is known of it."""
+def _measure(part: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
+  """Compiles one program and returns the compiler's analysis of it."""
   config = config_lib.override(throughput.make_config(variant), {"precision.convolution": "lax"})
-  if which in throughput.PHASES:
+  if part in throughput.PHASES:
     config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
   model = build(config, spec)
   optimizers = make_optimizers(config, model.phases)
@@ -122,15 +121,15 @@ def _measure(which: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[
   spread = [memory.distributed(tree, devices.count) for tree in (state, stored)]
   phases = {phase.name: (i, phase) for i, phase in enumerate(model.phases)}
   row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}
-  if which == "epoch":
+  if part == "epoch":
     counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in phases}
     lowered = epoch_lib.distribute(epoch_lib.make_epoch(model, optimizers, **settings), devices).lower(*spread, counts)
-  elif which == "draw":
+  elif part == "draw":
     draw = _draw(phases["denoiser"][1].length, **settings)
     lowered = devices.map(draw, in_axes=(0, None)).lower(spread[1], jax.ShapeDtypeStruct((2,), np.uint32))
   else:
-    index, phase = phases[which]
-    update = make_update(phase, index, optimizers[which], **settings)
+    index, phase = phases[part]
+    update = make_update(phase, index, optimizers[part], **settings)
     row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
     lowered = devices.map(update, donate=(0,)).lower(*spread)
   start = time.perf_counter()
@@ -140,7 +139,7 @@ def _measure(which: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[
   row |= {
     "arguments MiB": found.argument_size_in_bytes / 2**20,
     "working MiB": found.temp_size_in_bytes / 2**20,
-    "output MiB": (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**20,  # Without what is donated.
+    "output MiB": (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**20,  # Without donated buffers.
   }
   costs = compiled.cost_analysis()
   row |= {name: costs.get(name) for name in ("optimal_seconds", "flops", "bytes accessed")}
@@ -160,12 +159,15 @@ def _draw(
 
 
 def estimate(seconds: float | None, counted: float | None, traced: float) -> dict[str, Any]:
-  """Completes the compiler's estimate by what its count of operations missed.
+  """Corrects the compiler's time estimate for loops and for unknown operations.
 
   Args:
-    seconds: its estimate; every operation that it knows nothing of added -1.
-    counted: operations that it counted.
-    traced: operations of the trace.
+    seconds: the compiler's estimate, in which every unknown operation counts as -1.
+    counted: operations that the compiler counted.
+    traced: operations in the trace.
+
+  Returns:
+    'unknown operations' and 'estimate ms'; empty if the compiler gives no estimate.
   """
   if seconds is None or not counted:
     return {}
@@ -174,14 +176,14 @@ def estimate(seconds: float | None, counted: float | None, traced: float) -> dic
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
-  """Puts what was compiled for the same chips side by side.
+  """Compares the variants by slice, number of chips and program.
 
   Args:
-    rows: of the record; programs without a figure leave their cells empty.
+    rows: rows of the record; missing figures give empty cells.
 
   Returns:
-    A line a program of a slice, and the columns: working memory of each variant (with its settings, if any), what the
-    first one's is of that of each other variant, and the estimates of time.
+    One line per slice, number of chips and program; and the columns: working memory of each variant (with its settings,
+    if any), working memory of the first variant relative to each other variant, and time estimates.
   """
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))

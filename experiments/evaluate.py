@@ -15,9 +15,10 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import envs
+from jedi_jax.evaluation.evaluate import describe_results
 from jedi_jax.runs import program, workdir
 from jedi_jax.runs.console import Console
-from jedi_jax.training import loop, seeds
+from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions on --env instead of a run.")
@@ -60,7 +61,7 @@ def main() -> None:
     agent,
     about["env"],
     episodes=_EPISODES.value,
-    num_envs=min(_NUM_ENVS.value, _EPISODES.value),
+    num_envs=_NUM_ENVS.value,
     seed=seeds.evaluation_seed(_SEED.value),
     max_episode_steps=_MAX_STEPS.value,
     console=console,
@@ -69,7 +70,7 @@ def main() -> None:
     **about,
     "seed": _SEED.value,
     "max_episode_steps": _MAX_STEPS.value,
-    **loop.describe_results(about["env"], results),
+    **describe_results(about["env"], results),
   }
   workdir.write_json(out, summary)
   score = summary["human_normalized_score"]

@@ -1,4 +1,4 @@
-"""Acting: a policy with its recurrent state, from a model and parameters or from a run's directory."""
+"""Acting with a trained model, and loading it from a run's directory."""
 
 import operator
 import os
@@ -20,16 +20,16 @@ Act = Callable[..., tuple[Array, LstmState]]
 
 
 def make_act(model: Model) -> Act:
-  """Builds the pure function that chooses actions.
+  """Builds the pure function that samples actions.
 
   Args:
     model: the composed model.
 
   Returns:
     (parameters, observations [N, H, W, C] uint8, state, restart [N] bool, key, count [] uint32, epsilon []) -> (actions
-    [N] int32, state). Where `restart` is true the state is cleared first. With probability epsilon an action is
-    uniform, otherwise it is drawn from the policy. The key is folded with `count`, so that a loop needs one key and
-    derives no others outside of the program.
+    [N] int32, state). The state is cleared first where `restart` is true. An action is uniform with probability
+    epsilon, otherwise it is sampled from the policy. `count` is folded into the key, so that a loop can pass the same
+    key with the number of the step.
   """
 
   def act(
@@ -53,22 +53,23 @@ def make_act(model: Model) -> Act:
 
 
 class Agent:
-  """A policy ready to act.
+  """A model and its parameters, ready to act.
 
   Args:
     model: the composed model.
-    params: parameters; 'encoder' and 'actor_critic' are used.
-    config: the configuration of the run, for reference.
+    params: parameters by component; host arrays are moved to the default device. Acting uses 'encoder' and
+      'actor_critic'.
+    config: the configuration of the run; acting does not use it.
   """
 
   def __init__(self, model: Model, params: dict[str, Any], config: Config | None = None):
     self.model = model
-    self.params = jax.device_put(params)  # Once, not with every call.
+    self.params = jax.device_put(params)  # Once, not at every call.
     self.config = config
     self._act = jax.jit(make_act(model))
 
   def initial_state(self, batch: int) -> LstmState:
-    """The recurrent state at the start of an episode, for `batch` environments."""
+    """Returns the recurrent state at the start of an episode, for `batch` environments."""
     return self.model.initial_state(batch)
 
   def act(
@@ -81,23 +82,23 @@ class Agent:
     restart: Any = None,
     epsilon: float = 0.0,
   ) -> tuple[Array, LstmState]:
-    """Chooses one action for each environment.
+    """Samples one action for each environment.
 
     Args:
       observations: [N, H, W, C] uint8.
       state: from `initial_state` or the previous call.
-      key: random key; the pair of it and `count` is consumed.
-      count: in [0, 2**32); a loop passes one key and the number of the step.
-      restart: [N] bool; clears the state of environments where an episode begins; none if None.
-      epsilon: probability of a uniform action.
+      key: random key. Use each pair of key and `count` once.
+      count: integer in [0, 2**32), such as the number of the step.
+      restart: [N] bool; true where an episode begins, which clears the state. None for all false.
+      epsilon: probability of a uniform action, in [0, 1].
 
     Returns:
       Actions [N] int32 and the new state.
 
     Raises:
-      UserError: for observations of another shape or dtype.
-      OverflowError: for a count out of its range.
-      TypeError: for one that is no integer.
+      UserError: if observations have the wrong shape or dtype, or the state is of another number of environments.
+      OverflowError: if `count` is out of range.
+      TypeError: if `count` is not an integer.
     """
     if not hasattr(observations, "dtype"):
       observations = np.asarray(observations)
@@ -110,7 +111,7 @@ class Agent:
       raise UserError(f"observations have dtype {observations.dtype}; the agent expects uint8 in [0, 255]")
     if np.shape(state.hidden)[0] != len(observations):
       raise UserError(
-        f"the state is of {np.shape(state.hidden)[0]} environments and the observations of {len(observations)}: "
+        f"the state has {np.shape(state.hidden)[0]} environments, but observations have {len(observations)}: "
         "make it with initial_state(batch)"
       )
     restart = np.zeros(len(observations), bool) if restart is None else restart
@@ -119,7 +120,7 @@ class Agent:
     )
 
   def player(self, num_envs: int, seed: int) -> Policy:
-    """Returns a policy that keeps its state, as `evaluation.run_episodes` takes it; epsilon is 0."""
+    """Returns a stateful `Policy` for `num_envs` environments, which samples actions with epsilon 0."""
     state = self.initial_state(num_envs)
     key = jax.random.key(seed)
     calls = 0
@@ -134,14 +135,18 @@ class Agent:
 
 
 def load_agent(directory: str | os.PathLike[str], which: str = "latest") -> Agent:
-  """Loads the agent of a run for inference; nothing but parameters is read.
+  """Loads the agent of a run. Reads the parameters of a checkpoint but not its training state.
 
   Args:
     directory: the run's working directory.
-    which: 'latest' checkpoint, or the 'best' one by evaluation during training.
+    which: 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in evaluations during
+      training.
+
+  Returns:
+    The agent, with the run's configuration.
 
   Raises:
-    UserError: if there is no such run or checkpoint, or it does not fit its configuration.
+    UserError: if there is no such run or checkpoint, or the checkpoint does not match the run's configuration.
   """
   run = workdir.read(directory)
   model = build(run.config, run.spec)

@@ -8,7 +8,8 @@ from jedi_jax.agent import load_agent
 from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.training import loop
+from jedi_jax.evaluation.evaluate import describe_results
+from jedi_jax.runs import workdir
 
 N = 4
 
@@ -85,7 +86,7 @@ def test_restart_clears_the_state_where_it_is_true(agent):
 
 
 def test_epsilon_one_is_uniform(agent):
-  # Parameters that always choose action 0 but for epsilon.
+  # Parameters with which the policy always chooses action 0.
   params = jax.tree.map(np.array, agent.params)
   params["actor_critic"]["actor"]["bias"][:] = [1e4, 0.0, 0.0]
   certain = jedi_jax.Agent(agent.model, params)
@@ -106,7 +107,7 @@ def test_wrong_observations_are_refused(agent):
   refused(lambda: agent.act(frames().transpose(0, 3, 1, 2), state, key), "(4, 3, 24, 24)")
   refused(lambda: agent.act(frames().astype(np.float32), state, key), "float32", "uint8")
   refused(lambda: agent.act(frames().astype(np.int64), state, key), "int64")
-  refused(lambda: agent.act(frames(n=2), state, key), "4 environments", "of 2", "initial_state")
+  refused(lambda: agent.act(frames(n=2), state, key), "4 environments", "have 2", "initial_state")
 
 
 def test_observations_in_a_list_are_refused(agent):
@@ -132,7 +133,7 @@ def test_there_must_be_a_run(tmp_path, finished_run):
 
 def test_a_run_without_a_checkpoint(tmp_path, tiny):
   config = make_config(env="catch", preset="debug", overrides=tiny.networks)
-  jedi_jax.training.loop.workdir.prepare(tmp_path, config, SPEC)
+  workdir.prepare(tmp_path, config, SPEC)
   refused(lambda: load_agent(tmp_path), "no checkpoint")
 
 
@@ -145,7 +146,7 @@ def test_evaluation_repeats_itself(agent):
   assert any(play(seed) != results for seed in (12, 13, 14))
   assert [r.env for r in results] == [0, 0, 1, 1, 2, 2, 3, 3]
   assert {r.length for r in results} == {9}
-  summary = loop.describe_results("catch", results)
+  summary = describe_results("catch", results)
   assert summary["mean_return"] == np.mean([r.return_ for r in results])
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
   "replay.py": {"types"},
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
+  "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
   "evaluation/report.py": {"errors", "evaluation", "runs"},
   "runs": {"types", "errors", "version", "config", "runs"},
   "runs/sweep.py": {"errors", "config", "envs", "evaluation", "runs"},

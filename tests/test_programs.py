@@ -113,6 +113,14 @@ def test_report(tmp_path):
   assert {p.name for p in out.iterdir()} >= {"report.md", "report.tex", "scores.csv", "aggregates.csv", "profiles.svg"}
 
 
+def test_published_methods_are_printed_without_a_directory(tmp_path):
+  done = command(REPORT, "--methods", "--reps=0", cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert "| DIAMOND | 26 | 5 | 1.459 |" in done.stdout
+  assert "JEDI: no scores by game are available" in done.stdout
+  assert not any(tmp_path.iterdir())
+
+
 def test_diagnose_and_dream(run, snapshot):
   directory, _ = run
   before = snapshot(directory)
@@ -202,6 +210,7 @@ MISTAKES = {
   "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
   "ablations without a directory": ([ABLATIONS], ["--out"]),
   "report nothing": ([REPORT, "--out=new"], ["--results", "--methods"]),
+  "report without a directory": ([REPORT, "--results=file"], ["--out"]),
   "report no files": ([REPORT, "--out=new", "--results=empty/**/result.json"], ["empty", "matches"]),
   "report of something else": ([REPORT, "--out=new", "--results=file"], ["file", "cannot be read"]),
   "report beside an unknown method": ([REPORT, "--out=new", "--methods", "--compare=DIAMONT"], ["DIAMONT", "DIAMOND"]),

@@ -1,4 +1,4 @@
-"""Evaluation: whole games played by a fixed policy, and their scores set against random and human play."""
+"""Evaluation: plays whole games with a fixed policy, and aggregates and reports their scores."""
 
 from jedi_jax.evaluation.episodes import EpisodeResult, Policy, random_policy, run_episodes
 from jedi_jax.evaluation.scores import human_normalized_score

@@ -13,10 +13,10 @@ class EpisodeResult(NamedTuple):
   """One whole game.
 
   Attributes:
-    env: index of the environment that played it.
+    env: index of the environment.
     return_: undiscounted sum of raw rewards.
-    length: steps taken.
-    truncated: whether the time limit stopped it.
+    length: number of environment steps.
+    truncated: whether the time limit ended the game.
   """
 
   env: int
@@ -34,18 +34,18 @@ def run_episodes(
 ) -> list[EpisodeResult]:
   """Plays a fixed number of whole games.
 
-  Every environment plays the same number of them, or one more in the first ones, and its later games do not count: to
-  take the first games to finish would favour short ones.
+  Each environment plays a fixed share of the games; the shares differ by at most one. Games beyond the share do not
+  count. Counting the first games to finish instead would favour short games.
 
   Args:
-    env: N environments; they are reset here and left open. A lost life does not end an episode here, whatever `env`
-      makes of it.
-    policy: see `Policy`; `restart` is true in every environment at its first call.
+    env: N environments. This function resets them and does not close them. A game ends with `game_over`; a lost life
+      does not end it.
+    policy: see `Policy`.
     episodes: number of games over all environments, at least 1.
-    on_episode: called with each game that counts as soon as it is over.
+    on_episode: called with each counted game when it ends.
 
   Returns:
-    `episodes` results, ordered by environment and, within one, by time.
+    `episodes` results, ordered by environment, then by time.
 
   Raises:
     UserError: `episodes` is less than 1.
@@ -77,14 +77,11 @@ def run_episodes(
 
 
 def random_policy(num_actions: int, seed: int) -> Policy:
-  """A policy that draws every action uniformly from [0, num_actions), independently.
+  """Makes a policy that draws each action independently and uniformly from [0, num_actions).
 
   Args:
     num_actions: A.
     seed: the same seed gives the same sequence of actions.
-
-  Returns:
-    The policy; it looks at nothing.
   """
   generator = np.random.default_rng(seed)
 

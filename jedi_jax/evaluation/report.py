@@ -1,4 +1,4 @@
-"""From result.json files to the tables and figures of a paper."""
+"""Tables and figures of the Atari 100k benchmark from result.json files."""
 
 import csv
 import dataclasses
@@ -15,7 +15,7 @@ from jedi_jax.evaluation.scores import METRICS, Aggregate, Estimate, Scores
 from jedi_jax.runs import figures, workdir
 
 PROTOCOL = {"env_steps": 100_000, "games": 100, "max_episode_steps": 27_000}
-"""What a result of the benchmark has; others are reported."""
+"""Values that every result of the benchmark must have; `collect` notes deviations."""
 
 LABELS = {
   "mean": "Mean",
@@ -30,20 +30,23 @@ LABELS = {
 }
 
 
+_LONGEST_NAME = 200
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One result.json.
+  """The contents of one result.json.
 
   Attributes:
-    path: of the file.
-    method: what it counts under: the variant, with the preset if that is not `paper`.
-    game: such as 'Breakout', or the whole name of an environment that is no plain Atari game.
-    seed: of the run.
-    score: mean return of the final games.
-    env_steps: environment steps.
-    games: final games.
-    max_episode_steps: their time limit.
-    curve: (environment steps, frames, mean return) of every evaluation during training, from metrics.jsonl.
+    path: path of the file.
+    method: the variant, followed by the preset if that is not `paper`.
+    game: name of the environment without 'atari/', such as 'Breakout'.
+    seed: seed of the run.
+    score: mean return of the final evaluation.
+    env_steps: environment steps of training.
+    games: number of games of the final evaluation.
+    max_episode_steps: time limit of these games in environment steps.
+    curve: (environment steps, frames, mean return) of each evaluation during training, from metrics.jsonl.
   """
 
   path: pathlib.Path
@@ -58,10 +61,10 @@ class Run:
 
 
 def read_run(path: pathlib.Path) -> Run:
-  """Reads a result.json, and the metrics.jsonl beside it where there is one.
+  """Reads a result.json, and metrics.jsonl in the same directory if it exists.
 
   Raises:
-    UserError: if the file cannot be read or is no result.
+    UserError: if a file cannot be read or has invalid contents.
   """
   result = workdir.read_json(path)
   try:
@@ -84,12 +87,9 @@ def read_run(path: pathlib.Path) -> Run:
   if not abs(score) < scores_lib.BEYOND:
     raise UserError(f"{path} has a mean return of {score}")
   for name in (env, variant, preset):
-    if not name.isprintable() or not 0 < len(name) <= _LONGEST:
-      raise UserError(f"{path} has {name[:_LONGEST]!r} for a name")
+    if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
+      raise UserError(f"{path} has the invalid name {name[:_LONGEST_NAME]!r}")
   return dataclasses.replace(run, curve=_curve(path.with_name("metrics.jsonl")))
-
-
-_LONGEST = 200
 
 
 def _curve(path: pathlib.Path) -> tuple[tuple[int, int, float], ...]:
@@ -111,8 +111,8 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
   """Groups runs by method.
 
   Returns:
-    The methods by name, with runs in the order of their seeds, and a sentence for everything that a reader of the
-    figures must know: environments that do not count, games and seeds that are missing, other protocols.
+    The methods by name, with runs ordered by seed; and notes, one sentence each, on runs of environments outside the
+    benchmark and on deviations from `PROTOCOL`.
 
   Raises:
     UserError: if two runs have the same method, game and seed.
@@ -129,7 +129,7 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
     if run.game in known:
       grouped.setdefault(run.method, {}).setdefault(run.game, []).append(run)
     else:
-      notes.append(f"{run.method}: {run.game}, seed {run.seed}, is no game of Atari 100k and does not count.")
+      notes.append(f"{run.method}: {run.game}, seed {run.seed}, is not a game of Atari 100k and does not count.")
   for name, wanted in PROTOCOL.items():
     others = sorted({getattr(run, name) for run in runs if run.game in known} - {wanted})
     if others:
@@ -142,24 +142,23 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
 
 
 def describe_gaps(name: str, aggregate: Aggregate) -> list[str]:
-  """Says which games and runs do not count in an aggregate."""
+  """Returns notes on the games and runs that an aggregate does not include."""
   notes = []
   if aggregate.missing:
     notes.append(
-      f"{name}: {len(aggregate.games)} of 26 games; without {', '.join(aggregate.missing)}. "
-      "Its aggregates are over the games that are there and compare with nothing else."
+      f"{name}: {len(aggregate.games)} of 26 games; missing: {', '.join(aggregate.missing)}. "
+      "Its aggregates are over these games only and are not comparable with others."
     )
   if aggregate.left_out:
     extra = ", ".join(f"{game} {count}" for game, count in aggregate.left_out.items())
     notes.append(
-      f"{name}: games have unequal numbers of runs; the first {aggregate.runs} of each count, "
-      f"these are left out: {extra}."
+      f"{name}: games have unequal numbers of runs; the first {aggregate.runs} of each count, left out: {extra}."
     )
   return notes
 
 
 def aggregate_table(methods: Mapping[str, Scores], aggregates: Mapping[str, Aggregate]) -> list[list[str]]:
-  """Rows of text: a header, then a method a row with its games, runs and metrics."""
+  """Returns a header and one row per method: number of games, number of runs, and `METRICS`."""
   rows = [["method", "games", "runs", *(LABELS[metric] for metric in METRICS)]]
   for name, aggregate in aggregates.items():
     cells = [_cell(aggregate.metrics.get(metric)) for metric in METRICS]
@@ -169,7 +168,7 @@ def aggregate_table(methods: Mapping[str, Scores], aggregates: Mapping[str, Aggr
 
 
 def game_table(methods: Mapping[str, Scores]) -> list[list[str]]:
-  """Rows of text: a header, then a game a row with random, human and each method's mean raw score."""
+  """Returns a header and one row per game: mean raw scores of random and human play and of each method."""
   rows = [["game", "random", "human", *methods]]
   reference = scores_lib.reference()
   for game in scores_lib.games():
@@ -182,7 +181,7 @@ def game_table(methods: Mapping[str, Scores]) -> list[list[str]]:
 
 
 def latex(rows: Sequence[Sequence[str]]) -> str:
-  """Formats rows as a LaTeX tabular (package booktabs)."""
+  """Formats rows as a LaTeX tabular that needs the package booktabs."""
   body = [" & ".join(cell.replace("_", r"\_").replace("%", r"\%") for cell in row) + r" \\" for row in rows]
   columns = "l" + "r" * (len(rows[0]) - 1)
   return "\n".join(
@@ -191,7 +190,7 @@ def latex(rows: Sequence[Sequence[str]]) -> str:
 
 
 def scores_csv(methods: Mapping[str, Scores]) -> str:
-  """Every score: method, game, run (its place, or 'mean'), raw score and human-normalised score."""
+  """Returns all scores as CSV: method, game, index of the run (or 'mean'), raw and human-normalised score."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(["method", "game", "run", "score", "human_normalized_score"])
@@ -204,7 +203,7 @@ def scores_csv(methods: Mapping[str, Scores]) -> str:
 
 
 def aggregates_csv(aggregates: Mapping[str, Aggregate]) -> str:
-  """Every aggregate: method, metric, value and the bounds of its interval."""
+  """Returns all aggregates as CSV: method, metric, value and the bounds of its interval."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(["method", "metric", "value", "low", "high"])
@@ -226,7 +225,7 @@ def _cell(estimate: Estimate | None) -> str:
 
 
 def _color(index: int, count: int) -> str | tuple[float, float, float, float]:
-  """One of ten strong colours, or of twenty where there are more lines."""
+  """Returns one of ten strong colours, or one of twenty if `count` exceeds ten."""
   if count <= 10:
     return f"C{index}"
   import matplotlib as mpl
@@ -235,14 +234,14 @@ def _color(index: int, count: int) -> str | tuple[float, float, float, float]:
 
 
 def _label(name: str, aggregate: Aggregate) -> str:
-  """A method's name, with what keeps its figures from comparing with others."""
+  """Returns a method's name followed by the reasons why its figures are not comparable with others."""
   remarks = [f"{len(aggregate.games)} games"] if aggregate.missing else []
   remarks += ["means"] if aggregate.metrics["iqm"].low is None else []
   return f"{name} ({', '.join(remarks)})" if remarks else name
 
 
 def draw_aggregates(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> None:
-  """Draws median, IQM, mean and optimality gap with their intervals, a method a row."""
+  """Draws median, IQM, mean and optimality gap with their intervals, one row per method."""
   plt = figures.pyplot(path)
   if plt is None:
     return
@@ -269,7 +268,7 @@ def draw_aggregates(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> 
 
 
 def draw_profiles(methods: Mapping[str, Scores], path: pathlib.Path) -> None:
-  """Draws the share of runs above each score, for the methods with runs."""
+  """Draws performance profiles of the methods with runs: the share of runs above each score."""
   plt = figures.pyplot(path)
   if plt is None:
     return
@@ -293,7 +292,7 @@ def draw_profiles(methods: Mapping[str, Scores], path: pathlib.Path) -> None:
 
 
 def draw_asymmetry(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> None:
-  """Draws each method's mean on the Human-Optimal games against that on the Agent-Optimal ones."""
+  """Draws each method's mean score on Human-Optimal games over its mean on Agent-Optimal games."""
   complete = {name: a for name, a in aggregates.items() if "asymmetry" in a.metrics}
   plt = figures.pyplot(path) if complete else None
   if plt is None:
@@ -313,7 +312,7 @@ def draw_asymmetry(aggregates: Mapping[str, Aggregate], path: pathlib.Path) -> N
 
 
 def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
-  """Draws the evaluations during training, a game a panel and a run a line, in steps below and frames above."""
+  """Draws evaluations during training, one panel per game and one line per run, over environment steps and frames."""
   with_curves = [run for run in runs if run.curve]
   plt = figures.pyplot(path) if with_curves else None
   if plt is None:
@@ -350,7 +349,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file of the report.
 
   Raises:
-    UserError: if it cannot be written.
+    UserError: if the file cannot be written.
   """
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -360,20 +359,20 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def notes_text(notes: Sequence[str]) -> str:
-  """Formats what a reader must know as a Markdown list."""
+  """Formats notes as a Markdown list."""
   return "\n".join(f"- {note}" for note in notes) if notes else "- Every game and run counts."
 
 
 def sources(methods: Mapping[str, Scores]) -> list[str]:
-  """Where the published scores among them are from, and what is odd about them."""
+  """Returns one line for each method with a source: the citation, the kind of its scores, and caveats."""
   lines: list[str] = []
   for name, method in methods.items():
     if method.source:
-      what = "runs" if method.per_run else "game means: no intervals, an IQM that does not compare with that of runs"
-      lines.append(f"{name}: {method.source} ({what}). {method.note}".strip())
+      kind = "runs" if method.per_run else "game means: no intervals, and an IQM not comparable with that of runs"
+      lines.append(f"{name}: {method.source} ({kind}). {method.note}".strip())
   return lines
 
 
 def to_json(aggregates: Mapping[str, Aggregate]) -> dict[str, Any]:
-  """Returns the aggregates as JSON values."""
+  """Converts aggregates to JSON values."""
   return {name: dataclasses.asdict(aggregate) for name, aggregate in aggregates.items()}

@@ -18,7 +18,7 @@ import numpy as np
 from jedi_jax.errors import UserError, nearest
 
 BEYOND = 1e15
-"""No game gives such scores; sums and squares of smaller ones stay finite."""
+"""Bound on the absolute value of a score; sums and squares below it stay finite."""
 _ATARI = "atari/"
 _FILE: Any = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json")
 
@@ -33,11 +33,12 @@ METRICS = (
   "human_optimal",
   "asymmetry",
 )
-"""The aggregates of human-normalised scores (HNS).
+"""Aggregates of human-normalised scores (HNS).
 
-mean, median, iqm, optimality_gap: as rliable defines them. har_hns: 1 / mean_i(1 / (HNS_i + 0.1)) over games, HNS_i the
-mean over runs. superhuman: games whose mean HNS is at least 1. agent_optimal, human_optimal: means over the 13 games
-where agents of 2020 to 2024 did well against people, and the 13 others. asymmetry: the first less the second.
+mean, median, iqm, optimality_gap: as rliable defines them. har_hns: 1 / mean_i(1 / (HNS_i + 0.1)) over games i, with
+HNS_i the mean over runs. superhuman: number of games with a mean HNS of at least 1. agent_optimal, human_optimal: mean
+HNS of the 13 games where agents of 2020 to 2024 did well relative to humans, and of the 13 others. asymmetry:
+agent_optimal - human_optimal.
 """
 
 LOWER_IS_BETTER = ("optimality_gap", "asymmetry")
@@ -48,12 +49,13 @@ class Scores:
   """Raw scores of one method.
 
   Attributes:
-    name: of the method.
-    by_game: game to the scores of its runs, or to its one published mean.
-    per_run: whether these are runs. Means and runs are never mixed: the IQM of means is another number.
-    source: where they are from.
-    note: what a reader should know of them.
-    published: aggregates as their authors or others print them, for comparison.
+    name: name of the method.
+    by_game: maps a game to the scores of its runs, or to a tuple of its one published mean.
+    per_run: true for scores of runs, false for game means. They are never mixed, since the IQM of means differs from
+      the IQM of runs.
+    source: citation of the scores.
+    note: caveats for readers.
+    published: published aggregates by name, for comparison.
   """
 
   name: str
@@ -66,7 +68,7 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-  """A figure and its 95% interval; the interval is None where there are no runs to draw again."""
+  """A value and its 95% interval; the bounds are None where there are no runs to resample."""
 
   value: float
   low: float | None = None
@@ -75,14 +77,14 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Aggregate:
-  """What a method's scores come to.
+  """Aggregated scores of a method.
 
   Attributes:
-    metrics: `METRICS` to estimates; a metric that needs games that are missing is left out.
-    games: the games that count, in the benchmark's order.
-    missing: the games of the benchmark without a score.
-    runs: runs of each game that count, 1 for published means.
-    left_out: game to the number of runs beyond those, which do not count.
+    metrics: maps names of `METRICS` to estimates; metrics that need missing games are absent.
+    games: games with scores, in the benchmark's order.
+    missing: games of the benchmark without a score.
+    runs: number of runs counted for every game; 1 for published means.
+    left_out: maps a game to the number of its runs that are not counted, if any.
   """
 
   metrics: Mapping[str, Estimate]
@@ -93,24 +95,24 @@ class Aggregate:
 
   @property
   def complete(self) -> bool:
-    """Whether every game of the benchmark counts, with the same number of runs."""
+    """Whether every game of the benchmark has a score, all with the same number of runs."""
     return not self.missing and not self.left_out
 
 
 def games() -> tuple[str, ...]:
-  """The 26 games of Atari 100k."""
+  """Returns the names of the 26 games of Atari 100k, such as 'Breakout'."""
   return tuple(_published()["games"])
 
 
 def human_normalized_score(env_name: str, score: float) -> float | None:
-  """(score - random) / (human - random): 0 for random play, 1 for a human.
+  """Computes (score - random) / (human - random): 0 for random play, 1 for human play.
 
   Args:
-    env_name: such as `atari/Breakout`.
+    env_name: name of the environment, such as 'atari/Breakout'.
     score: mean undiscounted return of whole games, from raw rewards.
 
   Returns:
-    The normalised score, or None where it is not defined: Catch, and games outside the 26 of Atari 100k.
+    The normalised score; None for environments that are not one of the 26 games of Atari 100k.
   """
   game = env_name.removeprefix(_ATARI)
   if not env_name.startswith(_ATARI) or game not in _published()["games"]:
@@ -119,19 +121,19 @@ def human_normalized_score(env_name: str, score: float) -> float | None:
 
 
 def reference() -> dict[str, dict[str, float]]:
-  """Raw scores of 'random' and 'human' play by game."""
+  """Returns the raw scores of 'random' and 'human' play by game."""
   return {kind: dict(_published()[kind]) for kind in ("random", "human")}
 
 
 def normalize(game: str, scores: Sequence[float]) -> np.ndarray:
-  """Returns human-normalised scores [runs] float64 of raw ones; `game` is one of `games()`."""
+  """Converts raw scores of a game of `games()` to human-normalised scores [runs] float64."""
   table = _published()
   random, human = table["random"][game], table["human"][game]
   return (np.asarray(scores, np.float64) - random) / (human - random)
 
 
 def published() -> dict[str, Scores]:
-  """Every published method of which scores are at hand, by name."""
+  """Returns the methods in `published.json` by name."""
   methods = {}
   for name, entry in _published()["methods"].items():
     aggregates = entry.get("published") or entry.get("aggregates_reported") or {}
@@ -149,10 +151,10 @@ def published() -> dict[str, Scores]:
 
 
 def find_published(names: Sequence[str]) -> list[Scores]:
-  """Returns published methods by name.
+  """Returns the published methods with these names.
 
   Raises:
-    UserError: for an unknown one.
+    UserError: if a name is unknown.
   """
   known = published()
   for name in names:
@@ -162,17 +164,17 @@ def find_published(names: Sequence[str]) -> list[Scores]:
 
 
 def matrix(scores: Scores) -> tuple[np.ndarray, Aggregate]:
-  """Arranges normalised scores as rliable wants them.
+  """Arranges normalised scores as the matrix that rliable takes.
 
   Args:
-    scores: raw scores; games outside the benchmark do not count.
+    scores: raw scores; games outside the benchmark are ignored.
 
   Returns:
-    HNS [runs, games] float64, and an `Aggregate` without metrics that says what is in it. Where games have unequal
-    numbers of runs the first ones count, as many as the game with the fewest has.
+    HNS [runs, games] float64, and an `Aggregate` without metrics that describes its rows and columns. If games have
+    unequal numbers of runs, only the first runs of each count, as many as every game has.
 
   Raises:
-    UserError: if no game of the benchmark has a score, or a score is not a finite number.
+    UserError: if no game of the benchmark has a score, or a score is not finite.
   """
   present = tuple(game for game in games() if scores.by_game.get(game))
   if not present:
@@ -187,15 +189,15 @@ def matrix(scores: Scores) -> tuple[np.ndarray, Aggregate]:
 
 
 def aggregate(scores: Scores, *, reps: int = 2_000, seed: int = 0) -> Aggregate:
-  """Computes all aggregates of a method with stratified bootstrap 95% intervals.
+  """Computes all aggregates of a method, with 95% intervals by stratified bootstrap.
 
   Args:
-    scores: of the method.
-    reps: bootstrap replications; 0 for no intervals.
-    seed: of the bootstrap.
+    scores: raw scores of the method.
+    reps: number of bootstrap replications; 0 for no intervals.
+    seed: seed of the bootstrap.
 
   Raises:
-    UserError: as `matrix`, or where rliable is not installed.
+    UserError: as `matrix`, or if rliable is not installed.
   """
   hns, about = matrix(scores)
   names = [name for name in METRICS if _needs(name) <= set(about.games)]
@@ -208,27 +210,27 @@ def aggregate(scores: Scores, *, reps: int = 2_000, seed: int = 0) -> Aggregate:
   high: Sequence[float | None] = [None] * len(names)
   if scores.per_run and about.runs > 1 and reps:
     library = _rliable("library")
-    # rliable 1.2 draws from NumPy's global generator, whatever `random_state` it is given.
+    # rliable 1.2 ignores `random_state` and draws from NumPy's global generator.
     before = np.random.get_state()
     np.random.seed(seed)
     try:
       _, intervals = library.get_interval_estimates({scores.name: hns}, figures, reps=reps)
     finally:
       np.random.set_state(before)
-    # Har-HNS is not defined where a bootstrapped game lies far below random play: then it has no interval.
+    # Har-HNS is undefined where a resampled game is far below random play; then it has no interval.
     low, high = ([x if math.isfinite(x) else None for x in row.tolist()] for row in intervals[scores.name])
   metrics = {name: Estimate(float(v), a, b) for name, v, a, b in zip(names, values, low, high, strict=True)}
   return dataclasses.replace(about, metrics=metrics)
 
 
 def probability_of_improvement(x: Scores, y: Scores) -> tuple[float, tuple[str, ...]]:
-  """Probability that a run of `x` scores higher than one of `y` on a game, averaged over the games of both.
+  """Computes the probability that a run of `x` scores higher than a run of `y`, averaged over the games of both.
 
   Returns:
-    The probability, and the games.
+    The probability, and the games that both have.
 
   Raises:
-    UserError: if one of them has no runs, or they share no game.
+    UserError: if `x` or `y` has game means only, or they share no game.
   """
   for scores in (x, y):
     if not scores.per_run:
@@ -247,19 +249,19 @@ def probability_of_improvement(x: Scores, y: Scores) -> tuple[float, tuple[str, 
 
 
 def performance_profile(scores: Scores, thresholds: Sequence[float]) -> np.ndarray:
-  """Share of runs and games with an HNS above each threshold, [len(thresholds)] float64."""
+  """Computes the share of runs over all games with an HNS above each threshold: [len(thresholds)] float64."""
   hns, _ = matrix(scores)
   return np.mean(hns[None] > np.asarray(thresholds, np.float64)[:, None, None], axis=(1, 2))
 
 
 def partition() -> dict[str, tuple[str, ...]]:
-  """The games by group: 'agent_optimal' and 'human_optimal', 13 each."""
+  """Returns the games by group: 'agent_optimal' and 'human_optimal', 13 each."""
   table = _published()["partition"]
   return {name: tuple(table[name]) for name in ("agent_optimal", "human_optimal")}
 
 
 def _needs(metric: str) -> set[str]:
-  """Games without which a metric would be another one."""
+  """Returns the games that a metric requires."""
   groups = partition()
   if metric == "asymmetry":
     return set(games())
@@ -291,22 +293,22 @@ def _rliable(module: str) -> Any:
 
 @functools.cache
 def _published() -> dict[str, Any]:
-  """`published.json`: `games`, their `random` and `human` scores, the `partition`, `methods`, and the sources.
+  """Reads published.json: `games`, their `random` and `human` scores, the `partition`, `methods` and their sources.
 
   Raises:
-    UserError: if the file is not as it was installed.
+    UserError: if the file is damaged.
   """
   try:
     table = json.loads(_FILE.read_text(encoding="utf-8"))
     _check(table)
   except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     reason = (str(error).splitlines() or [""])[0][:200]
-    raise UserError(f"{_FILE} is damaged ({type(error).__name__}: {reason}): install jedi_jax anew") from None
+    raise UserError(f"{_FILE} is damaged ({type(error).__name__}: {reason}): reinstall jedi_jax") from None
   return table
 
 
 def _check(table: Any) -> None:
-  """Raises one of several errors where the published scores lack something or hold what is no score."""
+  """Raises ValueError, TypeError, KeyError or AttributeError if the published scores are incomplete or malformed."""
 
   def numbers(values: Any) -> None:
     if not all(type(value) in (int, float) and abs(value) < BEYOND for value in values):

@@ -1,1 +1,1 @@
-"""Looking at a trained model: real games recorded, dreams of the same games, and figures that tell what is weak."""
+"""Inspection of trained models: recorded games, films of imagined games, and a diagnosis of each part."""

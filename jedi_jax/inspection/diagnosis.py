@@ -1,4 +1,4 @@
-"""Which part of a trained model is weak: figures on real games that it was not trained on."""
+"""Diagnosis of a trained model: measures each of its parts on real games that it was not trained on."""
 
 import os
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from jedi_jax.training.seeds import evaluation_seed
 from jedi_jax.types import Array, Params, Segment
 
 _CHUNK = 64
-"""Frames of an episode that are encoded at once."""
-_FEW = 5
-"""A class with fewer examples than this is no ground for a verdict."""
+"""Frames encoded in one call."""
+_MIN_EXAMPLES = 5
+"""Classes with fewer examples do not enter the F1 score."""
 
 Figures = dict[str, Any]
 
@@ -36,18 +36,18 @@ def diagnose_run(
   segments: int = 128,
   seed: int = 0,
 ) -> Figures:
-  """Plays a run's environment with its policy, diagnoses the run and writes diagnosis.json to its directory.
+  """Plays a run's environment with its policy, diagnoses the run, and writes diagnosis.json to its directory.
 
   Args:
     directory: the run's working directory.
-    checkpoint: 'latest' or 'best'.
-    steps: real environment steps, over all environments.
-    num_envs: environments that play side by side.
+    checkpoint: 'latest' or 'best'; see `load_agent`.
+    steps: environment steps over all environments; rounded up to a multiple of `num_envs`.
+    num_envs: number of environments.
     segments: see `diagnose`.
-    seed: of games, actions and noise; apart from those of training.
+    seed: seed of games, actions and noise. The games are not those of training.
 
   Returns:
-    What was written: the figures of `diagnose`, and 'env', 'variant', 'checkpoint', 'seed' and 'steps'.
+    The contents of the file: the figures of `diagnose`, and 'env', 'variant', 'checkpoint', 'seed' and 'steps'.
 
   Raises:
     UserError: if there is no such run or checkpoint.
@@ -68,36 +68,37 @@ def diagnose_run(
 
 
 def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: int = 128) -> Figures:
-  """Measures every part of a model on real episodes.
+  """Measures each part of a model on real episodes.
 
   Args:
-    agent: with all parameters and its configuration.
-    episodes: real games of its own policy, as `recording.record` plays them; not the ones it was trained on.
-    seed: of which segments are taken and of the noise.
-    segments: at most so many segments of L + H frames, L conditioning frames and H the horizon.
+    agent: an agent with all parameters and its configuration.
+    episodes: real games of its policy, as `recording.record` plays them, not those of its training.
+    seed: seed of the choice of segments and of the noise.
+    segments: maximum number of segments of L + H frames, with L conditioning frames and horizon H.
 
   Returns:
     A dictionary of JSON values:
-      'segments': their number.
+      'segments': number of segments.
       'latents': 'latent_std', 'latent_rank' (see `telemetry.latent_summary`) and 'largest', the largest absolute value.
       'denoising': lists 'sigma', 'loss' (as in training, conditioned on real latents) and 'without_network', the loss
-        of an inner network that gives 0. Absent where the dynamics has no noise levels.
+        of an inner network with output 0. Absent if the dynamics has no noise levels.
       'open_loop': lists 'error' and 'copying' over steps 1 to H: root mean square error of the latents imagined with
-        the real actions, and of the last real latent, over the standard deviation of real latents.
+        the real actions, and of the last real latent as a constant prediction, in standard deviations of real latents.
       'rewards_ends': 'on_real' latents and 'in_imagination' (with the real actions): counts, precision and recall of
-        each class, and 'f1', the mean F1 score of the classes that matter with at least 5 examples, None without any.
-      'value': 'correlation' of the critic's value with the discounted return that followed (None where one of the two
-        does not vary), 'bias' (value less return), lists 'predicted' and 'realised': means over fifths of the steps
-        in order of their value.
-      'weakest': a sentence.
+        each class, and 'f1', the mean F1 score of negative rewards, positive rewards and ends, over the classes with at
+        least 5 examples; None if there is no such class.
+      'value': 'correlation' of the critic's value with the discounted return (None if one of them is constant), 'bias'
+        (mean of value minus return), and lists 'predicted' and 'realised': mean value and return of each fifth of the
+        steps, ordered by value.
+      'weakest': a sentence that names the weakest part; see `weakest`.
 
   Raises:
-    UserError: if there is no whole step to look at.
+    UserError: if the agent has no configuration, or there are no episodes.
   """
   if agent.config is None:
     raise UserError("the agent has no configuration: load it from a run's directory")
   if not episodes:
-    raise UserError("there is no episode to look at: record more steps")
+    raise UserError("there is no episode to diagnose: record more steps")
   model, config = agent.model, agent.config
   length, horizon = model.conditioning_frames, config.actor_critic.horizon
   windowed = windows(episodes, before=length, after=horizon, stride=horizon)
@@ -131,7 +132,7 @@ def _latents(agent: Agent, segment: Segment) -> Figures:
 
 
 def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
-  """Loss by noise level, of the target after the start."""
+  """Measures the denoising loss by noise level; empty for dynamics without noise levels."""
   assert agent.config is not None
   model, c = agent.model, agent.config.denoiser
   length, count = model.conditioning_frames, len(segment.mask)
@@ -143,7 +144,7 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
   if not isinstance(noise, DenoisingNoise):
     return {}
 
-  # Segment and noise are arguments: as constants they would be folded into the program for minutes.
+  # Segment and noise are arguments; XLA would spend minutes on folding them as constants.
   @jax.jit
   def measure(params: dict[str, Params], segment: Segment, noise: DenoisingNoise, level: Array) -> tuple[Array, Array]:
     at_level = noise._replace(sigma=jnp.full_like(noise.sigma, level), use_estimate=jnp.zeros((), bool))
@@ -166,19 +167,20 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
       offset_noise=c.offset_noise,
     )
     _, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
-    nothing = jnp.mean(jnp.square((flat - c_skip * noisy) / c_out), axis=(1, 2, 3))
-    return loss, jnp.average(nothing, weights=weights.reshape(-1))
+    without_network = jnp.mean(jnp.square((flat - c_skip * noisy) / c_out), axis=(1, 2, 3))
+    return loss, jnp.average(without_network, weights=weights.reshape(-1))
 
   levels = np.geomspace(c.sigma_min, c.sigma_max, 12)
   pairs = [jax.device_get(measure(agent.params, segment, noise, level)) for level in levels.astype(np.float32)]
   return {
     "sigma": levels.tolist(),
     "loss": [float(loss) for loss, _ in pairs],
-    "without_network": [float(nothing) for _, nothing in pairs],
+    "without_network": [float(loss) for _, loss in pairs],
   }
 
 
 def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
+  """Measures open-loop errors, and the reward / end model on real and on imagined latents."""
   model, length = agent.model, agent.model.conditioning_frames
 
   @jax.jit
@@ -187,7 +189,7 @@ def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
     trajectory = dreams.open_loop(model, params, segment, jax.random.split(key, count))
     latents = model.encode(params, segment.observations, segment.mask)
     weights = segment.mask.astype(jnp.float32)
-    # Variance around the mean of each number of the latent.
+    # Sum over the latent's elements of their variances.
     mean = jnp.einsum("bt,bthwc->hwc", weights, latents) / jnp.sum(weights)
     total = jnp.einsum("bt,bthwc->", weights, jnp.square(latents - mean))
     variance = jnp.maximum(total / jnp.sum(weights), 1e-12)
@@ -232,16 +234,16 @@ def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
 
 
 def _f1(rewards: np.ndarray, ends: np.ndarray) -> float | None:
-  """Mean F1 score of negative and positive rewards and of ends, as far as there are examples."""
+  """Computes the mean F1 score of negative rewards, positive rewards and ends, from confusion counts."""
   scores = []
   for counts, label in ((rewards, 0), (rewards, 2), (ends, 1)):
-    if counts[label].sum() >= _FEW:
+    if counts[label].sum() >= _MIN_EXAMPLES:
       scores.append(2 * counts[label, label] / (counts[label].sum() + counts[:, label].sum()))
   return float(np.mean(scores)) if scores else None
 
 
 def _value(agent: Agent, episodes: list[Episode]) -> Figures:
-  """Compares the critic's value of real frames with what followed."""
+  """Compares the critic's value of real frames with the discounted return, bootstrapped at an unfinished end."""
   assert agent.config is not None
   model, gamma = agent.model, agent.config.actor_critic.gamma
 
@@ -278,20 +280,23 @@ def _value(agent: Agent, episodes: list[Episode]) -> Figures:
 
 
 def weakest(figures: Mapping[str, Any]) -> str:
-  """Names the part that these figures speak against most.
+  """Returns a sentence that names the weakest part.
 
-  Each part has a fault from 0 (none) to 1 (it does no work): the reward / end model 1 - F1 on real latents; the
-  dynamics its error after H steps over that of copying the last latent; what imagination takes from the reward / end
-  model the loss in F1; the critic 1 - correlation with the returns. Collapsed latents come before everything.
+  It is the part with the highest fault, from 0 (none) to 1 (no better than no model):
+    reward / end model: 1 - F1 on real latents.
+    dynamics: the larger of the decrease of F1 from real to imagined latents, and the open-loop error after H steps
+      over that of copying the last latent.
+    critic: 1 - correlation of values with returns.
+  If the latents have collapsed, it is the encoder.
 
   Args:
-    figures: as from `diagnose`.
+    figures: figures of `diagnose`.
   """
   std, rank = figures["latents"].get("latent_std", 0.0), figures["latents"].get("latent_rank", 0.0)
   if not std > 1e-2 or not rank > 1.5:
     return (
       f"the encoder: its latents have collapsed (standard deviation {std:.3g}, effective rank {rank:.2g}); "
-      "look at the gradients that reach it before anything else"
+      "first check the gradients that reach it"
     )
   faults: list[tuple[float, str]] = []
   real, imagined = (figures["rewards_ends"][name]["f1"] for name in ("on_real", "in_imagination"))
@@ -316,5 +321,5 @@ def weakest(figures: Mapping[str, Any]) -> str:
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
   fault, sentence = max(faults)
-  seen = "" if real is not None else f"; fewer than {_FEW} rewards or ends of a kind were met, so they are not judged"
-  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){seen}"
+  note = "" if real is not None else f"; rewards and ends are not judged: fewer than {_MIN_EXAMPLES} of each kind"
+  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){note}"

@@ -1,34 +1,39 @@
-"""Films: a real game beside two dreams from the same start, one with the same actions, one with the policy's own."""
+"""Films: a real game next to two imagined ones from the same start, with the real actions and with the policy's."""
+
+from __future__ import annotations
 
 import pathlib
 import shutil
 import subprocess
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from jedi_jax.agent import Agent
 from jedi_jax.errors import UserError
 from jedi_jax.training import dreams
 from jedi_jax.types import Array, Params, Segment
 
+if TYPE_CHECKING:
+  from PIL import Image
+
 PANES = ("real game", "dream, same actions", "dream, own policy")
-_CAPTION = 59
+_CAPTION_HEIGHT = 59
 _GAP = 6
 
 
 class Film(NamedTuple):
-  """B takes of T + 1 frames in the three panes of `PANES`.
+  """B segments of T + 1 frames in the three panes of `PANES`.
 
   Attributes:
     frames: [3, B, T + 1, H, W, C] uint8.
-    rewards: [3, B, T + 1] float32; of the step that led to the frame, 0 for the first: the real sign, else expected.
-    ends: [3, B, T + 1] float32; probability that this step ended the episode.
-    values: [3, B, T + 1] float32; the critic's. The last of a dream repeats the one before.
-    shown: [3, B, T + 1] bool; false after the episode.
+    rewards: [3, B, T + 1] float32 in [-1, 1]; sign of the reward of the step that led to the frame, 0 for the first
+      frame. In imagined panes it is the expected sign.
+    ends: [3, B, T + 1] float32 in [0, 1]; probability that this step ended the episode.
+    values: [3, B, T + 1] float32; the critic's value. The last value of an imagined pane repeats the one before.
+    shown: [3, B, T + 1] bool; false after the end of the episode.
   """
 
   frames: np.ndarray
@@ -39,19 +44,19 @@ class Film(NamedTuple):
 
 
 def shoot(agent: Agent, segment: Segment, *, seed: int = 0) -> Film:
-  """Dreams along segments of real games.
+  """Imagines the continuation of real games and decodes it.
 
   Args:
-    agent: one that can decode, with all parameters.
-    segment: [B, L + T, ...], the last of its first L frames the start, as `recording.windows` cuts them.
-    seed: of the dreams.
+    agent: an agent with a decoder and all parameters.
+    segment: [B, L + T, ...], as `recording.windows` cuts it. Frame L - 1 is the start.
+    seed: seed of the imagination.
 
   Raises:
-    UserError: if the agent cannot decode.
+    UserError: if the agent has no decoder.
   """
   model = agent.model
   if model.decode is None:
-    raise UserError("this run has no decoder: fit a probe first")
+    raise UserError("the agent has no decoder: fit one with inspection.probe.fit")
   decode, length = model.decode, model.conditioning_frames
 
   @jax.jit
@@ -87,15 +92,20 @@ def shoot(agent: Agent, segment: Segment, *, seed: int = 0) -> Film:
 
 
 def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
-  """Draws a film: a green rim for a positive reward, a red one for a negative, a bar for the value, dim after the end.
+  """Draws the frames of a film.
+
+  The rim of a pane is green for a positive and red for a negative reward. A bar shows the value. After the end of its
+  episode a pane keeps its last frame, dimmed.
 
   Args:
-    film: what was shot.
-    size: least height of a pane in pixels; frames are enlarged by a whole factor.
+    film: a film from `shoot`.
+    size: minimum height of a pane in pixels; frames are enlarged by an integer factor.
 
   Returns:
-    One image a frame, take after take; a take lasts as long as any of its panes.
+    One image per frame, segment after segment; each segment lasts until its longest pane ends.
   """
+  from PIL import Image, ImageDraw, ImageFont
+
   height, width = film.frames.shape[3:5]
   factor = -(-size // height)
   height, width = factor * height, factor * width
@@ -104,11 +114,10 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
   images = []
   for take in range(film.frames.shape[1]):
     for t in range(int(film.shown[:, take].sum(axis=1).max())):
-      canvas = Image.new("RGB", (3 * width + 4 * _GAP, height + 2 * _GAP + _CAPTION), (24, 24, 28))
+      canvas = Image.new("RGB", (3 * width + 4 * _GAP, height + 2 * _GAP + _CAPTION_HEIGHT), (24, 24, 28))
       brush = ImageDraw.Draw(canvas)
       for pane, name in enumerate(PANES):
         left = _GAP + pane * (width + _GAP)
-        # Behind its end a pane keeps its last frame.
         last = min(t, int(film.shown[pane, take].sum()) - 1)
         dim = last < t
         picture = film.frames[pane, take, last].repeat(factor, axis=0).repeat(factor, axis=1)
@@ -121,7 +130,7 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
         reward, value = round(reward, 2) + 0.0, round(value, 2) + 0.0  # No "-0.00".
         brush.text((left, under + 13), f"reward {reward:+.2f}  end {end:.2f}", fill=(170, 170, 176), font=font)
         if dim:
-          continue  # Nothing follows an end, so there is no value.
+          continue  # The value after an end is undefined.
         brush.text((left, under + 26), f"value {value:+.2f}", fill=(170, 170, 176), font=font)
         middle = left + width // 2
         tip = middle + round(value / top * width / 2)
@@ -132,15 +141,17 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
 
 
 def write(images: list[Image.Image], path: pathlib.Path, *, frames_per_second: float) -> None:
-  """Writes a film as .gif, or as .mp4 where the program ffmpeg is installed.
+  """Writes a film as .gif, or as .mp4 with the program ffmpeg.
 
   Raises:
-    UserError: for another ending, without ffmpeg, or where the file cannot be written.
+    UserError: for another suffix, for .mp4 if ffmpeg is not installed, or if the file cannot be written.
   """
+  from PIL import Image
+
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gif":
-      # One palette of few colours for all frames keeps the file small and the colours still.
+      # A single palette of 64 colours keeps the file small and avoids flicker.
       palette = images[len(images) // 2].quantize(64, dither=Image.Dither.NONE)
       small = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
       small[0].save(
@@ -157,8 +168,8 @@ def write(images: list[Image.Image], path: pathlib.Path, *, frames_per_second: f
 def _write_mp4(images: list[Image.Image], path: pathlib.Path, frames_per_second: float) -> None:
   program = shutil.which("ffmpeg")
   if program is None:
-    raise UserError(f"{path.name} needs the program ffmpeg, which is not installed: take .gif")
-  width, height = (size // 2 * 2 for size in images[0].size)  # The codec wants even sizes.
+    raise UserError(f"{path.name} needs the program ffmpeg, which is not installed: use .gif")
+  width, height = (size // 2 * 2 for size in images[0].size)  # The codec requires even sizes.
   command = [program, "-y", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}"]
   command += ["-r", str(frames_per_second), "-i", "-", "-pix_fmt", "yuv420p", str(path)]
   data = b"".join(image.crop((0, 0, width, height)).tobytes() for image in images)

@@ -1,4 +1,4 @@
-"""A probe decoder for a run that has none: fitted afterwards, on recorded frames."""
+"""Fits a probe decoder on recorded frames after training, for runs without a decoder."""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,16 @@ _PER_CALL = 100
 
 
 def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -> Agent:
-  """Returns an agent that can show its latents.
+  """Returns an agent with a decoder of its latents.
 
   Args:
-    agent: with its configuration; returned as it is if it can decode already.
-    episodes: real games; their frames are what the probe learns from.
-    updates: updates of the probe, in batches of 32 frames.
-    seed: of its parameters and batches.
+    agent: an agent with its configuration; returned unchanged if it has a decoder.
+    episodes: real games; the probe is trained on their frames.
+    updates: number of updates, each on a batch of 32 frames; rounded up to a multiple of 100.
+    seed: seed of the probe's parameters and batches.
 
   Raises:
-    UserError: if the agent has no configuration or there are no frames.
+    UserError: if the agent has no configuration, or there are no episodes.
   """
   if agent.model.decode is not None:
     return agent

@@ -1,4 +1,4 @@
-"""Real games played by an agent, and windows of them."""
+"""Records real games of an agent and cuts them into segments."""
 
 from typing import Any, NamedTuple
 
@@ -15,13 +15,13 @@ from jedi_jax.types import Segment
 
 
 class Episode(NamedTuple):
-  """n steps of a real game, on the host.
+  """An episode of n steps of a real game; NumPy arrays.
 
   Attributes:
-    observations: [n + 1, H, W, C] uint8; the last is the final frame, or what the last action led to.
+    observations: [n + 1, H, W, C] uint8; observation t + 1 follows action t.
     actions: [n] int32.
     rewards: [n] float32, raw.
-    ends: [n] bool; only the last may be true.
+    ends: [n] bool; only the last can be true.
   """
 
   observations: np.ndarray
@@ -31,20 +31,21 @@ class Episode(NamedTuple):
 
 
 def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float = 0.0) -> list[Episode]:
-  """Plays the agent's environment as in training (life losses end an episode), with games of another seed.
+  """Plays the agent's environment with the settings of its training, such as life losses that end an episode.
 
   Args:
-    agent: the policy, with its configuration.
-    steps: environment steps of each environment, at least 1.
-    num_envs: environments.
-    seed: of games and actions.
-    epsilon: probability of a uniformly random action.
+    agent: an agent with its configuration.
+    steps: steps of each environment, at least 1.
+    num_envs: number of environments.
+    seed: seed of games and actions.
+    epsilon: probability of a uniform action.
 
   Returns:
-    The episodes in order of their start, unfinished ones without their last frame's action included.
+    The episodes, ordered by their start. The last step of an unfinished episode is dropped, since the frame after it
+    is not recorded.
 
   Raises:
-    UserError: if the agent does not know its environment.
+    UserError: if the agent has no configuration.
   """
   if agent.config is None:
     raise UserError("the agent has no configuration: load it from a run's directory")
@@ -57,7 +58,7 @@ def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float
     max_episode_steps=e.max_episode_steps,
   )
   try:
-    # Every step may be an episode of its own, which takes a final frame besides.
+    # Each step can be an episode with a final frame of its own.
     replay = replay_lib.init(
       num_streams=num_envs,
       slots_per_stream=max(2 * steps, CHUNK_SLOTS),
@@ -82,7 +83,8 @@ def _episodes(replay: Any) -> list[Episode]:
   episodes = []
   for entry in range(int(replay.num_episodes)):
     stream, start = replay.episode_stream[entry], replay.episode_start[entry]
-    # The last frame of an unfinished episode has an action too; it serves as the final frame of those before.
+    # An unfinished episode stores no final frame. Its last frame follows the action before it, so the last step is
+    # dropped.
     steps = int(replay.episode_steps[entry]) - (not replay.episode_closed[entry])
     if steps > 0:
       at = slice(start, start + steps)
@@ -98,16 +100,16 @@ def _episodes(replay: Any) -> list[Episode]:
 
 
 def windows(episodes: list[Episode], *, before: int, after: int, stride: int) -> Segment:
-  """Cuts episodes into segments of `before + after` frames around successive starts.
+  """Cuts episodes into segments of `before + after` frames.
 
   Args:
-    episodes: at least one.
-    before: L; the start is the L-th frame of its segment.
-    after: frames behind the start.
-    stride: steps between starts, of which the first is an episode's first frame.
+    episodes: at least one episode.
+    before: L, number of frames up to and including the start of a segment.
+    after: number of frames after the start.
+    stride: number of steps between starts; the first start is the first frame of the episode.
 
   Returns:
-    `Segment`, a window a row in the order of the episodes; frames outside an episode are masked.
+    `Segment` with one row per start, ordered by episode; frames outside the episode are masked.
   """
   rows = []
   for episode in episodes:

@@ -1,1 +1,1 @@
-"""Interoperation with other implementations' files."""
+"""Reading and writing files of other implementations."""

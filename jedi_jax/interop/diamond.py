@@ -1,7 +1,8 @@
-"""DIAMOND's checkpoints (github.com/eloialonso/diamond): reading them into our parameters, and writing them.
+"""Import and export of checkpoints of DIAMOND, the PyTorch program github.com/eloialonso/diamond.
 
-A table of rules pairs every parameter's name there with its path here and the change of layout between them:
-convolutions OIHW and HWIO, linear layers (out, in) and (in, out), and inputs of the LSTMs flattened from CHW and HWC.
+A table of rules maps each of DIAMOND's parameter names to the path of our parameter and converts its layout:
+convolutions between OIHW and HWIO, linear layers between (out, in) and (in, out), and LSTM inputs between flattened CHW
+and flattened HWC.
 """
 
 import itertools
@@ -26,16 +27,23 @@ from jedi_jax.types import EnvSpec
 
 
 class Rule(NamedTuple):
-  """How one parameter corresponds: its name there, its path here, and the two changes of layout."""
+  """Correspondence of one parameter.
+
+  Attributes:
+    name: name in DIAMOND's state dictionary.
+    path: keys of our parameter, the component first.
+    to_jax: converts DIAMOND's array to our layout.
+    to_torch: converts our array to DIAMOND's layout.
+  """
 
   name: str
   path: tuple[str, ...]
-  ours: Callable[[np.ndarray], np.ndarray]
-  theirs: Callable[[np.ndarray], np.ndarray]
+  to_jax: Callable[[np.ndarray], np.ndarray]
+  to_torch: Callable[[np.ndarray], np.ndarray]
 
 
 def rules(config: Config, spec: EnvSpec) -> list[Rule]:
-  """Lists the rules of every parameter of variant `diamond` with this configuration."""
+  """Returns the rules of all parameters of variant `diamond` with this configuration."""
   return [
     *_denoiser_rules(config),
     *_reward_end_rules(config, spec),
@@ -44,29 +52,30 @@ def rules(config: Config, spec: EnvSpec) -> list[Rule]:
 
 
 def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str | os.PathLike[str]) -> Agent:
-  """Makes the directory of a run from DIAMOND's checkpoint file; programs can then evaluate it.
+  """Converts a checkpoint file of DIAMOND to the directory of a run, which `load_agent` and all programs accept.
 
   Args:
-    path: the `.pt` file; nothing in it is executed.
-    env: name of the environment that it was trained on.
-    directory: made if it does not exist; written to only when everything else has been checked.
+    path: the `.pt` file. No code from it is executed.
+    env: name of the environment that the checkpoint was trained on.
+    directory: the run's working directory; created after all checks have passed.
 
   Returns:
     The agent.
 
   Raises:
-    UserError: if the file is not DIAMOND's, does not fit the environment, or the directory already holds a run.
+    UserError: if the file is not a checkpoint of DIAMOND, does not match the environment, or the directory already
+      holds a run.
   """
   target = workdir.locate(directory)
   for name in ("config.json", "checkpoints"):
     if os.path.exists(target / name):  # Unlike pathlib's, false for names that no file can have.
-      raise UserError(f"{target} already holds a run ({name}): take another directory")
+      raise UserError(f"{target} already holds a run ({name}): name another directory")
   arrays = load(path)
   config, spec = infer(arrays, env=env)
   expected = envs.spec(env)
   if spec != expected:
     raise UserError(
-      f"{path} is of {spec.num_actions} actions and frames {spec.observation_shape}, but {env} has "
+      f"{path} has {spec.num_actions} actions and frames {spec.observation_shape}, but {env} has "
       f"{expected.num_actions} and {expected.observation_shape}: name the environment that it was trained on"
     )
   params = import_params(arrays, config, spec)
@@ -79,16 +88,19 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
 
 
 def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpec) -> dict[str, Any]:
-  """Turns DIAMOND's arrays into our parameters by component.
+  """Converts DIAMOND's arrays to our parameters.
 
   Args:
-    arrays: its state dictionary, in PyTorch's layout.
-    config: a configuration of variant `diamond` that fits; see `infer`.
-    spec: the environment.
+    arrays: DIAMOND's state dictionary, in PyTorch's layout.
+    config: a matching configuration of variant `diamond`; see `infer`.
+    spec: the environment's spec.
+
+  Returns:
+    Parameters by component; float32.
 
   Raises:
-    UserError: naming the first array that is missing, unknown, of another shape or not of numbers; or if DIAMOND has
-      no model of this configuration.
+    UserError: if an array is missing, unknown, of the wrong shape or not numeric, or DIAMOND cannot represent the
+      configuration.
   """
   table, expected = _counterpart(config, spec)
   known = {rule.name for rule in table}
@@ -99,7 +111,7 @@ def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpe
   for rule in table:
     if rule.name not in arrays:
       raise UserError(f"the checkpoint lacks {rule.name}")
-    value = _ours(rule, arrays[rule.name], _at(expected, rule.path).shape)
+    value = _convert(rule, arrays[rule.name], _at(expected, rule.path).shape)
     node = params
     for key in rule.path[:-1]:
       node = node.setdefault(key, {})
@@ -108,23 +120,26 @@ def import_params(arrays: Mapping[str, np.ndarray], config: Config, spec: EnvSpe
 
 
 def export_state_dict(params: Mapping[str, Any], config: Config, spec: EnvSpec) -> dict[str, np.ndarray]:
-  """Turns our parameters into DIAMOND's arrays, float32 in PyTorch's layout; the inverse of `import_params`.
+  """Converts our parameters to DIAMOND's arrays, the inverse of `import_params`.
+
+  Returns:
+    DIAMOND's state dictionary; float32 in PyTorch's layout.
 
   Raises:
-    UserError: if DIAMOND has no model of this configuration.
+    UserError: if DIAMOND cannot represent the configuration.
   """
   table, _ = _counterpart(config, spec)
   arrays = {}
   for rule in table:
-    arrays[rule.name] = np.ascontiguousarray(rule.theirs(np.asarray(_at(params, rule.path), np.float32)))
+    arrays[rule.name] = np.ascontiguousarray(rule.to_torch(np.asarray(_at(params, rule.path), np.float32)))
   return arrays
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Reads DIAMOND's checkpoint file; nothing in it is executed.
+  """Reads the arrays of a checkpoint file of DIAMOND. No code from the file is executed.
 
   Raises:
-    UserError: if it is not one.
+    UserError: if it is not such a file.
   """
   arrays = load_arrays(path)
   if "denoiser.inner_model.conv_in.weight" not in arrays:
@@ -133,25 +148,29 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def infer(arrays: Mapping[str, np.ndarray], *, env: str) -> tuple[Config, EnvSpec]:
-  """Infers the configuration from the shapes of the arrays.
+  """Infers the configuration and the environment's spec from the shapes of the arrays.
 
   Args:
     arrays: DIAMOND's state dictionary.
-    env: name of the environment that it was trained on, which no array tells.
+    env: name of the environment that the checkpoint was trained on; the arrays do not contain it.
 
   Raises:
-    UserError: if the shapes contradict one another.
+    UserError: if the shapes are inconsistent.
   """
   try:
     return _infer(arrays, env)
   except (KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
     if isinstance(error, UserError):
       raise
-    raise UserError(f"the checkpoint's arrays do not make a DIAMOND model ({error!r})") from None
+    raise UserError(f"the checkpoint's arrays do not form a DIAMOND model ({error!r})") from None
 
 
 def _counterpart(config: Config, spec: EnvSpec) -> tuple[list[Rule], dict[str, Any]]:
-  """Returns the rules and the shapes of our parameters; refuses configurations whose networks DIAMOND cannot have."""
+  """Returns the rules and the shapes of our parameters.
+
+  Raises:
+    UserError: if DIAMOND cannot represent the configuration.
+  """
   height, width, _ = spec.observation_shape
   levels = len(config.reward_end.channels)
   if not config.reward_end.downsample and levels > 1:
@@ -161,7 +180,7 @@ def _counterpart(config: Config, spec: EnvSpec) -> tuple[list[Rule], dict[str, A
   if height != width or height % 2 ** (levels - 1):
     raise UserError(
       f"frames of {height} x {width} have no counterpart in DIAMOND with {levels} reward_end.channels: "
-      f"it takes squares of a multiple of {2 ** (levels - 1)}"
+      f"height and width must be equal and a multiple of {2 ** (levels - 1)}"
     )
   table = rules(config, spec)
   expected = jax.eval_shape(build(config, spec).init, jax.random.key(0))
@@ -173,20 +192,20 @@ def _counterpart(config: Config, spec: EnvSpec) -> tuple[list[Rule], dict[str, A
   return table, expected
 
 
-def _ours(rule: Rule, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-  """Returns DIAMOND's array in our layout, of the given shape."""
-  theirs = rule.theirs(np.broadcast_to(np.float32(0), shape)).shape
-  if np.shape(value) != theirs:
-    raise UserError(f"{rule.name} has shape {np.shape(value)}, expected {theirs}")
+def _convert(rule: Rule, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+  """Converts DIAMOND's array to our layout as float32; `shape` is the shape of our parameter."""
+  expected = rule.to_torch(np.broadcast_to(np.float32(0), shape)).shape
+  if np.shape(value) != expected:
+    raise UserError(f"{rule.name} has shape {np.shape(value)}, expected {expected}")
   try:
     converted = np.asarray(value).astype(np.float32, casting="same_kind")
-    return np.ascontiguousarray(rule.ours(converted))
+    return np.ascontiguousarray(rule.to_jax(converted))
   except (TypeError, ValueError):
-    raise UserError(f"{rule.name} is of {np.asarray(value).dtype}, expected numbers") from None
+    raise UserError(f"{rule.name} has dtype {np.asarray(value).dtype}, expected numbers") from None
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:
-  """The leaf at a path of nested dictionaries."""
+  """Returns the leaf at a path of nested dictionaries."""
   for key in path:
     tree = tree[key]
   return tree
@@ -229,7 +248,7 @@ def _infer(arrays: Mapping[str, np.ndarray], env: str) -> tuple[Config, EnvSpec]
 def _levels(
   shape: Mapping[str, tuple[int, ...]], pattern: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
-  """Depths, channels and attention of the levels whose blocks are named by `pattern`."""
+  """Returns depths, channels and attention of the levels with blocks named by `pattern`."""
   depths: list[int] = []
   channels: list[int] = []
   attention: list[bool] = []
@@ -244,11 +263,11 @@ def _levels(
 
 
 def _stages(shape: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
-  """Channels of the actor-critic's stages, and whether each pools (its successor's index then skips one)."""
+  """Returns the channels of the actor-critic's stages, and whether each pools: then the next index skips one."""
   found = (re.fullmatch(r"actor_critic\.encoder\.encoder\.(\d+)\.f\.2\.weight", name) for name in shape)
   indices = sorted(int(match.group(1)) for match in found if match)
   channels = tuple(int(shape[f"actor_critic.encoder.encoder.{i}.f.2.weight"][0]) for i in indices)
-  # The last stage's pooling leaves no trace in the names, only in the LSTM's input.
+  # Pooling of the last stage shows only in the LSTM's input size.
   down = [after - before == 2 for before, after in itertools.pairwise(indices)]
   inputs = shape["actor_critic.lstm.weight_ih"][1] // channels[-1]
   reward = shape["rew_end_model.lstm.weight_ih_l0"][1]
@@ -262,13 +281,13 @@ def _stages(shape: Mapping[str, tuple[int, ...]]) -> tuple[tuple[int, ...], tupl
 
 def _denoiser_rules(config: Config) -> Iterator[Rule]:
   c = config.denoiser
-  there, here = "denoiser.inner_model.", ("denoiser",)
-  yield Rule(there + "noise_emb.weight", (*here, "noise_embedding", "frequencies"), _same, _same)
-  yield Rule(there + "act_emb.0.weight", (*here, "action_embedding", "embedding"), _same, _same)
-  yield from _linear(there + "cond_proj.0", (*here, "condition_0"))
-  yield from _linear(there + "cond_proj.2", (*here, "condition_1"))
-  yield from _conv(there + "conv_in", (*here, "conv_in"))
-  unet, net = there + "unet.", (*here, "unet")
+  prefix, root = "denoiser.inner_model.", ("denoiser",)
+  yield Rule(prefix + "noise_emb.weight", (*root, "noise_embedding", "frequencies"), _same, _same)
+  yield Rule(prefix + "act_emb.0.weight", (*root, "action_embedding", "embedding"), _same, _same)
+  yield from _linear(prefix + "cond_proj.0", (*root, "condition_0"))
+  yield from _linear(prefix + "cond_proj.2", (*root, "condition_1"))
+  yield from _conv(prefix + "conv_in", (*root, "conv_in"))
+  unet, net = prefix + "unet.", (*root, "unet")
   last = len(c.channels) - 1
   for level, (depth, attention) in enumerate(zip(c.depths, c.attention, strict=True)):
     before = c.channels[max(0, level - 1)]
@@ -276,65 +295,75 @@ def _denoiser_rules(config: Config) -> Iterator[Rule]:
     for i in range(depth):
       inputs = before if i == 0 else features
       yield from _block(
-        f"{unet}d_blocks.{level}.resblocks.{i}", (*net, f"down_{level}_{i}"), inputs != features, attention
+        f"{unet}d_blocks.{level}.resblocks.{i}",
+        (*net, f"down_{level}_{i}"),
+        projected=inputs != features,
+        attention=attention,
       )
     for i in range(depth + 1):
-      # Skips double the input of every block on the way up, so each has a projection.
-      yield from _block(f"{unet}u_blocks.{last - level}.resblocks.{i}", (*net, f"up_{level}_{i}"), True, attention)
+      # Skip connections double the input of each upsampling block, so each has a projection.
+      yield from _block(
+        f"{unet}u_blocks.{last - level}.resblocks.{i}", (*net, f"up_{level}_{i}"), projected=True, attention=attention
+      )
     if level > 0:
       yield from _conv(f"{unet}downsamples.{level}.conv", (*net, f"downsample_{level}", "conv"))
       yield from _conv(f"{unet}upsamples.{last - level + 1}.conv", (*net, f"upsample_{level}"))
   for i in range(2):
-    yield from _block(f"{unet}mid_blocks.resblocks.{i}", (*net, f"middle_{i}"), False, True)
-  yield from _norm(there + "norm_out.norm", (*here, "norm_out"))
-  yield from _conv(there + "conv_out", (*here, "conv_out"))
+    yield from _block(f"{unet}mid_blocks.resblocks.{i}", (*net, f"middle_{i}"), projected=False, attention=True)
+  yield from _norm(prefix + "norm_out.norm", (*root, "norm_out"))
+  yield from _conv(prefix + "conv_out", (*root, "conv_out"))
 
 
 def _reward_end_rules(config: Config, spec: EnvSpec) -> Iterator[Rule]:
   c = config.reward_end
-  there, here = "rew_end_model.", ("reward_end",)
-  yield from _conv(there + "encoder.conv_in", (*here, "conv_in"))
+  prefix, root = "rew_end_model.", ("reward_end",)
+  yield from _conv(prefix + "encoder.conv_in", (*root, "conv_in"))
   levels = len(c.channels)
   for level, (depth, attention) in enumerate(zip(c.depths, c.attention, strict=True)):
     before = c.channels[max(0, level - 1)]
     for i in range(depth):
       projected = i == 0 and before != c.channels[level]
       yield from _block(
-        f"{there}encoder.blocks.{level}.resblocks.{i}", (*here, f"block_{level}_{i}"), projected, attention
+        f"{prefix}encoder.blocks.{level}.resblocks.{i}",
+        (*root, f"block_{level}_{i}"),
+        projected=projected,
+        attention=attention,
       )
     if level > 0:
-      yield from _conv(f"{there}encoder.downsamples.{level}.conv", (*here, f"downsample_{level}", "conv"))
+      yield from _conv(f"{prefix}encoder.downsamples.{level}.conv", (*root, f"downsample_{level}", "conv"))
   for i in range(2):
-    yield from _block(f"{there}encoder.blocks.{levels}.resblocks.{i}", (*here, f"last_{i}"), False, True)
-  yield Rule(there + "act_emb.weight", (*here, "action_embedding", "embedding"), _same, _same)
+    yield from _block(
+      f"{prefix}encoder.blocks.{levels}.resblocks.{i}", (*root, f"last_{i}"), projected=False, attention=True
+    )
+  yield Rule(prefix + "act_emb.weight", (*root, "action_embedding", "embedding"), _same, _same)
   height, width, _ = spec.observation_shape
   for _ in range(levels - 1):
     height, width = -(-height // 2), -(-width // 2)
-  yield from _lstm(there + "lstm", (*here, "lstm"), "_l0", (height, width, c.channels[-1]))
-  yield from _linear(there + "head.0", (*here, "head_0"))
-  yield Rule(there + "head.2.weight", (*here, "head_1", "kernel"), np.transpose, np.transpose)
+  yield from _lstm(prefix + "lstm", (*root, "lstm"), "_l0", (height, width, c.channels[-1]))
+  yield from _linear(prefix + "head.0", (*root, "head_0"))
+  yield Rule(prefix + "head.2.weight", (*root, "head_1", "kernel"), np.transpose, np.transpose)
 
 
 def _actor_critic_rules(config: Config, spec: EnvSpec) -> Iterator[Rule]:
   c = config.actor_critic
-  there, here = "actor_critic.", ("actor_critic",)
-  yield from _conv(there + "encoder.encoder.0", (*here, "encoder", "conv_in"))
+  prefix, root = "actor_critic.", ("actor_critic",)
+  yield from _conv(prefix + "encoder.encoder.0", (*root, "encoder", "conv_in"))
   index = 1
   height, width, _ = spec.observation_shape
   for stage, pool in enumerate(c.downsample):
-    name, path = f"{there}encoder.encoder.{index}", (*here, "encoder", f"stage_{stage}")
+    name, path = f"{prefix}encoder.encoder.{index}", (*root, "encoder", f"stage_{stage}")
     yield from _norm(f"{name}.f.0.norm", (*path, "norm"))
     yield from _conv(f"{name}.f.2", (*path, "conv"))
     if c.channels[max(0, stage - 1)] != c.channels[stage]:
       yield from _projection(f"{name}.skip_projection", (*path, "skip"))
     index += 2 if pool else 1
     height, width = (height // 2, width // 2) if pool else (height, width)
-  yield from _lstm(there + "lstm", (*here, "lstm"), "", (height, width, c.channels[-1]))
-  yield from _linear(there + "critic_linear", (*here, "critic"))
-  yield from _linear(there + "actor_linear", (*here, "actor"))
+  yield from _lstm(prefix + "lstm", (*root, "lstm"), "", (height, width, c.channels[-1]))
+  yield from _linear(prefix + "critic_linear", (*root, "critic"))
+  yield from _linear(prefix + "actor_linear", (*root, "actor"))
 
 
-def _block(name: str, path: tuple[str, ...], projected: bool, attention: bool) -> Iterator[Rule]:
+def _block(name: str, path: tuple[str, ...], *, projected: bool, attention: bool) -> Iterator[Rule]:
   if projected:
     yield from _projection(f"{name}.proj", (*path, "skip"))
   for i in (1, 2):
@@ -357,7 +386,7 @@ def _conv(name: str, path: tuple[str, ...]) -> Iterator[Rule]:
 
 
 def _projection(name: str, path: tuple[str, ...]) -> Iterator[Rule]:
-  """A 1 x 1 convolution there, a linear layer here."""
+  """A 1 x 1 convolution in DIAMOND, a linear layer in this library."""
   yield Rule(f"{name}.weight", (*path, "kernel"), lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None])
   yield Rule(f"{name}.bias", (*path, "bias"), _same, _same)
 
@@ -370,13 +399,13 @@ def _norm(name: str, path: tuple[str, ...]) -> Iterator[Rule]:
 def _lstm(name: str, path: tuple[str, ...], suffix: str, inputs: tuple[int, int, int]) -> Iterator[Rule]:
   height, width, channels = inputs
 
-  def ours(x: np.ndarray) -> np.ndarray:
+  def to_jax(x: np.ndarray) -> np.ndarray:
     return x.reshape(-1, channels, height, width).transpose(2, 3, 1, 0).reshape(height * width * channels, -1)
 
-  def theirs(x: np.ndarray) -> np.ndarray:
+  def to_torch(x: np.ndarray) -> np.ndarray:
     return x.reshape(height, width, channels, -1).transpose(3, 2, 0, 1).reshape(-1, height * width * channels)
 
-  yield Rule(f"{name}.weight_ih{suffix}", (*path, "kernel_ih"), ours, theirs)
+  yield Rule(f"{name}.weight_ih{suffix}", (*path, "kernel_ih"), to_jax, to_torch)
   yield Rule(f"{name}.weight_hh{suffix}", (*path, "kernel_hh"), np.transpose, np.transpose)
   yield Rule(f"{name}.bias_ih{suffix}", (*path, "bias_ih"), _same, _same)
   yield Rule(f"{name}.bias_hh{suffix}", (*path, "bias_hh"), _same, _same)

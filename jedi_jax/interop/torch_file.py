@@ -1,8 +1,8 @@
-"""Reads the arrays of a PyTorch `.pt` file without running anything from it.
+"""Reads the arrays of a PyTorch `.pt` file without executing code from it.
 
-A `.pt` file is a zip archive of a pickle and raw storages. Where a torch is installed whose `weights_only` loader is
-safe, that loader reads it; otherwise the unpickler here, which knows dictionaries and tensors, refuses everything else,
-and bounds the memory that a file can claim.
+A `.pt` file is a zip archive of a pickle and raw storages. If a version of torch with a safe `weights_only` loader is
+installed, that loader reads the file. Otherwise the unpickler of this module does: it accepts dictionaries and tensors
+only, and bounds the memory that a file can request.
 """
 
 import importlib.metadata
@@ -21,7 +21,7 @@ import numpy as np
 from jedi_jax.errors import UserError
 
 _SAFE_TORCH = (2, 6)
-"""The `weights_only` loader of earlier versions could be made to run code (CVE-2025-32434)."""
+"""Files can make the `weights_only` loader of earlier versions execute code (CVE-2025-32434)."""
 _DTYPES = {
   "FloatStorage": np.float32,
   "DoubleStorage": np.float64,
@@ -33,21 +33,27 @@ _DTYPES = {
   "ByteStorage": np.uint8,
   "BoolStorage": np.bool_,
 }
-_MOST_BYTES = 4 << 30
-"""Bound of all members of the archive together, and of all tensors together."""
-_MOST_PICKLE_BYTES = 64 << 20
-_MOST_RATIO = 100
-"""Bound of the compression of one member (torch itself does not compress), beyond a free MiB."""
+_MAX_BYTES = 4 << 30
+"""Bound on the total size of the archive's members, and on that of the tensors."""
+_MAX_PICKLE_BYTES = 64 << 20
+_MAX_RATIO = 100
+"""Bound on the compression ratio of a member, beyond the first MiB; torch itself does not compress."""
 
 
 def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-  """Returns the arrays of a file that holds a dictionary from names to tensors.
+  """Reads the arrays of a file that contains a dictionary from names to tensors.
+
+  Args:
+    path: the `.pt` file.
+
+  Returns:
+    Arrays by name, in native byte order.
 
   Raises:
-    UserError: if the file cannot be read, is damaged, or holds anything else.
+    UserError: if the file cannot be read, is damaged, or contains other objects.
   """
   file = pathlib.Path(path)
-  if not os.path.isfile(file):  # Unlike pathlib's, false for names that no file can have.
+  if not os.path.isfile(file):  # False for invalid names, unlike Path.is_file.
     raise UserError(f"{file} is not a file")
   try:
     data = _load_with_torch(file) if _torch_is_safe() else _load(file)
@@ -67,7 +73,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def _torch_is_safe() -> bool:
-  """Whether torch is installed, in a version whose `weights_only` loader can be trusted; does not import it."""
+  """Returns whether a version of torch with a safe `weights_only` loader is installed; does not import torch."""
   try:
     version = importlib.metadata.version("torch")
   except importlib.metadata.PackageNotFoundError:
@@ -92,47 +98,47 @@ def _load(file: pathlib.Path) -> Any:
     if len(pickles) != 1:
       raise UserError("not a PyTorch file: it has no data.pkl" if not pickles else "it has several data.pkl")
     root = pickles[0].removesuffix("data.pkl")
-    if archive.getinfo(pickles[0]).file_size > _MOST_PICKLE_BYTES:
+    if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
       raise UserError("its data.pkl is too large for a checkpoint: refused")
     data = _Unpickler(archive, root).load()
   if not isinstance(data, Mapping):
     return data
   tensors = [value for value in data.values() if isinstance(value, _Tensor)]
-  if sum(math.prod(tensor.size) * tensor.values.itemsize for tensor in tensors) > _MOST_BYTES:
-    raise UserError(f"its tensors take more than {_MOST_BYTES >> 30} GiB: refused")
+  if sum(math.prod(tensor.size) * tensor.values.itemsize for tensor in tensors) > _MAX_BYTES:
+    raise UserError(f"its tensors take more than {_MAX_BYTES >> 30} GiB: refused")
   return {name: _array(value) if isinstance(value, _Tensor) else value for name, value in data.items()}
 
 
 def _check_members(archive: zipfile.ZipFile) -> None:
-  """Refuses archives that would unpack to far more than they hold."""
+  """Refuses archives that unpack to much more than their size."""
   members = archive.infolist()
-  if sum(member.file_size for member in members) > _MOST_BYTES:
-    raise UserError(f"it unpacks to more than {_MOST_BYTES >> 30} GiB: refused")
+  if sum(member.file_size for member in members) > _MAX_BYTES:
+    raise UserError(f"it unpacks to more than {_MAX_BYTES >> 30} GiB: refused")
   for member in members:
     if member.compress_type == zipfile.ZIP_STORED:
       continue
-    if member.file_size > _MOST_RATIO * member.compress_size + (1 << 20):
+    if member.file_size > _MAX_RATIO * member.compress_size + (1 << 20):
       raise UserError(f"its member {_short(member.filename)} unpacks to {member.file_size} bytes: refused")
 
 
-# What a pickle can name or make below are tuples and objects without a dictionary of attributes, and never a class or a
-# function: the BUILD instruction, which sets attributes, finds nothing that it could change.
+# A pickle can create only tuples and objects without __dict__, and can refer to no class or function. So the BUILD
+# instruction, which sets attributes, has nothing to modify.
 
 
 class _Kind(NamedTuple):
-  """Type of the numbers of a storage, by its name in torch."""
+  """Data type of a storage, by its name in torch."""
 
   name: str
 
 
 class _Storage(NamedTuple):
-  """Raw numbers of one storage."""
+  """The numbers of one storage, in the file's byte order."""
 
   values: np.ndarray
 
 
 class _Tensor(NamedTuple):
-  """A tensor within the bounds of its storage, not yet copied out of it."""
+  """A view of a storage, with checked bounds."""
 
   values: np.ndarray
   offset: int
@@ -141,7 +147,7 @@ class _Tensor(NamedTuple):
 
 
 class _Dictionary(dict[Any, Any]):
-  """A dictionary that ignores what BUILD sets: torch gives its state dictionaries an attribute `_metadata`."""
+  """A dictionary that ignores attributes set by BUILD, such as `_metadata` of torch's state dictionaries."""
 
   __slots__ = ()
 
@@ -150,7 +156,7 @@ class _Dictionary(dict[Any, Any]):
 
 
 class _MakeDictionary:
-  """Stands for `collections.OrderedDict`."""
+  """Replaces `collections.OrderedDict`."""
 
   __slots__ = ()
 
@@ -159,7 +165,7 @@ class _MakeDictionary:
 
 
 class _MakeTensor:
-  """Stands for `torch._utils._rebuild_tensor_v2`."""
+  """Replaces `torch._utils._rebuild_tensor_v2`."""
 
   __slots__ = ()
 
@@ -168,10 +174,10 @@ class _MakeTensor:
 
 
 class _Unpickler(pickle._Unpickler):
-  """Knows tensors and dictionaries; every other name in the pickle is refused, so nothing can be called.
+  """Unpickles tensors and dictionaries. Refuses every other global name, so that a pickle can call nothing.
 
-  It is Python's own unpickler in Python: the one in C fills as much memory as a number in the file asks for.
-  So would the one instruction in Python's that is missing here.
+  The base class is the unpickler in pure Python, since the one in C allocates as much memory as a number in the file
+  requests. The instruction BYTEARRAY8 does so in the Python version too, and is therefore removed.
   """
 
   dispatch: ClassVar[dict[int, Any]] = {
@@ -192,7 +198,7 @@ class _Unpickler(pickle._Unpickler):
       return _MakeTensor()
     if module == "torch" and name in _DTYPES:
       return _Kind(name)
-    raise UserError(f"it asks for {_short(f'{module}.{name}')}, which a checkpoint does not need: refused")
+    raise UserError(f"it refers to {_short(f'{module}.{name}')}, which a checkpoint does not need: refused")
 
   def persistent_load(self, pid: Any) -> _Storage:
     word, kind, key, _, count = pid
@@ -203,30 +209,31 @@ class _Unpickler(pickle._Unpickler):
     dtype = np.dtype(_DTYPES[kind.name]).newbyteorder(">" if self._swapped else "<")
     values = np.frombuffer(self._raw[key], dtype)
     if len(values) < count:
-      raise UserError(f"storage {_short(key)} is cut short: {len(values)} of {count} numbers")
+      raise UserError(f"storage {_short(key)} is truncated: {len(values)} of {count} numbers")
     return _Storage(values[:count])
 
 
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any) -> _Tensor:
-  """Describes a tensor, with its bounds checked: strides from a file must not reach outside of the storage.
+  """Checks the bounds of a tensor and describes it.
 
-  Nor may a tensor have more numbers than its storage, as one that is expanded by strides of 0 would.
+  Strides must not reach outside the storage. A tensor must not have more numbers than its storage, as strides of 0
+  would allow.
   """
   if not isinstance(storage, _Storage) or type(size) is not tuple or type(stride) is not tuple:
-    raise UserError("it describes a tensor that makes no sense")
+    raise UserError("it describes a malformed tensor")
   if len(size) != len(stride) or not all(_is_size(n) for n in (offset, *size, *stride)):
-    raise UserError("it describes a tensor of negative or senseless size or strides")
+    raise UserError("it describes a tensor with negative or invalid numbers")
   values = storage.values
   if 0 not in size:
     if offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) >= len(values):
-      raise UserError("it describes a tensor that reaches outside of its storage")
+      raise UserError("it describes a tensor that reaches outside its storage")
     if math.prod(size) > len(values):
-      raise UserError("it describes a tensor of more numbers than its storage has")
+      raise UserError("it describes a tensor with more numbers than its storage")
   return _Tensor(values, offset, size, stride)
 
 
 def _array(tensor: _Tensor) -> np.ndarray:
-  """Copies a tensor out of its storage, into native byte order."""
+  """Copies a tensor from its storage to an array in native byte order."""
   values = tensor.values
   native = values.dtype.newbyteorder("=")
   if 0 in tensor.size:
@@ -241,5 +248,5 @@ def _is_size(value: Any) -> bool:
 
 
 def _short(name: str) -> str:
-  """A name from a file as one line of bounded length."""
+  """Formats a name from a file as one line of bounded length."""
   return repr(name[:100])

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jedi_jax import envs
 from jedi_jax.agent import Agent
 from jedi_jax.config import Updates
 from jedi_jax.errors import TrainingError
-from jedi_jax.evaluation import EpisodeResult, human_normalized_score, random_policy, run_episodes
+from jedi_jax.evaluation import EpisodeResult
+from jedi_jax.evaluation.evaluate import describe_results, evaluate
 from jedi_jax.models.base import Model
 from jedi_jax.runs import telemetry, workdir
 from jedi_jax.runs.console import Console
@@ -364,62 +364,6 @@ class Trainer:
       + (f", human-normalised score {score:.3f}" if score is not None else "")
       + f", {seconds:.0f} s; {run.workdir.result}"
     )
-
-
-def evaluate(
-  agent: Agent | None,
-  env_name: str,
-  *,
-  episodes: int,
-  num_envs: int,
-  seed: int,
-  max_episode_steps: int,
-  console: Console | None = None,
-  on_step: Callable[[], None] = lambda: None,
-) -> list[EpisodeResult]:
-  """Plays whole games under the paper's protocol: no life-loss ends, epsilon 0, sampled actions.
-
-  Args:
-    agent: the policy; None draws every action uniformly.
-    env_name: the environment.
-    episodes: number of games.
-    num_envs: environments, each playing a fixed number of them.
-    seed: of the environments and of the actions.
-    max_episode_steps: time limit in agent steps.
-    console: where progress is printed; nowhere if None.
-    on_step: called before every step of the environments.
-  """
-  env = envs.make(env_name, num_envs=num_envs, seed=seed, life_loss_ends=False, max_episode_steps=max_episode_steps)
-  finished: list[EpisodeResult] = []
-
-  def on_episode(result: EpisodeResult) -> None:
-    finished.append(result)
-    if console is not None:
-      console.show("evaluating, games", len(finished), episodes, f"return {np.mean([r.return_ for r in finished]):.2f}")
-
-  policy = random_policy(env.spec.num_actions, seed) if agent is None else agent.player(num_envs, seed)
-
-  def watched(observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
-    on_step()
-    return policy(observations, restart)
-
-  try:
-    return run_episodes(env, watched, episodes=episodes, on_episode=on_episode)
-  finally:
-    env.close()
-
-
-def describe_results(env_name: str, results: list[EpisodeResult]) -> dict[str, Any]:
-  """Returns the figures that result.json and evaluation.json share."""
-  returns = [result.return_ for result in results]
-  mean = float(np.mean(returns))
-  return {
-    "episode_returns": returns,
-    "episode_lengths": [result.length for result in results],
-    "episodes_truncated": sum(result.truncated for result in results),
-    "mean_return": mean,
-    "human_normalized_score": human_normalized_score(env_name, mean),
-  }
 
 
 def plan_calls(counts: Mapping[str, int], *, limit: int, split: bool) -> Iterator[dict[str, int]]:

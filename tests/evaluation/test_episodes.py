@@ -60,7 +60,7 @@ class Recorder:
     return np.zeros(len(observations), np.int32)
 
 
-def expected(env, length, truncated=False):
+def expected(env, length, *, truncated=False):
   return EpisodeResult(env, float((env + 1) * length), length, truncated)
 
 

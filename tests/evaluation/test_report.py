@@ -54,8 +54,8 @@ def test_what_a_reader_must_know_is_noted(tmp_path):
   text = "\n".join(notes)
   assert "env_steps is 5000 instead of 100000" in text
   assert "games is 8 instead of 100" in text
-  assert "catch, seed 0, is no game" in text
-  assert "Tetris, seed 0, is no game" in text
+  assert "catch, seed 0, is not a game" in text
+  assert "Tetris, seed 0, is not a game" in text
 
 
 def test_two_results_of_one_run_are_refused(tmp_path):

@@ -165,7 +165,7 @@ def test_damaged_published_scores_are_refused_by_name(tmp_path, monkeypatch):
   monkeypatch.setattr(scores_lib, "_FILE", tmp_path / "published.json")
   scores_lib._published.cache_clear()
   try:
-    with pytest.raises(UserError, match=r"published\.json is damaged \(KeyError: 'Pong'\): install jedi_jax anew"):
+    with pytest.raises(UserError, match=r"published\.json is damaged \(KeyError: 'Pong'\): reinstall jedi_jax"):
       scores_lib.games()
   finally:
     scores_lib._published.cache_clear()

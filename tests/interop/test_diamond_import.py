@@ -116,17 +116,17 @@ CHANGES = {
   ),
   "other actions": (
     lambda a: a.update({"denoiser.inner_model.act_emb.0.weight": np.zeros((4, 6))}),
-    "is of 4 actions .* but catch has 3",
+    "has 4 actions .* but catch has 3",
   ),
   "no pixels": (
     lambda a: a.update({"actor_critic.lstm.weight_ih": np.zeros((40, 0))}),
-    "do not make a DIAMOND model",
+    "do not form a DIAMOND model",
   ),
   "no levels": (
     lambda a: [a.pop(name) for name in list(a) if "d_blocks" in name],
     "denoiser.channels is empty",
   ),
-  "no channels": (lambda a: a.update({"denoiser.inner_model.conv_out.weight": np.zeros(())}), "do not make"),
+  "no channels": (lambda a: a.update({"denoiser.inner_model.conv_out.weight": np.zeros(())}), "do not form"),
   "not DIAMOND's": (lambda a: a.pop("denoiser.inner_model.conv_in.weight"), "is not a DIAMOND checkpoint"),
 }
 
@@ -155,7 +155,7 @@ def test_any_number_is_imported(arrays):
   assert params["actor_critic"]["actor"]["bias"].dtype == np.float32
   for wrong in (np.asarray(["a", "b", "c"]), np.asarray([1j, 2j, 3j]), np.asarray([None] * 3)):
     arrays["actor_critic.actor_linear.bias"] = wrong
-    refused("actor_linear.bias is of .* expected numbers", diamond.import_params, arrays, config, SPEC)
+    refused("actor_linear.bias has dtype .* expected numbers", diamond.import_params, arrays, config, SPEC)
 
 
 @pytest.mark.parametrize(

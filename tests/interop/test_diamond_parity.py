@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jedi_jax import config as config_lib
 from jedi_jax.interop import diamond
 from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
@@ -53,15 +54,10 @@ def loaded(state_dict):
 
 
 @pytest.fixture(scope="module")
-def parts(loaded):
+def model(loaded):
   config, spec, _ = loaded
-  context = variants._Context(config, spec, "matmul_gradient", jnp.float32, spec.num_actions)
-  codec = codecs.identity(spec.observation_shape)
-  return {
-    "dynamics": variants._diffusion(context, codec),
-    "reward_end": variants._reward_end(context, codec),
-    "actor_critic": variants._actor_critic(context, codec),
-  }
+  precision = {"precision.compute_dtype": "float32", "precision.convolution": "matmul_gradient"}
+  return variants.build(config_lib.override(config, precision), spec)
 
 
 def nhwc(x: np.ndarray) -> jax.Array:
@@ -111,7 +107,7 @@ def test_preconditioning():
     close(getattr(c, name), f"den_{name}", CLOSED)
 
 
-def test_inner_network_and_denoiser(loaded, parts):
+def test_inner_network_and_denoiser(loaded):
   from jedi_jax.nn import blocks
   from jedi_jax.nn.denoiser import InnerNetwork
 
@@ -128,14 +124,14 @@ def test_inner_network_and_denoiser(loaded, parts):
   close_quantised(codec.quantise(c_skip * noisy + c_out * output), "den_denoised")
 
 
-def test_sampler(loaded, parts):
+def test_sampler(loaded, model):
   config, _, params = loaded
   s = config.sampler
   sigmas = sampler.karras_sigmas(s.num_steps, sigma_min=s.sigma_min, sigma_max=s.sigma_max, rho=s.rho)
   close(sigmas, "smp_sigmas", CLOSED)
   noise = dynamics_lib.SampleNoise(nhwc(REFERENCE["smp_noise"]), None)
   past, actions = nhwc(REFERENCE["den_obs"]), jnp.asarray(REFERENCE["den_act"], jnp.int32)
-  out = jax.jit(parts["dynamics"].sample)(params["denoiser"], past, actions, noise)
+  out = jax.jit(model.dynamics.sample)(params["denoiser"], past, actions, noise)
   close_quantised(out, "smp_out")
 
 
@@ -145,19 +141,19 @@ def denoising_inputs():
     sigma=jnp.asarray(REFERENCE["loss_sigma"].T),
     noise=jnp.moveaxis(nhwc(REFERENCE["loss_noise"]), 0, 1),
     offset=jnp.moveaxis(nhwc(REFERENCE["loss_offset_noise"]), 0, 1),
-    use_estimate=jnp.asarray(True),
+    use_estimate=jnp.ones((), bool),
   )
   actions, mask = jnp.asarray(REFERENCE["loss_act"], jnp.int32), jnp.asarray(REFERENCE["loss_mask"])
   return observations[:, :-1], observations[:, 4:], actions[:, :-1], mask[:, 4:], draws
 
 
-def test_denoising_loss_and_gradients(loaded, parts):
+def test_denoising_loss_and_gradients(loaded, model):
   config, spec, params = loaded
 
   @jax.jit
   @jax.value_and_grad
   def loss(denoiser):
-    terms = parts["dynamics"].losses(denoiser, *denoising_inputs()).terms
+    terms = model.dynamics.losses(denoiser, *denoising_inputs()).terms
     return sum(jnp.sum(t.values * t.weights) / jnp.sum(t.weights) for t in terms.values())
 
   value, gradient = loss(params["denoiser"])
@@ -175,25 +171,25 @@ def test_denoising_loss_and_gradients(loaded, parts):
     assert np.linalg.norm(actual - expected) <= 1e-2 * np.linalg.norm(expected), name
 
 
-def test_reward_end_logits(loaded, parts):
+def test_reward_end_logits(loaded, model):
   config, _, params = loaded
   frames, following = nhwc(REFERENCE["rew_obs"]), nhwc(REFERENCE["rew_next_obs"])
   actions = jnp.asarray(REFERENCE["rew_act"], jnp.int32)
   state = zero_lstm_state(2, config.reward_end.lstm_width)
-  rewards, ends, state = parts["reward_end"].predict(params["reward_end"], frames, actions, following, state)
+  rewards, ends, state = model.reward_end.predict(params["reward_end"], frames, actions, following, state)
   close(rewards, "rew_logits_rew", NETWORK)
   close(ends, "rew_logits_end", NETWORK)
   close(state.hidden, "rew_h", NETWORK)
   close(state.cell, "rew_c", NETWORK)
 
 
-def test_reward_end_loss(loaded, parts):
+def test_reward_end_loss(loaded, model):
   _, _, params = loaded
   observations = np.moveaxis(REFERENCE["rewloss_obs"], 2, -1).copy()
   following = observations[:, 1:].copy()
   ends = REFERENCE["rewloss_end"]
   following[1, ends[1].argmax()] = np.moveaxis(REFERENCE["rewloss_final_obs"], 0, -1)
-  losses = parts["reward_end"].losses(
+  losses = model.reward_end.losses(
     params["reward_end"],
     jnp.asarray(observations[:, :-1]),
     jnp.asarray(REFERENCE["rewloss_act"][:, :-1], jnp.int32),
@@ -207,11 +203,11 @@ def test_reward_end_loss(loaded, parts):
     close(jnp.sum(values * mask) / jnp.sum(mask), name, NETWORK)
 
 
-def test_actor_critic(loaded, parts):
+def test_actor_critic(loaded, model):
   config, _, params = loaded
   frames = nhwc(REFERENCE["ac_obs"])
   state = zero_lstm_state(2, config.actor_critic.lstm_width)
-  logits, values, state = parts["actor_critic"].apply(params["actor_critic"], frames, state)
+  logits, values, state = model.actor_critic.apply(params["actor_critic"], frames, state)
   close(logits, "ac_logits", NETWORK)
   close(values, "ac_values", NETWORK)
   close(state.hidden, "ac_h", NETWORK)

@@ -6,7 +6,6 @@ in float32 on a CPU with PyTorch 2.13, and the shapes of their weights (the form
 The samplers take 4 steps; they draw `smp_noises` in their order, the first being the start.
 """
 
-import dataclasses
 import json
 import pathlib
 import zlib
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedi_jax import config as config_lib
 from jedi_jax.interop import diamond
 from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
@@ -51,12 +51,10 @@ def loaded():
   return config, spec, jax.tree.map(jnp.asarray, diamond.import_params(arrays, config, spec))
 
 
-def context(loaded, **sampler):
+def make_model(loaded, **changes):
   config, spec, _ = loaded
-  config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **sampler))
-  return variants._Context(config, spec, "lax", jnp.dtype("float32"), spec.num_actions), codecs.identity(
-    spec.observation_shape
-  )
+  precision = {"precision.compute_dtype": "float32", "precision.convolution": "lax"}
+  return variants.build(config_lib.override(config, precision | changes), spec)
 
 
 def nhwc(x):
@@ -119,7 +117,8 @@ def test_inner_network_and_denoiser(loaded):
 )
 def test_sampler(loaded, monkeypatch, name, order, churn):
   _, _, params = loaded
-  dynamics = variants._diffusion(*context(loaded, num_steps=4, order=order, churn=churn))
+  settings = {"sampler.num_steps": 4, "sampler.order": order, "sampler.churn": churn}
+  dynamics = make_model(loaded, **settings).dynamics
   noises = nhwc(REFERENCE["smp_noises"])
   noise = dynamics_lib.SampleNoise(noises[0], jnp.moveaxis(noises[1:], 0, 1) if churn else None)
   monkeypatch.setattr(dynamics_lib.blocks, "apply", APPLY)
@@ -129,7 +128,7 @@ def test_sampler(loaded, monkeypatch, name, order, churn):
 
 def test_reward_end_logits(loaded):
   config, _, params = loaded
-  model = variants._reward_end(*context(loaded))
+  model = make_model(loaded).reward_end
   frames, following = nhwc(REFERENCE["rew_obs"]), nhwc(REFERENCE["rew_next_obs"])
   state = zero_lstm_state(2, config.reward_end.lstm_width)
   rewards, ends, state = jax.jit(model.predict)(params["reward_end"], frames, actions("rew_act"), following, state)
@@ -141,7 +140,7 @@ def test_reward_end_logits(loaded):
 
 def test_actor_critic(loaded):
   config, _, params = loaded
-  actor_critic = variants._actor_critic(*context(loaded))
+  actor_critic = make_model(loaded).actor_critic
   state = zero_lstm_state(2, config.actor_critic.lstm_width)
   logits, values, state = jax.jit(actor_critic.apply)(params["actor_critic"], nhwc(REFERENCE["ac_obs"]), state)
   close(logits, "ac_logits")

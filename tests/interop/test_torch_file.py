@@ -237,12 +237,12 @@ def test_attributes_of_the_dictionary_are_ignored(pt):
     (11, (4,), (-1,), "negative"),
     (-1, (2,), (1,), "negative"),
     (0, (-2, -2), (1, 1), "negative"),
-    (0, (True,), (1,), "senseless"),
-    (0, (2.0,), (1,), "senseless"),
-    (0, (2,), (None,), "senseless"),
-    ("0", (2,), (1,), "senseless"),
-    (0, (2, 2), (1,), "senseless"),
-    (0, [2], [1], "makes no sense"),
+    (0, (True,), (1,), "invalid numbers"),
+    (0, (2.0,), (1,), "invalid numbers"),
+    (0, (2,), (None,), "invalid numbers"),
+    ("0", (2,), (1,), "invalid numbers"),
+    (0, (2, 2), (1,), "invalid numbers"),
+    (0, [2], [1], "malformed"),
     (0, (10**12,), (0,), "more numbers"),
     (0, (10**6, 10**6, 2), (0, 0, 1), "more numbers"),
     (0, (4, 4), (1, 1), "more numbers"),
@@ -256,13 +256,13 @@ def test_tensors_outside_of_their_storage(pt, offset, size, stride, match):
 
 
 def test_storages_that_make_no_sense(pt):
-  refused(pt.write({"x": pt.Tensor(pt.Storage(np.zeros(4), claimed=5), 0, (2,), (1,))}), "cut short")
+  refused(pt.write({"x": pt.Tensor(pt.Storage(np.zeros(4), claimed=5), 0, (2,), (1,))}), "truncated")
   refused(pt.write({"x": pt.Tensor(pt.Storage(np.zeros(4), claimed=2), 0, (3,), (1,))}), "outside")
   for claimed in (-1, 2.5, None, "4", True):
     storage = pt.Storage(np.zeros(4))
     storage.claimed = claimed
     refused(pt.write({"x": pt.Tensor(storage, 0, (2,), (1,))}), "not a storage")
-  refused(pt.write({"x": pt.Tensor("storage", 0, (2,), (1,))}), "makes no sense")
+  refused(pt.write({"x": pt.Tensor("storage", 0, (2,), (1,))}), "malformed")
   for pid in (b"N", b"K\x01", b")", text(b"storage"), b"(" + text(b"module") + b"NNNNt", b"(" + b"N" * 5 + b"t"):
     refused(pt.archive(b"\x80\x02" + pid + b"Q."))
   key = b"(" + text(b"storage") + b"ctorch\nByteStorage\n" + text(b"../data.pkl") + text(b"cpu") + b"K\x04tQ."
@@ -287,9 +287,9 @@ def test_bombs(pt, monkeypatch):
   storage = pt.Storage(np.zeros(500))
   path = pt.write({str(i): pt.Tensor(storage, 0, (500,), (1,)) for i in range(50)})
   assert len(load_arrays(path)) == 50
-  monkeypatch.setattr(torch_file, "_MOST_BYTES", 30_000)
+  monkeypatch.setattr(torch_file, "_MAX_BYTES", 30_000)
   refused(path, "its tensors take more")
-  monkeypatch.setattr(torch_file, "_MOST_BYTES", 1_000)
+  monkeypatch.setattr(torch_file, "_MAX_BYTES", 1_000)
   refused(path, "unpacks to more")
 
 
