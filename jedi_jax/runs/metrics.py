@@ -66,7 +66,7 @@ SECTIONS = (
   ),
   (
     "Latents",
-    "models/variants.py",
+    "models/phases.py",
     "Of the frames in the denoiser's batches.",
     {
       "denoiser/latent_std": ("latent", "Standard deviation: the root of the channels' mean variance."),
@@ -105,7 +105,7 @@ SECTIONS = (
   ),
   (
     "Replay",
-    "models/variants.py",
+    "models/phases.py",
     "To compare with `actor_critic/imagined_return` and `actor_critic/imagined_end_rate`.",
     {
       "reward_end/replay_return": ("reward signs", "Sum of the rewards' signs over H real steps of replay."),
@@ -129,7 +129,7 @@ SECTIONS = (
   ),
   (
     "Probe",
-    "models/variants.py",
+    "models/phases.py",
     "Present if the configuration has updates of the probe.",
     {"probe/loss_reconstruction": ("pixel²", "Squared error of the decoded latents, pixels in [-1, 1].")},
   ),

@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 
 import jedi_jax
 from jedi_jax import config as config_lib
