@@ -134,7 +134,17 @@ def build(config: Config, spec: EnvSpec, *, packed: bool = False) -> Model:
   dtype = jnp.dtype(config.precision.compute_dtype)
   context = _Context(config, spec._replace(num_actions=slots or spec.num_actions), lowering, dtype, spec.num_actions)
   spec = context.spec
-  variant = VARIANTS[config.variant]
+  routes, learned = config.encoder.learns_from, config.encoder.kind == "learned"
+  trained = ["encoder", "decoder"] if "reconstruction" in routes else ["encoder"] if "prediction" in routes else []
+  variant = Variant(
+    "",
+    _learned if learned else _identity,
+    _diffusion if config.denoiser.kind == "diffusion" else _regression,
+    denoiser_trains=(*trained, "denoiser"),
+    reward_end_trains=("encoder", "reward_end") if "reward_end" in routes else ("reward_end",),
+    decodes="reconstruction" in routes,
+    dynamics_trains_encoder="prediction" in routes or "reconstruction" not in routes,
+  )
   codec = variant.codec(context)
   updates = (config.training.first_updates.probe, config.training.updates.probe)
   probes = any(updates) and codec.decode is None and not variant.decodes
@@ -148,7 +158,7 @@ def build(config: Config, spec: EnvSpec, *, packed: bool = False) -> Model:
     targets=config.denoiser.targets,
     horizon=config.actor_critic.horizon,
     denoiser_trains=variant.denoiser_trains,
-    reward_end_trains=variant.reward_end_trains if config.encoder.reward_gradient else ("reward_end",),
+    reward_end_trains=variant.reward_end_trains,
     decoder=_decoder(context, codec) if variant.decodes else None,
     probe=_decoder(context, codec) if probes else None,
     dynamics_trains_encoder=variant.dynamics_trains_encoder,
@@ -518,7 +528,7 @@ def _targets(context: _Context) -> dict[str, Any]:
     "targets": c.targets,
     "switching": c.switching,
     "sigma_data": c.sigma_data,
-    "follow_scale": c.follow_scale,
+    "follow_scale": False,
   }
 
 

@@ -144,7 +144,7 @@ def test_only_the_autoencoder_is_clipped_apart():
 
 
 def test_the_reward_gradient_can_be_kept_out_of_the_encoder():
-  model, _ = make("jedi", **{"encoder.reward_gradient": False})
+  model, _ = make("jedi", **{"encoder.learns_from": ("prediction",)})
   assert [phase.components for phase in model.phases] == [
     ("encoder", "denoiser"), ("reward_end",), ("actor_critic",)
   ]  # fmt: skip
