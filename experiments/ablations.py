@@ -78,7 +78,6 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
       "jedi",
       {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0, "denoiser.clamp_estimate": False},
     ),
-    "scale followed": ("jedi", {"denoiser.follow_scale": True}),
     "latent as target": ("jedi", {"denoiser.target": "latent", "denoiser.clamp_estimate": True}),
     "denoiser rate 1e-3": ("jedi", {"denoiser.optimizer.learning_rate": 1e-3}),
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
@@ -86,7 +85,7 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "coin: always denoiser": ("jedi", {"denoiser.switching": "always_denoiser"}),
     "encoder rate x 1": ("jedi", {"encoder.learning_rate_factor": 1.0}),
     "encoder rate x 0.1": ("jedi", {"encoder.learning_rate_factor": 0.1}),
-    "no reward gradient": ("jedi", {"encoder.reward_gradient": False}),
+    "no reward gradient": ("jedi", {"encoder.learns_from": ("prediction",)}),
     "depth 2": ("jedi", {"denoiser.depths": (2,)}),
   },
 }

@@ -14,7 +14,7 @@ ALLOWED = {
   "version.py": set(),
   "errors.py": set(),
   "types.py": set(),
-  "config": {"errors", "envs"},  # The names of environments.
+  "config": {"errors", "envs", "config"},  # The names of environments.
   "ops": {"types", "ops"},
   "nn": {"types", "ops", "nn"},
   # Configuration stops at the builder: the other models take plain arguments.

@@ -83,6 +83,7 @@ PLAUSIBLE = {
   "env.name": ("catch",),
   "env.action_slots": ("0", "3", "5"),
   "encoder.patch": ("1", "2", "4", "3"),
+  "encoder.learns_from": ("prediction", "reward_end", "prediction,reward_end", "reward_end,reconstruction"),
   "denoiser.conditioning_frames": ("1", "2", "4"),
   "denoiser.targets": ("1", "2"),
   "sampler.num_steps": ("1", "2", "5"),
@@ -96,8 +97,8 @@ PLAUSIBLE = {
 }
 """Texts of plausible values; what is not listed draws them by its type."""
 
-ROWS = {name: [path for path in SETTINGS if path.startswith(f"{name}.") and SETTINGS[path].type is not str and
-               str(SETTINGS[path].type).startswith("tuple")]
+ROWS = {name: [path for path in SETTINGS if path.startswith(f"{name}.") and
+               SETTINGS[path].type in (tuple[int, ...], tuple[bool, ...])]
         for name in ("encoder", "denoiser", "reward_end", "actor_critic")}  # fmt: skip
 """Settings of one value a stage, which must be equally many."""
 

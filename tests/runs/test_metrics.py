@@ -7,11 +7,11 @@ import re
 import jax
 import numpy as np
 import pytest
-from jedi_jax.models.build import build
 
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax.envs.catch import SPEC
+from jedi_jax.models.build import build
 from jedi_jax.runs import metrics
 from jedi_jax.runs.telemetry import summarise
 from jedi_jax.training.epoch import make_epoch
