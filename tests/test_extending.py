@@ -1,0 +1,43 @@
+"""The recipes of docs/extending.md run as they stand, each in a process of its own."""
+
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
+
+
+def run(name, directory):
+  done = subprocess.run(
+    [sys.executable, "-c", RECIPES[name]], cwd=directory, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_there_are_four_recipes_and_no_other_code():
+  assert len(RECIPES) == 4
+  assert PAGE.count("```python") == 4
+
+
+@pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
+def test_a_recipe_trains(name, tmp_path):
+  output = run(name, tmp_path)
+  assert re.search(r"^mean return -?[\d.]+$", output, re.MULTILINE)
+  (result,) = (tmp_path / "runs").glob("*/result.json")
+  assert result.exists()
+
+
+def test_the_denoiser_learns_and_samples_alone(tmp_path):
+  loss, error = (float(line.split()[1]) for line in run("The denoiser and the sampler alone", tmp_path).splitlines())
+  assert loss < 1.5
+  assert error < 4.0
+
+
+def test_an_environment_takes_some_twenty_lines():
+  code = re.search(r"^class Corridor:\n.*?(?=^\S)", RECIPES["An environment of your own"], re.DOTALL | re.MULTILINE)
+  assert len([line for line in code[0].splitlines() if line.strip()]) <= 20
