@@ -92,15 +92,21 @@ def test_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", [name for name in WRITTEN if name != "CHANGELOG.md"])
 def test_paths_and_names_of_the_code_exist(name):
   settings = dict(config_lib.settings(config_lib.Config))
+  trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
   for text in re.findall(r"`([^`\n]+)`", FENCES.sub("", PAGES[name])):
     if re.fullmatch(r"(\w+/)*\w+\.py|(\w+/)+", text) and not text.startswith(IN_A_WORKDIR):
       assert any((folder / text).exists() for folder in (ROOT, PACKAGE, ROOT / "experiments")), text
-    elif re.fullmatch(r"\w+(\.\w+)+", text) and text not in settings:
-      module, *names = text.removeprefix("jedi_jax.").split(".")
-      files = list(PACKAGE.rglob(f"{module}.py"))
-      assert not files or any(defines(ast.parse(file.read_text()), names) for file in files), text
+    elif re.fullmatch(r"\w+(\.\w+)+", text) and text not in settings and not text.endswith(SUFFIXES):
+      head, *rest = text.removeprefix("jedi_jax.").split(".")
+      modules = [tree for path, tree in trees.items() if path.stem == head]
+      # Names of other libraries are neither modules nor definitions of this one.
+      owners = [tree for tree in trees.values() if defines(tree, [head])]
+      assert not modules + owners or (
+        any(defines(tree, rest) for tree in modules) or any(defines(tree, [head, *rest]) for tree in owners)
+      ), text
 
 
+SUFFIXES = (".json", ".jsonl", ".md", ".png", ".cff")
 IN_A_WORKDIR = ("tensorboard/", "checkpoints/")
 
 
