@@ -13,6 +13,7 @@ from jedi_jax.agent import make_act
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.models.base import Model
+from jedi_jax.models.build import build as build_model
 from jedi_jax.training.learner import Build, Learner
 from jedi_jax.types import EnvSpec
 
@@ -40,7 +41,7 @@ class Actor:
     UserError: if `collect.overlap` is set and JAX has no CPU backend.
   """
 
-  def __init__(self, config: Config, spec: EnvSpec, model: Model, *, build: Build):
+  def __init__(self, config: Config, spec: EnvSpec, model: Model, *, build: Build = build_model):
     self._host = _host() if config.collect.overlap else None
     self.model = model
     if self._host is not None:

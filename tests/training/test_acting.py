@@ -82,7 +82,7 @@ def overlapping(tiny):
 def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
   for given, half in ((tiny.config, True), (overlapping, False)):
     config = override(given, {"precision.compute_dtype": "bfloat16"})
-    actor = Actor(config, SPEC, build(config, SPEC), build=build)
+    actor = Actor(config, SPEC, build(config, SPEC))
     params = actor.to_device(actor.params(tiny.learner(), 0))
     assert set(params) == {"encoder", "actor_critic"}
     with actor.device_context():
@@ -96,7 +96,7 @@ def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch
   """Another device stands for a host beside an accelerator."""
   host = jax.local_devices()[3]
   monkeypatch.setattr(acting, "_host", lambda: host)
-  actor = Actor(overlapping, SPEC, tiny.model, build=build)
+  actor = Actor(overlapping, SPEC, tiny.model)
   params = actor.to_device(actor.params(tiny.learner(), 0))
   with actor.device_context():
     state, key = actor.model.initial_state(2), jax.random.key(0)
