@@ -1,4 +1,4 @@
-"""The directions of imports, read from the source: types, config <- ops <- nn <- models <- training."""
+"""The directions of imports, read from the source."""
 
 import ast
 import pathlib
@@ -7,6 +7,21 @@ import jedi_jax
 
 PACKAGE = pathlib.Path(jedi_jax.__file__).parent
 ANYTHING = None
+
+# From bottom to top. A module imports from the layers below its own, and from its own entry.
+LAYERS = (
+  ("version.py", "errors.py"),
+  ("types.py",),
+  ("envs", "ops", "replay.py"),
+  ("config", "nn"),
+  ("models",),
+  ("runs",),
+  ("agent.py",),
+  ("evaluation", "interop"),
+  ("training", "runs/sweep.py"),
+  ("inspection",),
+  ("__init__.py",),
+)
 
 # What a module may import of the package; a folder stands for all of its files, the longest path counts.
 ALLOWED = {
@@ -19,8 +34,8 @@ ALLOWED = {
   "nn": {"types", "ops", "nn"},
   # Configuration stops at the builder: the other models take plain arguments.
   "models": {"types", "ops", "nn", "models"},
-  "models/variants.py": {"types", "errors", "config", "ops", "nn", "models"},
-  "replay.py": {"types"},
+  "models/build.py": {"types", "errors", "config", "ops", "nn", "models"},
+  "replay.py": {"types", "errors"},
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
   "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
@@ -31,20 +46,7 @@ ALLOWED = {
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
   "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
   "interop/torch_file.py": {"errors"},
-  # Looks at agents.
-  "inspection": {
-    "types",
-    "errors",
-    "config",
-    "envs",
-    "ops",
-    "models",
-    "replay",
-    "runs",
-    "agent",
-    "inspection",
-    "training",
-  },
+  "inspection": ANYTHING,
   "training": ANYTHING,
   # The parts of training that know neither files nor environments.
   "training/parallel.py": {"types", "errors"},
@@ -77,8 +79,14 @@ READERS = {
   "psum": {"training/parallel.py"},
   "axis_index": {"training/parallel.py"},
   "shard_map": {"training/parallel.py"},
-  # One place composes by variant; configuration checks it; what plans and reports runs names it.
-  "variant": {"config", "models/variants.py", "training/loop.py", "inspection/diagnosis.py", "runs/sweep.py"},
+  # A variant is a name for settings: it is printed and recorded, and no model reads it.
+  "variant": {
+    "config",
+    "training/loop.py",
+    "training/messages.py",
+    "inspection/diagnosis.py",
+    "runs/sweep.py",
+  },
 }
 
 
@@ -128,9 +136,40 @@ def test_modules_import_only_what_lies_below_them():
     assert used <= allowed, f"{path} imports {sorted(used - allowed)}"
 
 
+def place(path):
+  """Returns (layer, entry) of a module or of a dotted name within the package."""
+  found = [(entry, i) for i, layer in enumerate(LAYERS) for entry in layer if within(path, [entry])]
+  assert found, f"{path}: add it to LAYERS"
+  entry, i = max(found, key=lambda pair: len(pair[0]))
+  return i, entry
+
+
+def imported_modules(tree):
+  """Yields the paths of the modules of the package that are imported."""
+  for name in imports(tree):
+    parts = name.split(".")[1:]
+    if name.split(".")[0] != "jedi_jax":
+      continue
+    for stop in range(len(parts), 0, -1):
+      stem = PACKAGE.joinpath(*parts[:stop])
+      if stem.with_suffix(".py").exists() or (stem / "__init__.py").exists():
+        yield "/".join(parts[:stop]) + ("" if stem.is_dir() else ".py")
+        break
+    else:
+      raise AssertionError(f"{name} is no module of the package")
+
+
+def test_no_import_runs_upward():
+  for path, tree in modules():
+    layer, entry = place(path)
+    for target in imported_modules(tree):
+      other_layer, other_entry = place(target)
+      assert other_layer < layer or other_entry == entry, f"{path} imports {target}, which is not below it"
+
+
 def test_every_rule_is_about_something():
   paths = {path for path, _ in modules()}
-  for key in ALLOWED:
+  for key in (*ALLOWED, *(entry for layer in LAYERS for entry in layer)):
     assert any(path == key or path.startswith(f"{key}/") for path in paths), key
 
 
