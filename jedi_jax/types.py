@@ -124,7 +124,7 @@ class Segment(flax.struct.PyTreeNode):
 
 
 class Term(NamedTuple):
-  """One named part of a loss, element by element; the learner takes its weighted mean over the global batch.
+  """One named part of a loss, per element; the update takes its weighted mean over the global batch.
 
   Attributes:
     values: [...] float32, already multiplied by the term's coefficient.
@@ -140,8 +140,8 @@ class Losses(NamedTuple):
 
   Attributes:
     terms: named `Term`s; the loss is the sum of their weighted means.
-    metrics: what else is worth knowing, by name: a `Term` is averaged by its weights over the global batch, a matrix
-      of counts is added up, a scalar is the same for every part of the batch. No gradient flows through them.
+    metrics: other figures by name. A `Term` is averaged by its weights over the global batch, a matrix of counts is
+      summed, and a scalar is the same for every part of the batch. No gradient flows through them.
   """
 
   terms: Mapping[str, Term]
@@ -160,7 +160,7 @@ class Compute(NamedTuple):
 
   Attributes:
     dtype: of activations and products; parameters stay float32.
-    lowering: of 3 x 3 convolutions; see `conv3x3`.
+    lowering: of 3 x 3 convolutions; see `ops.images.conv3x3`.
   """
 
   dtype: Any = np.dtype("float32")
@@ -176,12 +176,12 @@ class Trajectory(flax.struct.PyTreeNode):
     rewards: [B, T] float32 in {-1, 0, 1}.
     ends: [B, T] bool; the imagined episode ended with this step.
     alive: [B, T] float32; 1 up to and including the last step of the last episode, 0 after it.
-    restarts: [B, T] float32; 1 where the episode ended with this step and another one follows at latent t + 1.
-    reward_logits: [B, T, 3] float32 of the reward's signs -1, 0, 1; what `rewards` were drawn from.
-    end_logits: [B, T, 2] float32 of going on and ending.
-    values: [B, T] float32; the critic's value of latents 0 to T - 1.
+    restarts: [B, T] float32; 1 where the episode ended with this step and a second one starts at latent t + 1.
+    reward_logits: [B, T, 3] float32 of the reward signs -1, 0, 1, from which `rewards` are drawn.
+    end_logits: [B, T, 2] float32 of continuing and ending.
+    values: [B, T] float32; the critic's values of latents 0 to T - 1.
     policy_state: `LstmState` of the actor-critic before step 0.
-    restart_state: the same before the first step of a second episode; None where there is none.
+    restart_state: the same before the first step of a second episode; None without second episodes.
   """
 
   latents: Array

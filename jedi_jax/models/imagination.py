@@ -44,8 +44,8 @@ def draw_noise(dynamics: Dynamics, keys: Array, *, horizon: int, num_actions: in
   )
 
 
-class _Place(NamedTuple):
-  """Where imagination stands: what the next step depends on."""
+class _State(NamedTuple):
+  """What the next step depends on."""
 
   past: Array  # [B, L, h, w, c]
   past_actions: Array  # [B, L - 1]; the actions between the past frames.
@@ -54,9 +54,9 @@ class _Place(NamedTuple):
 
 
 class _Carry(NamedTuple):
-  place: _Place
+  state: _State
   alive: Array  # [B] float32
-  can_restart: Array  # [B] bool; whether the trajectory may continue from its second start.
+  can_restart: Array  # [B] bool; whether the trajectory has a second start left.
 
 
 def imagine(
@@ -82,17 +82,17 @@ def imagine(
     reward_end: the reward / end model.
     actor_critic: the actor-critic.
     params: parameters by component: 'denoiser', 'reward_end', 'actor_critic'.
-    past: [B, L, h, w, c] latents of L successive frames, the last of which the first action is chosen on; or
-      [2 B, ...]: after its first imagined end trajectory i goes on from row B + i.
+    past: [B, L, h, w, c] latents of L successive frames; the first action is chosen on the last. With [2 B, ...],
+      trajectory i continues from row B + i after its first imagined end.
     past_actions: [B or 2 B, L - 1] int32; the actions between them.
-    mask: [B or 2 B, L] bool; false where a frame is padding; the last one must be real.
+    mask: [B or 2 B, L] bool; false where a frame is padding; true for the last frame.
     noise: the random numbers of B trajectories.
     actions: [B, T] int32 to take instead of the policy's.
-    forget_padding: whether the policy's burn-in forgets padding, because a real episode begins with an empty state.
-    unroll: steps that a round of the compiled loop holds.
+    forget_padding: whether the policy's burn-in forgets padding, since a real episode starts with an empty state.
+    unroll: steps in one iteration of the compiled loop.
 
   Returns:
-    `Trajectory`; after its last imagined end the remaining steps have `alive` 0.
+    `Trajectory`; steps after its last imagined end have `alive` 0.
   """
   rows, length = past.shape[:2]
   horizon, batch = noise.actions.shape[:2]
@@ -111,48 +111,48 @@ def imagine(
     )
     keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
     _, _, policy_state = actor_critic.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
-  places = _Place(past, past_actions, reward_end_state, policy_state)
-  start = jax.tree.map(lambda x: x[:batch], places)
-  restart = jax.tree.map(lambda x: x[batch:], places) if rows > batch else None
+  states = _State(past, past_actions, reward_end_state, policy_state)
+  start = jax.tree.map(lambda x: x[:batch], states)
+  restart = jax.tree.map(lambda x: x[batch:], states) if rows > batch else None
 
   def step(carry: _Carry, inputs: tuple[ImaginationNoise, Array | None]) -> tuple[_Carry, tuple[Array, ...]]:
     draws, given = inputs
-    place = carry.place
-    current = place.past[:, -1:]
-    logits, values, policy_state = actor_critic.apply(params["actor_critic"], current, place.policy_state)
+    state = carry.state
+    current = state.past[:, -1:]
+    logits, values, policy_state = actor_critic.apply(params["actor_critic"], current, state.policy_state)
     action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32) if given is None else given
-    actions = jnp.concatenate([place.past_actions, action[:, None]], axis=1)
-    following = dynamics.sample(params["denoiser"], place.past, actions, draws.frames)
+    actions = jnp.concatenate([state.past_actions, action[:, None]], axis=1)
+    next_latents = dynamics.sample(params["denoiser"], state.past, actions, draws.frames)
     reward_logits, end_logits, reward_end_state = reward_end.predict(
-      params["reward_end"], current, action[:, None], following[:, None], place.reward_end_state
+      params["reward_end"], current, action[:, None], next_latents[:, None], state.reward_end_state
     )
     reward = jnp.argmax(reward_logits[:, 0] + draws.rewards, axis=-1).astype(jnp.float32) - 1.0
     end = jnp.argmax(end_logits[:, 0] + draws.ends, axis=-1) == 1
-    after = _Place(
-      past=jnp.concatenate([place.past[:, 1:], following[:, None]], axis=1),
+    next_state = _State(
+      past=jnp.concatenate([state.past[:, 1:], next_latents[:, None]], axis=1),
       past_actions=actions[:, 1:],
       reward_end_state=reward_end_state,
       policy_state=policy_state,
     )
-    begins = end & carry.can_restart
+    restarts_now = end & carry.can_restart
     if restart is not None:
 
       def choose(other: Array, x: Array) -> Array:
-        return jnp.where(begins.reshape(-1, *(1,) * (x.ndim - 1)), other, x)
+        return jnp.where(restarts_now.reshape(-1, *(1,) * (x.ndim - 1)), other, x)
 
-      after = jax.tree.map(choose, restart, after)
+      next_state = jax.tree.map(choose, restart, next_state)
     outputs = (
-      after.past[:, -1],
+      next_state.past[:, -1],
       action,
       reward,
       end,
       carry.alive,
-      begins.astype(jnp.float32),
+      restarts_now.astype(jnp.float32),
       reward_logits[:, 0],
       end_logits[:, 0],
       values[:, 0],
     )
-    return _Carry(after, carry.alive * (1.0 - (end & ~begins)), carry.can_restart & ~begins), outputs
+    return _Carry(next_state, carry.alive * (1.0 - (end & ~restarts_now)), carry.can_restart & ~restarts_now), outputs
 
   given = None if actions is None else jnp.moveaxis(actions, 1, 0)
   carry = _Carry(start, jnp.ones((batch,)), jnp.full((batch,), restart is not None))

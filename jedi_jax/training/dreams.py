@@ -22,7 +22,7 @@ def open_loop(model: Model, params: dict[str, Params], segment: Segment, keys: A
     keys: [B] random keys, consumed.
 
   Returns:
-    `Trajectory` over T steps; its latent t stands for frame L - 1 + t of the segment.
+    `Trajectory` over T steps; its latent t corresponds to frame L - 1 + t of the segment.
   """
   start, actions = _split(model, segment)
   return model.imagine(params, start, keys, actions.shape[1], actions)

@@ -16,13 +16,13 @@ _SHARE = 0.9
 
 
 class Memory(NamedTuple):
-  """Bytes of a device that a run takes.
+  """Bytes of a device that a run needs.
 
   Attributes:
-    replay: its ring of frames.
-    state: parameters and optimisers.
-    working: the most that an epoch needs besides, by XLA's account of the compiled epoch.
-    device: what the device has.
+    replay: the ring of frames.
+    state: parameters and optimiser states.
+    working: peak of temporary buffers, by XLA's analysis of the compiled epoch.
+    device: memory of the device.
   """
 
   replay: int
@@ -32,12 +32,12 @@ class Memory(NamedTuple):
 
   @property
   def run(self) -> int:
-    """All that one run takes."""
+    """Bytes of one run."""
     return self.replay + self.state + self.working
 
   @property
   def fit(self) -> int:
-    """How many runs a device can hold, at least 1."""
+    """How many runs fit, at least 1."""
     return max(int(_SHARE * self.device / self.run), 1)
 
 
@@ -58,7 +58,7 @@ def measure(config: Config, spec: EnvSpec) -> Memory:
 
 
 def check_replay(config: Config, spec: EnvSpec) -> None:
-  """Refuses a replay that the first device cannot hold, before anything is allocated.
+  """Checks, before anything is allocated, that the first device can hold the replay.
 
   Raises:
     UserError: naming the settings.
@@ -75,12 +75,12 @@ def check_replay(config: Config, spec: EnvSpec) -> None:
 
 
 def size(tree: Any) -> int:
-  """Bytes of a tree of arrays or shapes."""
+  """Returns the bytes of a tree of arrays or shapes."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _device_bytes(device: jax.Device) -> int:
-  """Memory of a device; of the CPU what is free in the machine."""
+  """Returns the memory of a device; for a CPU, the free memory of the machine."""
   stats = device.memory_stats()
   if stats and "bytes_limit" in stats:
     return int(stats["bytes_limit"])

@@ -1,4 +1,4 @@
-"""Trains runs: checks what is asked, opens their directories, and runs the loop."""
+"""Trains runs: checks the arguments, opens the directories and runs the loop."""
 
 import contextlib
 import os
