@@ -207,6 +207,7 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   numbers = _numbers(path)
   if not numbers:
     raise UserError(f"there is no checkpoint in {path}")
+  _orbax()  # Raises outside of the loop, which takes errors for damage.
   for number in reversed(numbers):
     try:
       return _restore(path, number, _PARAMS, target)

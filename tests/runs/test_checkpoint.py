@@ -290,10 +290,12 @@ def test_reading_logs_nothing(saved, caplog):
   assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_a_missing_orbax_is_one_line(saved, monkeypatch):
+def test_a_missing_orbax_is_one_line(tmp_path, monkeypatch, caplog):
+  numbered(tmp_path, 1, 2)
   monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-  refused(lambda: load_params(saved, shapes(params())), "pip install orbax-checkpoint")
-  refused(lambda: Checkpoints(saved, keep=1), "pip install orbax-checkpoint")
+  refused(lambda: load_params(tmp_path, shapes(params())), "pip install orbax-checkpoint")
+  refused(lambda: Checkpoints(tmp_path, keep=1), "pip install orbax-checkpoint")
+  assert not caplog.text
 
 
 def test_a_failed_save_keeps_earlier_checkpoints_and_the_next_save_succeeds(tmp_path, monkeypatch):
