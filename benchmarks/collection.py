@@ -70,7 +70,7 @@ def main() -> None:
       rows[-1] |= _parts(config)
       for name, overlap, busy in (("", False, False), (", overlapped", True, False), (", a core busy", True, True)):
         seconds, share = _loop(config_lib.override(config, {"collect.overlap": overlap}), runs, busy=busy)
-        rows[-1] |= {f"without updates{name}": seconds, f"share of an epoch{name}": share}
+        rows[-1] |= {f"besides updates{name}": seconds, f"share of an epoch{name}": share}
   print(record.table(rows, list(rows[0])))
   print(f"written to {record.write(_FLAGS.name or f'collection_{jax.default_backend()}', rows, started=started)}")
 
