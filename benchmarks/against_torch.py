@@ -34,7 +34,7 @@ from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.interop import diamond
-from jedi_jax.models.variants import build, count_parameters
+from jedi_jax.models.build import build, count_parameters
 from jedi_jax.runs import program
 from jedi_jax.types import EnvSpec
 

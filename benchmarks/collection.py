@@ -25,14 +25,14 @@ import record
 import throughput
 from absl import flags
 
+import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import envs
 from jedi_jax.runs import program, workdir
 from jedi_jax.runs.console import Console
-from jedi_jax.training import loop
 from jedi_jax.training.acting import Actor
+from jedi_jax.training.learner import Learner
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import Programs, make_programs
 
 _NUM_ENVS = flags.DEFINE_list("num_envs", ["1", "8"], "Numbers of environments.")
 _PACKED = flags.DEFINE_list("packed", ["1"], "Numbers of packed runs.")
@@ -83,7 +83,7 @@ def _parts(config: config_lib.Config) -> dict[str, list[float]]:
   )
   try:
     steps = config.collect.steps_per_epoch
-    actor = Actor(config, env.spec)
+    actor = Actor(config, env.spec, jedi_jax.build(config, env.spec))
     params = jax.jit(actor.model.init)(jax.random.key(0))
     actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // c.num_envs, c.num_envs))
     observations, state = env.reset(), actor.model.initial_state(c.num_envs)
@@ -115,12 +115,6 @@ class _SimulatedEpoch:
   def __init__(self, seconds: float, sums: Any, *, busy: bool):
     self._seconds, self._sums, self._busy = seconds, sums, busy
 
-  def lower(self, *_: Any) -> "_SimulatedEpoch":
-    return self
-
-  def compile(self) -> "_SimulatedEpoch":
-    return self
-
   def __call__(self, state: Any, replay: Any, counts: Mapping[str, Any]) -> tuple[Any, Any]:
     del replay, counts
     end = time.monotonic() + self._seconds
@@ -135,19 +129,19 @@ def _loop(config: config_lib.Config, runs: int, *, busy: bool) -> tuple[list[flo
   updates = config.training.updates
   updating = runs * max(updates.denoiser, updates.reward_end, updates.actor_critic) * _TRIPLE.value / 1e3
 
-  def make(config: config_lib.Config, spec: Any, devices: Devices) -> Programs:
-    programs = make_programs(config, spec, devices)
-    sums: dict[str, Any] = {phase.name: {} for phase in programs.model.phases}
-    return programs._replace(epoch=_SimulatedEpoch(updating, sums, busy=busy))
+  def simulate(learner: Learner) -> None:
+    learner.epoch = _SimulatedEpoch(updating, {name: {} for name in learner.phases}, busy=busy)
 
   configs = [config_lib.override(config, {"seed": seed}) for seed in range(runs)]
   with tempfile.TemporaryDirectory() as place:
     directories = [f"{place}/{run.seed}" for run in configs]
-    loop.make_programs = make
+    compile_epoch, Learner.compile = Learner.compile, simulate
     try:
-      loop.train_packed(configs, directories, devices=Devices(jax.local_devices()[:1]), console=Console(io.StringIO()))
+      jedi_jax.train_packed(
+        configs, directories, devices=Devices(jax.local_devices()[:1]), console=Console(io.StringIO())
+      )
     finally:
-      loop.make_programs = make_programs
+      Learner.compile = compile_epoch
     epochs = workdir.read_metrics(workdir.read(directories[0]).metrics)[1:]  # The first one compiles.
   seconds = [epoch["time/epoch_seconds"] - updating for epoch in epochs]
   share = statistics.median(seconds) / (statistics.median(seconds) + updating)

@@ -3,7 +3,7 @@
   python benchmarks/convolution.py
 
 All updates of this library run inside a loop, where XLA's CPU backend computes the gradient of a convolution's kernel
-much slower than outside. The table compares the lowerings of `jedi_jax.nn.blocks.conv3x3`. The result is written to
+much slower than outside. The table compares the lowerings of `jedi_jax.ops.images.conv3x3`. The result is written to
 benchmarks/results/convolution_<platform>.json.
 """
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import record
 from absl import flags
 
-from jedi_jax.nn.blocks import conv3x3
+from jedi_jax.ops.images import conv3x3
 from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)

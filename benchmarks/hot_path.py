@@ -25,8 +25,10 @@ from absl import flags
 from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.models import imagination
-from jedi_jax.models.variants import Model, build
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build
 from jedi_jax.nn import blocks
+from jedi_jax.nn.lstm import Lstm, zero_lstm_state
 from jedi_jax.ops import sampler
 from jedi_jax.runs import program
 
@@ -92,10 +94,10 @@ def _lstm(params: Any, config: Config) -> Piece:
   """Gradient of the reward / end model's LSTM over a segment."""
   own = params["reward_end"]["lstm"]
   width, batch = config.reward_end.lstm_width, _FLAGS.batch_size
-  network = blocks.Lstm(width)
+  network = Lstm(width)
   steps = config.denoiser.conditioning_frames + config.actor_critic.horizon - 1
   inputs = jax.random.normal(jax.random.key(1), (batch, steps, own["kernel_ih"].shape[0]))
-  state = blocks.zero_lstm_state(batch, width)
+  state = zero_lstm_state(batch, width)
 
   def step_by_step(own: Any, inputs: Any) -> Any:
     def step(state: Any, x: Any) -> Any:

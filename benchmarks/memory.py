@@ -36,7 +36,7 @@ def main() -> None:
   rows: list[dict[str, Any]] = []
   for variant in variants:
     config = throughput.make_config(variant)
-    found = memory.of_run(config, spec)
+    found = memory.measure(config, spec)
     row: dict[str, Any] = {"variant": variant, "batch": _FLAGS.batch_size}
     for name in ("state", "working", "replay"):
       row[f"{name} MiB"] = getattr(found, name) / 2**20

@@ -35,7 +35,7 @@ import throughput
 from absl import flags
 
 from jedi_jax import envs
-from jedi_jax.nn.blocks import conv3x3, resolve_convolution
+from jedi_jax.ops.images import conv3x3, resolve_convolution
 from jedi_jax.runs import program
 
 _VARIANT = flags.DEFINE_string("variant", "diamond", "Our variant.")

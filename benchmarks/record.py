@@ -17,6 +17,8 @@ import jax
 import jaxlib
 import numpy as np
 
+from jedi_jax.runs.tables import markdown_table
+
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
@@ -109,9 +111,7 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
       return f"{1e3 * statistics.median(value):.2f} ms"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-  lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-  lines += ["| " + " | ".join(cell(row.get(column, "")) for column in columns) + " |" for row in rows]
-  return "\n".join(lines)
+  return markdown_table([columns, *([cell(row.get(column, "")) for column in columns] for row in rows)])
 
 
 def _cpu_name() -> str:

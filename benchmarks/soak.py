@@ -67,8 +67,8 @@ class _Watch(Console):
     self.sample()
     if len(self.samples) % 100 == 1:
       super().log(text)
-    if self.samples[-1]["seconds"] > self._seconds and not self._interruption.asked:
-      self._interruption.ask("the clock")
+    if self.samples[-1]["seconds"] > self._seconds and not self._interruption.stop_requested:
+      self._interruption.request_stop("the clock")
 
   def sample(self) -> None:
     """Takes a sample."""

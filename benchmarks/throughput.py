@@ -25,12 +25,10 @@ from absl import flags
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay
 from jedi_jax.config import Config
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.runs import program
-from jedi_jax.training.memory import empty_replay
+from jedi_jax.training.learner import Learner, empty_replay
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import make_programs, traced
-from jedi_jax.training.state import make_init
 from jedi_jax.training.updates import make_update
 from jedi_jax.types import EnvSpec
 
@@ -80,42 +78,38 @@ class Case:
   def __init__(self, config: Config, runs: int, spec: EnvSpec, *, slots: int = SLOTS):
     self.runs, self.config = runs, config
     batch, age_weights = config.training.batch_size, config.replay.age_weights
-    self._devices = Devices(jax.local_devices()[:1], runs=runs)
-    programs = make_programs(config, spec, self._devices)
-    self._model, optimizers = programs.model, programs.optimizers
-    init = jax.jit(make_init(self._model, optimizers))
-    states = [jax.device_get(init(jax.random.key(seed))) for seed in range(runs)]
+    devices = Devices(jax.local_devices()[:1], runs=runs)
     stored = noise_replay(config, spec, slots)
-    self._state, self._replay = self._devices.distribute(states), self._devices.distribute([stored] * runs)
+    config = config_lib.override(config, {"replay.capacity": slots, "replay.final_frames": 0, "env.num_envs": 1})
+    self._learner = learner = Learner(config, spec, devices)
+    states = [learner.init(seed) for seed in range(runs)]
+    learner.start(states, [stored] * runs)
     start = time.perf_counter()
-    nothing = traced({phase.name: 0 for phase in self._model.phases})
-    self._epoch = programs.epoch.lower(self._state, self._replay, nothing).compile()
+    learner.compile()
     self.compile_seconds = time.perf_counter() - start
-    self._keys = self._devices.distribute([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
-    sampling = self._devices.map(_sampling(self._model, batch, _FRAMES.value))
-    self._sampler = sampling.lower(self._state.params, self._keys).compile()
+    self._keys = devices.to_devices([np.asarray([seed, 0], np.uint32) for seed in range(runs)])
+    sampling = devices.map(_sampling(learner.model, batch, _FRAMES.value))
+    self._sampler = sampling.lower(learner.state.params, self._keys).compile()
     self.flop = {
       phase.name: flops.count(
-        make_update(phase, i, optimizers[phase.name], batch_size=batch, age_weights=age_weights),
+        make_update(phase, i, learner.optimizers[phase.name], batch_size=batch, age_weights=age_weights),
         states[0],
         stored,
       )
-      for i, phase in enumerate(self._model.phases)
+      for i, phase in enumerate(learner.model.phases)
     }
 
   def run(self, **counts: int) -> Any:
     """Runs the given number of updates of each phase and waits for them."""
-    calls = {phase.name: counts.get(phase.name, 0) for phase in self._model.phases}
-    self._state, sums = self._epoch(self._state, self._replay, traced(calls))
-    return jax.block_until_ready(sums)
+    return self._learner.update(counts)
 
   def sample(self) -> Any:
     """Samples `--frames` successive frames for a batch and waits for them."""
-    return jax.block_until_ready(self._sampler(self._state.params, self._keys))
+    return jax.block_until_ready(self._sampler(self._learner.state.params, self._keys))
 
   def text(self, name: str) -> str:
     """Returns the HLO text of the sampling program, or of the epoch for any other name."""
-    return (self._sampler if name == "sampling" else self._epoch).as_text()
+    return (self._sampler if name == "sampling" else self._learner.epoch).as_text()
 
   def calls(self) -> dict[str, Callable[[], Any]]:
     """Returns the timed calls: sampling, and `--updates` updates of each phase."""

@@ -41,12 +41,11 @@ from jax.experimental import topologies
 from jedi_jax import config as config_lib
 from jedi_jax import envs, replay
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
 from jedi_jax.runs import program
-from jedi_jax.training import epoch as epoch_lib
 from jedi_jax.training import memory
+from jedi_jax.training.learner import Learner
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.updates import make_optimizers, make_update
+from jedi_jax.training.updates import make_update
 from jedi_jax.types import Array, EnvSpec
 
 _PROGRAMS = ("draw", *throughput.PHASES, "epoch")
@@ -114,24 +113,22 @@ def _measure(part: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[s
   config = config_lib.override(throughput.make_config(variant), {"precision.convolution": "lax"})
   if part in throughput.PHASES:
     config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
-  model = build(config, spec)
-  optimizers = make_optimizers(config, model.phases)
+  learner = Learner(config, spec, devices)
   settings: dict[str, Any] = {"batch_size": _FLAGS.batch_size, "age_weights": config.replay.age_weights}
-  state, stored = memory.shapes(config, spec, model, optimizers)
-  spread = [memory.distributed(tree, devices.count) for tree in (state, stored)]
-  phases = {phase.name: (i, phase) for i, phase in enumerate(model.phases)}
+  state, stored = learner.shapes()
+  distributed = devices.shapes((state, stored))
+  phases = {phase.name: (i, phase) for i, phase in enumerate(learner.model.phases)}
   row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}
   if part == "epoch":
-    counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in phases}
-    lowered = epoch_lib.distribute(epoch_lib.make_epoch(model, optimizers, **settings), devices).lower(*spread, counts)
+    lowered = learner.lower()
   elif part == "draw":
     draw = _draw(phases["denoiser"][1].length, **settings)
-    lowered = devices.map(draw, in_axes=(0, None)).lower(spread[1], jax.ShapeDtypeStruct((2,), np.uint32))
+    lowered = devices.map(draw, in_axes=(0, None)).lower(distributed[1], jax.ShapeDtypeStruct((2,), np.uint32))
   else:
     index, phase = phases[part]
-    update = make_update(phase, index, optimizers[part], **settings)
+    update = make_update(phase, index, learner.optimizers[part], **settings)
     row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
-    lowered = devices.map(update, donate=(0,)).lower(*spread)
+    lowered = devices.map(update, donate=(0,)).lower(*distributed)
   start = time.perf_counter()
   compiled = lowered.compile()
   row["compile s"] = time.perf_counter() - start

@@ -1,11 +1,11 @@
-"""Runs the paper's two ablation figures, or the choices on which it is silent, and draws them.
+"""Trains and draws the paper's two ablation figures, or the choices that the paper does not give.
 
   python experiments/ablations.py --figure=gradients,targets --preset=catch --seeds=3 --out=runs/ablations
 
 Figure `gradients`: which losses shape the latent space. Figure `targets`: how the denoiser's later targets are
 conditioned, and what stabilises them. Figure `choices`: constants that the paper does not give (see docs/choices.md).
-Every run has a workdir of its own under --out and is trained and diagnosed like any other: finished runs are not
-repeated, interrupted ones go on. The table and the figures (with matplotlib) are written to --out.
+Every run has its own workdir under --out; finished runs are not repeated, interrupted ones are resumed. The table and,
+with matplotlib, the figures are written to --out.
 """
 
 import pathlib
@@ -22,27 +22,28 @@ from jedi_jax.errors import nearest
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program, workdir
+from jedi_jax.runs.tables import markdown_table
 
-_ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's if left out.")
+_ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's by default.")
 _PRESET = flags.DEFINE_string("preset", "catch", "Preset of all runs.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1, upper_bound=1_000)
 _FIGURE = flags.DEFINE_list("figure", ["gradients", "targets"], "Which figures: gradients, targets, choices.")
-_ARMS = flags.DEFINE_list("arms", [], "Only these arms of the figures, by name; all if empty.")
+_ARMS = flags.DEFINE_list("arms", [], "Names of the arms to run; all by default.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the runs, the table and the figures.")
 _STEPS = flags.DEFINE_integer(
-  "diagnosis_steps", 1_600, "Real steps of each run's diagnosis.", lower_bound=1, upper_bound=10**6
+  "diagnosis_steps", 1_600, "Environment steps of each run's diagnosis.", lower_bound=1, upper_bound=10**6
 )
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
 
 
 class Measured(NamedTuple):
-  """What one run came to.
+  """Results of one run.
 
   Attributes:
-    mean_return: of its final evaluation.
+    mean_return: mean return of the final evaluation.
     error: root mean square error of open-loop imagination after H steps, in standard deviations of the latents.
-    copying: the same of copying the last real latent.
-    f1: of rewards and ends in imagination, None where too few were met.
+    copying: the same error for copies of the last real latent.
+    f1: F1 score of rewards and ends in imagination, None with too few examples.
   """
 
   mean_return: float
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
   f1: float | None
 
 
-# In the paper's order, best first. An arm is a variant and what it sets.
+# In the paper's order, best first. An arm is a variant and its settings.
 FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
   "gradients": {
     "JEDI": ("jedi", {}),
@@ -77,7 +78,6 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
       "jedi",
       {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0, "denoiser.clamp_estimate": False},
     ),
-    "scale followed": ("jedi", {"denoiser.follow_scale": True}),
     "latent as target": ("jedi", {"denoiser.target": "latent", "denoiser.clamp_estimate": True}),
     "denoiser rate 1e-3": ("jedi", {"denoiser.optimizer.learning_rate": 1e-3}),
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
@@ -85,14 +85,14 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "coin: always denoiser": ("jedi", {"denoiser.switching": "always_denoiser"}),
     "encoder rate x 1": ("jedi", {"encoder.learning_rate_factor": 1.0}),
     "encoder rate x 0.1": ("jedi", {"encoder.learning_rate_factor": 0.1}),
-    "no reward gradient": ("jedi", {"encoder.reward_gradient": False}),
+    "no reward gradient": ("jedi", {"encoder.learns_from": ("prediction",)}),
     "depth 2": ("jedi", {"denoiser.depths": (2,)}),
   },
 }
 
 
 def main() -> None:
-  """Reads the flags, trains what is missing, and reports."""
+  """Trains the missing runs, and writes the table and the figures."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
   for name in _FIGURE.value:
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> list[Measured]:
-  """Trains and diagnoses the seeds of one arm."""
+  """Trains and diagnoses all seeds of one arm."""
   name = "-".join([variant, *(f"{path.split('.')[-1]}_{value}" for path, value in own.items())])
   measured = []
   for seed in range(_SEEDS.value):
@@ -133,7 +133,7 @@ def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Ma
     directory = out / name / f"seed_{seed}"
     result = jedi_jax.train(config, directory)
     written = directory / "diagnosis.json"
-    jax.clear_caches()  # Every run compiles programs of its own, which would all be kept.
+    jax.clear_caches()  # Every run compiles its own programs; without this, all stay in memory.
     figures = workdir.read_json(written) if written.exists() else None
     if figures is None:
       figures = diagnosis.diagnose_run(directory, steps=_STEPS.value)
@@ -146,16 +146,12 @@ def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Ma
 def _table(report: Mapping[str, Mapping[str, list[Measured]]]) -> str:
   lines = []
   for figure, arms in report.items():
-    lines += [
-      f"## {figure}",
-      "",
-      "| arm | mean return | by seed | open-loop error | by seed | copying | F1 in imagination |",
-      "|---|---|---|---|---|---|---|",
-    ]
+    rows = [["arm", "mean return", "by seed", "open-loop error", "by seed", "copying", "F1 in imagination"]]
     for name, runs in arms.items():
       returns, errors = [run.mean_return for run in runs], [run.error for run in runs]
       scores = [run.f1 for run in runs if run.f1 is not None]
       cells = [
+        name,
         f"{statistics.mean(returns):.2f}",
         ", ".join(f"{x:.2f}" for x in returns),
         f"{statistics.mean(errors):.3f}",
@@ -163,13 +159,13 @@ def _table(report: Mapping[str, Mapping[str, list[Measured]]]) -> str:
         f"{statistics.mean(run.copying for run in runs):.3f}",
         f"{statistics.mean(scores):.2f}" if scores else "-",
       ]
-      lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append("")
+      rows.append(cells)
+    lines += [f"## {figure}", "", markdown_table(rows), ""]
   return "\n".join(lines)
 
 
 def _draw(figure: str, arms: Mapping[str, list[Measured]], path: pathlib.Path) -> None:
-  """Draws each seed as a point and each arm's mean as a bar: returns at the left, errors at the right."""
+  """Draws the returns (left) and errors (right) of all arms: a bar for the mean, a point for each seed."""
   plt = figures_lib.pyplot(path)
   if plt is None:
     return

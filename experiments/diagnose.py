@@ -1,11 +1,11 @@
-"""Tells which part of a trained model looks weakest, on real games that it was not trained on.
+"""Diagnoses a trained model on new games, and names its weakest part.
 
   python experiments/diagnose.py --workdir=runs/breakout
 
-Plays the run's environment with its own policy, then measures the denoising loss by noise level, the error of
-open-loop imagination with the real actions against copying the last latent, precision and recall of rewards and ends
-on real and on imagined latents, the critic's calibration, and the latents. Prints a summary and writes
-diagnosis.json, and diagnosis.png where matplotlib is installed, to the workdir.
+Plays the run's environment with its policy, then measures the denoising loss by noise level, the error of open-loop
+imagination with the real actions (compared with copying the last latent), precision and recall of rewards and ends on
+real and on imagined latents, the calibration of the critic, and the statistics of the latents. Prints a summary and
+writes diagnosis.json and, with matplotlib, diagnosis.png to the workdir.
 """
 
 import pathlib
@@ -18,19 +18,20 @@ import jedi_jax
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program
+from jedi_jax.runs.tables import markdown_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
-_STEPS = flags.DEFINE_integer("steps", 2_000, "Real environment steps to look at.", lower_bound=1, upper_bound=10**6)
-_NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments that play side by side.", lower_bound=1, upper_bound=1024)
+_STEPS = flags.DEFINE_integer("steps", 2_000, "Environment steps to record.", lower_bound=1, upper_bound=10**6)
+_NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments in parallel.", lower_bound=1, upper_bound=1024)
 _SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1, upper_bound=10**5)
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed of games, actions and noise; apart from those of training.", lower_bound=0
+  "seed", 0, "Seed of games, actions and noise; independent of training seeds.", lower_bound=0
 )
 
 
 def main() -> None:
-  """Reads the flags, measures and reports."""
+  """Diagnoses the run, and prints and draws the result."""
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
   program.enable_compilation_cache()
@@ -54,24 +55,24 @@ def _summary(figures: Mapping[str, Any]) -> str:
   ]
   if "denoising" in figures:
     d = figures["denoising"]
-    lines += ["", "| sigma | denoising loss | without the network |", "|---|---|---|"]
-    lines += [
-      f"| {s:.3g} | {a:.4f} | {b:.4f} |" for s, a, b in zip(d["sigma"], d["loss"], d["without_network"], strict=True)
-    ]
-  lines += ["", "| step | open-loop error | copying |", "|---|---|---|"]
-  lines += [
-    f"| {i} | {a:.3f} | {b:.3f} |" for i, (a, b) in enumerate(zip(loop_["error"], loop_["copying"], strict=True), 1)
-  ]
-  lines += ["", "| class | examples | precision, recall on real latents | in imagination |", "|---|---|---|---|"]
+    losses = zip(d["sigma"], d["loss"], d["without_network"], strict=True)
+    rows = [["sigma", "denoising loss", "without the network"]]
+    lines += ["", markdown_table(rows + [[f"{s:.3g}", f"{a:.4f}", f"{b:.4f}"] for s, a, b in losses])]
+  errors = enumerate(zip(loop_["error"], loop_["copying"], strict=True), 1)
+  rows = [["step", "open-loop error", "copying"]]
+  lines += ["", markdown_table(rows + [[str(i), f"{a:.3f}", f"{b:.3f}"] for i, (a, b) in errors])]
+  rows = [["class", "examples", "precision, recall on real latents", "in imagination"]]
   real, imagined = figures["rewards_ends"]["on_real"], figures["rewards_ends"]["in_imagination"]
   for kind, label in (("reward", "-1"), ("reward", "0"), ("reward", "+1"), ("end", "yes")):
     cells = (
       ", ".join("-" if (x := source.get(f"{kind}_{what}_{label}")) is None else f"{x:.2f}" for what in _PAIR)
       for source in (real, imagined)
     )
-    lines.append(f"| {kind} {label} | {real[f'{kind}_count_{label}']:.0f} | " + " | ".join(cells) + " |")
+    rows.append([f"{kind} {label}", f"{real[f'{kind}_count_{label}']:.0f}", *cells])
   correlation = "-" if value["correlation"] is None else f"{value['correlation']:.2f}"
   lines += [
+    "",
+    markdown_table(rows),
     "",
     f"value: correlation with the return {correlation}, bias {value['bias']:+.3f}",
     "",

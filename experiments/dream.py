@@ -1,9 +1,9 @@
-"""Films what a trained model dreams: the real game, the dream of the same actions, and the policy's own dream.
+"""Films the dreams of a trained model: the real game, the dream of the same actions, and the policy's own dream.
 
   python experiments/dream.py --workdir=runs/breakout --out=dream.gif
 
-Every dream starts from real frames of games that were not trained on, and is imagined from its first frame on, without
-another look. A run without a probe decoder gets one now, fitted to the recorded games; the run is not changed.
+Every dream starts from real frames of new games; all later frames are imagined. For a run without a probe decoder, a
+probe is fitted to the recorded games; the run is not changed.
 """
 
 import pathlib
@@ -18,25 +18,25 @@ from jedi_jax.runs import program, workdir
 from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_OUT = flags.DEFINE_string("out", "dream.gif", "The film, .gif or (with ffmpeg) .mp4.")
+_OUT = flags.DEFINE_string("out", "dream.gif", "File of the film: .gif, or .mp4 (needs ffmpeg).")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
-_STEPS = flags.DEFINE_integer("steps", 1_000, "Real environment steps to play.", lower_bound=1, upper_bound=10**6)
+_STEPS = flags.DEFINE_integer("steps", 1_000, "Environment steps to record.", lower_bound=1, upper_bound=10**6)
 _LENGTH = flags.DEFINE_integer(
   "length", 0, "Steps of a dream; 0 for twice the training horizon.", lower_bound=0, upper_bound=10_000
 )
 _TAKES = flags.DEFINE_integer(
-  "takes", 4, "Dreams in the film, spread over the games.", lower_bound=1, upper_bound=1_000
+  "takes", 4, "Dreams in the film, spread evenly over the recording.", lower_bound=1, upper_bound=1_000
 )
 _PROBE_UPDATES = flags.DEFINE_integer(
-  "probe_updates", 1_000, "Updates of a probe that is fitted now.", lower_bound=1, upper_bound=10**6
+  "probe_updates", 1_000, "Updates of the probe, if one is fitted.", lower_bound=1, upper_bound=10**6
 )
-_FPS = flags.DEFINE_float("fps", 8.0, "Steps of the game shown a second.", lower_bound=0.1, upper_bound=60.0)
-_SIZE = flags.DEFINE_integer("size", 192, "Least height of a pane in pixels.", lower_bound=16, upper_bound=2048)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of games, actions and dreams; apart from training's.", lower_bound=0)
+_FPS = flags.DEFINE_float("fps", 8.0, "Environment steps per second of the film.", lower_bound=0.1, upper_bound=60.0)
+_SIZE = flags.DEFINE_integer("size", 192, "Minimum height of a pane in pixels.", lower_bound=16, upper_bound=2048)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of games and dreams; independent of training seeds.", lower_bound=0)
 
 
 def main() -> None:
-  """Reads the flags, plays, dreams and writes the film."""
+  """Records games, imagines, and writes the film."""
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
   out = pathlib.Path(_OUT.value)

@@ -3,8 +3,9 @@
   python experiments/evaluate.py --workdir=runs/breakout --episodes=100
   python experiments/evaluate.py --random --env=atari/Breakout --episodes=100 --out=random.json
 
-The protocol is the paper's: no life-loss ends, epsilon 0, sampled actions; every environment plays a fixed number of
-games. The result is printed and written to evaluation.json in the workdir, or to --out.
+The protocol is the paper's: games do not end at the loss of a life, epsilon is 0, actions are sampled, and each
+environment plays a fixed number of games. The result is printed and written to evaluation.json in the workdir, or to
+--out.
 """
 
 import pathlib
@@ -20,24 +21,24 @@ from jedi_jax.runs.console import Console
 from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions instead of a run, on --env.")
-_ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, or catch.")
-_OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir if left out.")
-_EPISODES = flags.DEFINE_integer("episodes", 100, "Games in all.", upper_bound=10**6)
-_NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments that play side by side.", upper_bound=1024)
+_RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions on --env instead of a run.")
+_ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game> or catch.")
+_OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir by default.")
+_EPISODES = flags.DEFINE_integer("episodes", 100, "Number of games.", upper_bound=10**6)
+_NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments in parallel.", upper_bound=1024)
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of games and actions; apart from those of training.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of games and actions; independent of training seeds.", lower_bound=0)
 _MAX_STEPS = flags.DEFINE_integer(
   "max_episode_steps",
   27_000,
-  "Time limit of a game in agent steps; the paper's is 27,000.",
+  "Time limit of a game in agent steps; 27,000 in the paper.",
   lower_bound=1,
   upper_bound=10**9,
 )
 
 
 def main() -> None:
-  """Reads the flags and evaluates."""
+  """Evaluates the policy of the flags and writes the result."""
   if _EPISODES.value < 1 or _NUM_ENVS.value < 1:
     raise jedi_jax.UserError("--episodes and --num_envs must be at least 1")
   program.enable_compilation_cache()

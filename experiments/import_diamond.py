@@ -1,4 +1,4 @@
-"""Makes a workdir of a DIAMOND checkpoint, to be evaluated and looked at with the other programs.
+"""Converts a DIAMOND checkpoint into a workdir for the other programs.
 
   python experiments/import_diamond.py --checkpoint=agent_epoch_01000.pt --env=atari/Breakout --workdir=runs/imported
   python experiments/evaluate.py --workdir=runs/imported --episodes=100
@@ -13,12 +13,12 @@ from jedi_jax.interop import diamond
 from jedi_jax.runs import program
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "DIAMOND's .pt file.")
-_ENV = flags.DEFINE_string("env", None, "The environment that it was trained on, as in atari/Breakout.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory to make; must not hold another run.")
+_ENV = flags.DEFINE_string("env", None, "Environment that it was trained on, such as atari/Breakout.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory to create; must not hold another run.")
 
 
 def main() -> None:
-  """Reads the flags and converts."""
+  """Converts the checkpoint."""
   for name, value in (("checkpoint", _CHECKPOINT.value), ("env", _ENV.value), ("workdir", _WORKDIR.value)):
     if not value:
       raise jedi_jax.UserError(f"--{name} is missing")

@@ -17,13 +17,14 @@ import jedi_jax
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.runs import program, workdir
+from jedi_jax.runs.tables import markdown_table
 
 _RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the report; required with --results and --latex.")
 _COMPARE = flags.DEFINE_list("compare", [], "Published methods to compare with; --methods lists them.")
 _METHODS = flags.DEFINE_bool("methods", default=False, help="Includes all published methods.")
 _REPS = flags.DEFINE_integer(
-  "reps", 2_000, "Bootstrap replications; 0 for no intervals.", lower_bound=0, upper_bound=10**6
+  "reps", 2_000, "Bootstrap replications; 0 omits the intervals.", lower_bound=0, upper_bound=10**6
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the bootstrap.", lower_bound=0, upper_bound=2**32 - 1)
 _LATEX = flags.DEFINE_bool("latex", default=False, help="Also writes report.tex.")
@@ -52,14 +53,14 @@ def main() -> None:
     else:
       methods[name] = method
   if not methods:
-    raise jedi_jax.UserError("no result is of a game of Atari 100k")
+    raise jedi_jax.UserError("no result is of an Atari 100k game")
 
   aggregates = {
     name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()
   }
   for name, aggregate in aggregates.items():
     notes += report.describe_gaps(name, aggregate)
-  print(report.markdown(report.aggregate_table(methods, aggregates)))
+  print(markdown_table(report.aggregate_table(methods, aggregates)))
   print(report.notes_text(notes))
   if _OUT.value:
     _write(pathlib.Path(_OUT.value), runs, methods, ours, aggregates, notes)
@@ -80,7 +81,7 @@ def _write(
     "",
     f"Human-normalised scores; 95% intervals by stratified bootstrap over runs ({_REPS.value:,} replications).",
     "",
-    report.markdown(table),
+    markdown_table(table),
     "",
     "## Notes",
     "",
@@ -89,7 +90,7 @@ def _write(
     *_improvement(methods, ours),
     "## Raw scores",
     "",
-    report.markdown(games),
+    markdown_table(games),
     "",
     "## Sources",
     "",
@@ -117,7 +118,7 @@ def _improvement(methods: dict[str, scores_lib.Scores], ours: list[str]) -> list
       if y != x and other.per_run:
         probability, shared = scores_lib.probability_of_improvement(methods[x], other)
         rows.append([x, y, f"{probability:.3f}", str(len(shared))])
-  return ["## Probability of improvement", "", report.markdown(rows), ""] if len(rows) > 1 else []
+  return ["## Probability of improvement", "", markdown_table(rows), ""] if len(rows) > 1 else []
 
 
 if __name__ == "__main__":

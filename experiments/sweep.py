@@ -1,12 +1,11 @@
-"""Runs many games, seeds and variants: plans them, skips what is finished, continues what was interrupted.
+"""Trains many games, seeds and variants; skips finished runs and resumes interrupted ones.
 
   python experiments/sweep.py --games=atari100k --seeds=5 --variants=jedi --out=runs/sweep --dry_run
   python experiments/sweep.py --games=Pong,Boxing --seeds=2 --preset=cpu --out=runs/sweep
 
-Every run is one `experiments/train.py` with a workdir of its own, <out>/<variant>/<game>/seed_<n>, and can be looked
-at, evaluated and continued like any other. The same command again goes on where a sweep was killed. With
---launcher=slurm the runs become one array job (needs submitit). A table tells the state of every run, its return so far
-and what is left.
+Each run is a process of experiments/train.py with the workdir <out>/<variant>/<game>/seed_<n>. The same command
+resumes a sweep that was stopped. With --launcher=slurm the runs become one array job (needs submitit). A table shows
+the progress of each run, its last return and the time left.
 """
 
 import contextlib
@@ -21,32 +20,34 @@ from jedi_jax import config as config_lib
 from jedi_jax.runs import program, sweep
 from jedi_jax.runs.interruption import on_signals
 
-_GAMES = flags.DEFINE_list("games", ["atari100k"], "Games such as Pong, whole names such as catch, or atari100k.")
+_GAMES = flags.DEFINE_list(
+  "games", ["atari100k"], "Games such as Pong, environments such as catch, or atari100k (26 games)."
+)
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1, upper_bound=1_000)
 _VARIANTS = flags.DEFINE_list("variants", ["jedi"], f"World models: {', '.join(config_lib.VARIANTS)}.")
 _PRESET = flags.DEFINE_string("preset", "paper", "Preset of all runs.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the runs.")
 _WORKERS = flags.DEFINE_integer(
-  "workers", 1, "Runs side by side on this machine, or jobs at once of the array.", lower_bound=1
+  "workers", 1, "Processes at a time on this machine, or jobs at a time of the array.", lower_bound=1
 )
 _PACK = flags.DEFINE_integer(
   "pack",
   1,
-  "Games of one variant and seed that share a process and its program; 0 for as many as fit on a device.",
+  "Games of one variant and seed that are trained in one process; 0 for as many as fit on a device.",
   lower_bound=0,
 )
 _HOURS = flags.DEFINE_float(
-  "hours_per_run", 0.0, "Hours of one run, for the projection; 0 to take what runs here took.", lower_bound=0.0
+  "hours_per_run", 0.0, "Hours of one run, for the projection; 0 for the mean of the finished runs.", lower_bound=0.0
 )
-_DRY = flags.DEFINE_bool("dry_run", False, "Prints the plan and its projected hours, and runs nothing.")
+_DRY = flags.DEFINE_bool("dry_run", False, "Prints the plan and its projected hours, and exits.")
 _LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the runs go.")
 _SLURM = flags.DEFINE_multi_string("slurm", [], "Parameter of the array job, as in --slurm=slurm_partition=gpu.")
 _INTERVAL = flags.DEFINE_float("interval", 30.0, "Seconds between tables.", lower_bound=0.1)
 
 
 def main() -> None:
-  """Reads the flags, plans and runs."""
+  """Plans the sweep and trains the unfinished runs."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
   plan = sweep.plan(
@@ -58,31 +59,31 @@ def main() -> None:
     overrides=_SET.value,
     packed=_PACK.value != 1,
   )
-  states = [sweep.look(run) for run in plan]
-  print(sweep.table(states))
+  statuses = [sweep.run_status(run) for run in plan]
+  print(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
-  left = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
+  left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
-  print(sweep.projection(states, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
+  print(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
   packs = sweep.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
     job = sweep.submit(packs, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters)
-    print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows how they stand")
+    print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows their status")
     return
   pool = sweep.Pool(packs, train, workers=_WORKERS.value)
   with on_signals(grace=0.0, margin=60.0) as interruption, contextlib.closing(pool):
     while pool.step():
-      if interruption.asked:
-        raise interruption.leave("with its runs")
+      if interruption.stop_requested:
+        raise interruption.begin_exit("with its runs")
       time.sleep(min(_INTERVAL.value, 1.0))
       if pool.due(_INTERVAL.value):
-        print(sweep.table([sweep.look(run) for run in plan]), flush=True)
-  states = [sweep.look(run) for run in plan]
-  print(sweep.table(states))
-  failed = [run for run, state in zip(plan, states, strict=True) if state.name != "finished"]
+        print(sweep.table([sweep.run_status(run) for run in plan]), flush=True)
+  statuses = [sweep.run_status(run) for run in plan]
+  print(sweep.table(statuses))
+  failed = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   for run in failed:
     print(f"not finished: {run.workdir}; see {run.log}", file=sys.stderr)
   if failed:

@@ -2,18 +2,18 @@
 
   python experiments/train.py --env=atari/Breakout --preset=cpu --workdir=runs/breakout
 
-Running it again on the same workdir continues the run. The workdir holds config.json, metrics.jsonl (one record an
-epoch), tensorboard/, checkpoints/ and, at the end, result.json. A run that is told to stop (SIGTERM, Ctrl-C) saves
-the epoch if it ends within --grace seconds, and exits with status 75.
+The same command resumes an interrupted run. The workdir holds config.json, metrics.jsonl (one record per epoch),
+tensorboard/, checkpoints/ and, at the end, result.json. On SIGTERM or Ctrl-C the run finishes and saves its epoch if
+that takes at most --grace seconds, and exits with status 75.
 
   python experiments/train.py --env=atari/Pong,atari/Boxing --runs=4 --workdir=runs/packed
 
-trains four seeds of two games in one program, which an accelerator does in far less than eight times one run's time:
-each in <workdir>/<game>/seed_<n>, as if it had been trained alone, and to be continued alone or together.
+trains four seeds of two games in one program, which takes an accelerator far less than eight times the time of one
+run. Each run has the directory <workdir>/<game>/seed_<n>, equals a run trained alone, and can be resumed alone.
 
   srun python experiments/train.py --distributed --env=atari/Breakout --workdir=runs/breakout
 
-trains one run on the devices of all tasks; the first has the workdir. Of several runs every task takes its share.
+trains one run on the devices of all tasks; the first task writes the workdir. Several runs are shared among the tasks.
 """
 
 import pathlib
@@ -31,7 +31,7 @@ from jedi_jax.training.parallel import Devices
 _ENV = flags.DEFINE_list(
   "env",
   [],
-  "Environment: atari/<Game>, or catch; if left out the preset's, for most atari/Breakout. Several are packed.",
+  "Environments: atari/<Game> or catch; the preset's by default, which is atari/Breakout for most. Several are packed.",
 )
 _VARIANT = flags.DEFINE_string("variant", "jedi", f"World model: {', '.join(config_lib.VARIANTS)}.")
 _PRESET = flags.DEFINE_string(
@@ -40,35 +40,35 @@ _PRESET = flags.DEFINE_string(
   "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns a game on a CPU in "
   "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in twenty minutes), debug (seconds).",
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of everything random; of several runs the first.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers; the first seed of several runs.")
 _RUNS = flags.DEFINE_integer(
-  "runs", 1, "Seeds of each environment, trained in one program.", lower_bound=1, upper_bound=1_000
+  "runs", 1, "Number of seeds of each environment, trained in one program.", lower_bound=1, upper_bound=1_000
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; made if needed, continued if it holds a run.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Starts anew in a workdir that holds a run; its files are removed.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; created if missing, resumed if it holds a run.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Removes the run in the workdir and starts again.")
 _SET = flags.DEFINE_multi_string(
-  "set", [], "Overrides a setting, as in --set=actor_critic.horizon=10; may be repeated. --settings lists them all."
+  "set", [], "Overrides a setting, as in --set=actor_critic.horizon=10; may be repeated. --settings lists all."
 )
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
-_FIT = flags.DEFINE_bool("fit", False, "Prints what one run takes of a device and how many runs fit, and exits.")
-_DEVICES = flags.DEFINE_integer("devices", 0, "Train on so many devices of each process; 0 for all.", lower_bound=0)
+_FIT = flags.DEFINE_bool("fit", False, "Prints the device memory of one run and how many runs fit, and exits.")
+_DEVICES = flags.DEFINE_integer("devices", 0, "Devices of each process to train on; 0 for all.", lower_bound=0)
 _GRACE = flags.DEFINE_float(
   "grace",
   8.0,
-  "Seconds to finish the epoch after SIGTERM or Ctrl-C; then the run stops where it is.",
+  "Seconds to finish the epoch after SIGTERM or Ctrl-C; then the run stops without it.",
   lower_bound=0.0,
   upper_bound=86_400.0,
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "This is one of several processes, and the cluster (SLURM, a TPU pod) tells which one."
+  "distributed", False, "One of several processes, whose number and index the cluster (SLURM, a TPU pod) provides."
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first of several processes.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of the first process.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 
 
 def main() -> None:
-  """Reads the flags and trains."""
+  """Trains the runs of the flags."""
   processes = program.Processes(_DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   names = list(dict.fromkeys(_ENV.value)) or [None]
   slots = config_lib.room_for(_ENV.value)
@@ -85,7 +85,7 @@ def main() -> None:
     return
   if _FIT.value:
     program.enable_compilation_cache()
-    found = memory.of_run(configs[0], envs.spec(configs[0].env.name))
+    found = memory.measure(configs[0], envs.spec(configs[0].env.name))
     parts = ", ".join(f"{name} {getattr(found, name) / 2**20:,.0f} MiB" for name in ("replay", "state", "working"))
     print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
     print(f"runs that fit: {found.fit}")

@@ -6,16 +6,16 @@ python experiments/variants.py --env=atari/Breakout --preset=paper
 from absl import flags
 
 import jedi_jax
-from jedi_jax.models import variants
+from jedi_jax.models.build import variants_table
 from jedi_jax.runs import program
 
-_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; its number of actions counts.")
-_PRESET = flags.DEFINE_string("preset", "paper", "Preset that the parameters are counted for.")
+_ENV = flags.DEFINE_string("env", "atari/Breakout", "Environment; sets the number of actions.")
+_PRESET = flags.DEFINE_string("preset", "paper", "Preset; sets the sizes of the networks.")
 
 
 def main() -> None:
   """Prints the table."""
-  print(variants.table(jedi_jax.envs.spec(_ENV.value), env=_ENV.value, preset=_PRESET.value))
+  print(variants_table(jedi_jax.envs.spec(_ENV.value), env=_ENV.value, preset=_PRESET.value))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import numpy as np
 
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.evaluation import Policy
-from jedi_jax.models.variants import Model, build
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build as build_model
 from jedi_jax.runs import checkpoint, workdir
-from jedi_jax.types import Array, LstmState
+from jedi_jax.types import Array, LstmState, Policy
 
 Act = Callable[..., tuple[Array, LstmState]]
 
@@ -134,13 +134,16 @@ class Agent:
     return play
 
 
-def load_agent(directory: str | os.PathLike[str], which: str = "latest") -> Agent:
+def load_agent(
+  directory: str | os.PathLike[str], which: str = "latest", *, build: Callable[..., Model] = build_model
+) -> Agent:
   """Loads the agent of a run. Reads the parameters of a checkpoint but not its training state.
 
   Args:
     directory: the run's working directory.
     which: 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in evaluations during
       training.
+    build: builds the model, as in `train`.
 
   Returns:
     The agent, with the run's configuration.

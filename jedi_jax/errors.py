@@ -1,48 +1,47 @@
-"""What programs tell in a line: what a user can mend, a training that failed, a run that was told to stop."""
+"""Exceptions that programs show to the user as a one-line message, and suggestions for misspelled names."""
 
 import difflib
 from collections.abc import Iterable
 
-_NEAR = 0.6  # A similarity (0 to 1) under which a suggestion would only puzzle the reader.
-_SHOWN = 3
-_LISTED = 5
+_NEAR = 0.6  # Smallest similarity, in [0, 1], of a suggestion.
+_SHOWN = 3  # Largest number of suggestions.
+_LISTED = 5  # Names listed if there is no suggestion.
 
 
 class UserError(ValueError):
-  """A mistake in what the user asked for, as opposed to a fault of the library.
+  """A mistake in the user's input, as opposed to a bug of the library.
 
-  The message is one line that names the thing and the fix. Programs print it and exit with status 2; nobody needs the
-  traceback.
+  The message is one line that names the mistake and the fix. Programs print it without a traceback and exit with
+  status 2.
   """
 
 
 class TrainingError(RuntimeError):
-  """Training that cannot go on, as opposed to a mistake of the user: its numbers are no longer finite.
+  """Training cannot continue because its numbers are no longer finite.
 
   The message is one line that names the component. Programs print it and exit with status 3.
   """
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong.
-  """A run that stopped because it was told to; run again, it continues.
+class Interrupted(Exception):  # noqa: N818 - not an error.
+  """A run stopped on request; the same command continues it.
 
   The message is one line. Programs print it and exit with status 75.
   """
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:
-  """Suggests what the user may have meant, as the tail of an error message.
+  """Returns suggestions for a misspelled name, as the end of an error message.
 
-  Names are compared without regard to case, whole and by their part after the last `/`, so that `Pong` finds
-  `atari/Pong`.
+  The comparison ignores case and also considers only the part after the last `/`, so that `Pong` finds `atari/Pong`.
 
   Args:
-    name: what the user wrote.
-    candidates: the names that are known.
+    name: the misspelled name.
+    candidates: the known names.
 
   Returns:
-    `; nearest: a, b` with at most three names, the likeliest first (only those that differ in case alone, where there
-    are any); `; known: a, b, ... (N in all)` when nothing is near; the empty string without candidates.
+    `; nearest: a, b` with at most three names, the most similar first (only those that differ in case alone, if there
+    are any); `; known: a, b, ... (N in all)` if none is similar; the empty string without candidates.
   """
   known = list(candidates)
   if not known:
@@ -58,7 +57,7 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def _similarity(name: str, candidate: str) -> float:
-  """Similarity of two names in [0, 1]; 1 where they differ in case or prefix only."""
+  """Returns the similarity of two names in [0, 1]; 1 if they differ only in case or prefix."""
   left, right = name.casefold(), candidate.casefold()
   pairs = ((left, right), (left.rpartition("/")[2], right.rpartition("/")[2]))
   return max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in pairs)

@@ -1,4 +1,4 @@
-"""Array records that travel between the parts, and the protocols that the parts meet.
+"""Array records that are passed between modules, and protocols.
 
 Shape letters: B batch, T time, N environments, S replay streams, H image height, W image width,
 C image channels; h, w, c the same of a latent; A number of actions.
@@ -15,11 +15,11 @@ Array = jax.Array
 Params = Any
 """A pytree of parameters; float32 leaves."""
 Metrics = Mapping[str, Array]
-"""Named float32 arrays: scalars are averaged over updates, matrices (confusion counts) are summed."""
+"""Named float32 arrays. Scalars are averaged over updates; matrices (confusion counts) are summed."""
 
 
 class EnvSpec(NamedTuple):
-  """What a model must know of an environment.
+  """Sizes of an environment that a model depends on.
 
   Attributes:
     num_actions: size of the discrete action set.
@@ -31,18 +31,19 @@ class EnvSpec(NamedTuple):
 
 
 class EnvStep(NamedTuple):
-  """The outcome of one call of `VectorEnv.step`; NumPy arrays over N environments.
+  """The result of one call of `VectorEnv.step`; NumPy arrays over N environments.
 
   Attributes:
-    next_observation: [N, H, W, C] uint8; what the action led to. At the end of a game it is the true final frame.
-    observation: [N, H, W, C] uint8; what the next action is chosen on. It differs from `next_observation` only
-      where a game is over, and is then the first frame of the next game.
+    next_observation: [N, H, W, C] uint8; the observation that the action led to. At the end of a game it is the true
+      final frame.
+    observation: [N, H, W, C] uint8; the observation for the next action. It differs from `next_observation` only where
+      a game is over, and is then the first frame of the next game.
     reward: [N] float32; the raw reward of the step.
-    end: [N] bool; the training episode ended: the game was lost or won or, when life losses end episodes, a life
-      was lost. No value is bootstrapped across it.
+    end: [N] bool; the training episode ended: the game was lost or won or, if life losses end episodes, a life was
+      lost. Values are not bootstrapped across it.
     truncated: [N] bool; the time limit stopped the game. Values are bootstrapped across it.
-    game_over: [N] bool; a new game has begun. True where the game terminated or was truncated; false at a mere
-      life loss.
+    game_over: [N] bool; a new game has begun. True where the game terminated or was truncated, false where only a life
+      was lost.
   """
 
   next_observation: np.ndarray
@@ -54,7 +55,17 @@ class EnvStep(NamedTuple):
 
 
 class VectorEnv(Protocol):
-  """N copies of one environment, stepped together on the host. Games restart by themselves."""
+  """N copies of one environment, stepped together on the host.
+
+  Training and evaluation rely on the following:
+
+  - The same seed and the same actions give the same games. A resumed run repeats its actions and fails if it does not
+    arrive at the same observations.
+  - A finished game restarts within the `step` that ended it; no step is spent on a restart.
+  - Every game ends, by itself or by a time limit. Evaluation plays whole games.
+  - Returned arrays are not written to later. `observation` and `next_observation` of a step may be the same array.
+  - Calls come from one thread at a time, but not always from the same one.
+  """
 
   @property
   def num_envs(self) -> int:
@@ -66,16 +77,32 @@ class VectorEnv(Protocol):
 
   @property
   def frames(self) -> int:
-    """Frames of the underlying game that all steps so far took, over all environments (4 a step for plain Atari)."""
+    """Frames of the underlying game in all steps so far, over all environments (4 a step for plain Atari)."""
 
   def reset(self) -> np.ndarray:
-    """Starts all games; called once. Returns observations [N, H, W, C] uint8."""
+    """Starts all games; called once, before the first step. Returns observations [N, H, W, C] uint8."""
 
   def step(self, actions: np.ndarray) -> EnvStep:
-    """Takes one step in every environment; actions [N] integers in [0, A)."""
+    """Takes one step in every environment; actions [N] int32 or int64 in [0, A)."""
 
   def close(self) -> None:
-    """Frees the emulators."""
+    """Frees the resources; no call follows."""
+
+
+class Policy(Protocol):
+  """Chooses actions for N environments; may keep state between calls."""
+
+  def __call__(self, observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
+    """Returns one action for each environment.
+
+    Args:
+      observations: [N, H, W, C] uint8.
+      restart: [N] bool; where true, the observation is the first of a new game and recurrent state must be cleared. All
+        true at the first call.
+
+    Returns:
+      [N] int32 or int64 in [0, A).
+    """
 
 
 class Segment(flax.struct.PyTreeNode):
@@ -126,6 +153,18 @@ class LstmState(NamedTuple):
 
   hidden: Array
   cell: Array
+
+
+class Compute(NamedTuple):
+  """How networks compute.
+
+  Attributes:
+    dtype: of activations and products; parameters stay float32.
+    lowering: of 3 x 3 convolutions; see `conv3x3`.
+  """
+
+  dtype: Any = np.dtype("float32")
+  lowering: str = "lax"
 
 
 class Trajectory(flax.struct.PyTreeNode):

@@ -28,19 +28,17 @@ import numpy as np
 import pytest
 from torch_writer import Writer
 
+import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import replay as replay_lib
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.interop import torch_file
-from jedi_jax.models.variants import build
 from jedi_jax.runs.console import Console
-from jedi_jax.training import loop
 from jedi_jax.training.collector import CHUNK_SLOTS
-from jedi_jax.training.memory import empty_replay
+from jedi_jax.training.learner import Learner, empty_replay
+from jedi_jax.training.loop import Trainer
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.programs import make_programs, traced
 from jedi_jax.training.state import make_init
-from jedi_jax.training.updates import make_optimizers
 
 _TINY_NETWORKS = {
   "encoder.channels": (4, 4),
@@ -109,10 +107,16 @@ class Tiny:
 
   def __init__(self, **changes):
     self.config = config_lib.make_config(env="catch", preset="debug", overrides={**_TINY, **changes})
-    self.model = build(self.config, SPEC)
-    self.optimizers = make_optimizers(self.config, self.model.phases)
+    learner = Learner(self.config, SPEC, self.devices())
+    self.model, self.optimizers = learner.model, learner.optimizers
     self.init = jax.jit(make_init(self.model, self.optimizers))
     self._epochs = {}
+
+  def learner(self, devices=1):
+    """A learner with the state and the replay of `state` and `replay`."""
+    learner = Learner(self.config, SPEC, self.devices(devices))
+    learner.start([self.init(jax.random.key(0))], [noise_replay(self.config)])
+    return learner
 
   def flags(self, **changes):
     """The command line's words for this configuration, with other settings besides, but for the workdir."""
@@ -125,10 +129,7 @@ class Tiny:
 
   def lowered_epoch(self, devices):
     """The epoch for one run or, packed, several; traced and lowered, but not compiled."""
-    states = devices.distribute([self.init(jax.random.key(0))] * devices.runs)
-    replays = devices.distribute([noise_replay(self.config)] * devices.runs)
-    nothing = traced(dict.fromkeys(self.optimizers, 0))
-    return make_programs(self.config, SPEC, devices).epoch.lower(states, replays, nothing)
+    return Learner(self.config, SPEC, devices).lower()
 
   def epoch(self, count=1):
     """(distributed state, distributed replay, counts) -> the same and sums; compiled: nothing traces it again."""
@@ -147,11 +148,11 @@ class Tiny:
     return self._epochs["packed"]
 
   def state(self, seed=0, devices=1):
-    return self.devices(devices).distribute([self.init(jax.random.key(seed))])
+    return self.devices(devices).to_devices([self.init(jax.random.key(seed))])
 
   def replay(self, devices=1):
     """A replay of the shapes of a run, filled with episodes of noise."""
-    return self.devices(devices).distribute([noise_replay(self.config)])
+    return self.devices(devices).to_devices([noise_replay(self.config)])
 
 
 def noise_replay(config):
@@ -205,12 +206,12 @@ def train_tiny(tiny):
   """
 
   def run(directory, devices=1, config=None, console=None):
-    def shared(trainer):
-      trainer._epoch = tiny.epoch(devices)
+    def shared(learner):
+      learner.epoch = tiny.epoch(devices)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop.Trainer, "_compile", shared)
-      return loop.train(config or tiny.config, directory, devices=tiny.devices(devices), console=console or Quiet())
+      patch.setattr(Learner, "compile", shared)
+      return jedi_jax.train(config or tiny.config, directory, devices=tiny.devices(devices), console=console or Quiet())
 
   return run
 
@@ -221,19 +222,19 @@ def poisoned():
 
   @contextlib.contextmanager
   def poison(*, run, epoch):
-    original = loop.Trainer._update
+    original = Trainer.update
 
     def update(trainer, counts, number, *, split):
       if number == epoch:
-        devices = trainer._devices
-        states = [devices.to_host(trainer._state, index) for index in range(len(trainer._runs))]
+        learner = trainer.learner
+        states, replays = map(list, zip(*(learner.snapshot(i) for i in range(len(trainer.runs))), strict=True))
         nothing = jax.tree.map(lambda x: np.full_like(x, np.nan), states[run].params["denoiser"])
         states[run] = states[run].replace(params={**states[run].params, "denoiser": nothing})
-        trainer._state = devices.distribute(states)
+        learner.start(states, replays)
       return original(trainer, counts, number, split=split)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop.Trainer, "_update", update)
+      patch.setattr(Trainer, "update", update)
       yield
 
   return poison
@@ -245,7 +246,7 @@ def stopped():
 
   @contextlib.contextmanager
   def stop(*, epoch):
-    original = loop.Trainer._update
+    original = Trainer.update
 
     def update(trainer, counts, number, *, split):
       if number == epoch:
@@ -253,7 +254,7 @@ def stopped():
       return original(trainer, counts, number, split=split)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop.Trainer, "_update", update)
+      patch.setattr(Trainer, "update", update)
       with pytest.raises(KeyboardInterrupt):
         yield
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 
 SPEC = envs.spec("catch")
 OVERRIDES = {

@@ -1,4 +1,4 @@
-"""The programs as a user runs them. Every process costs seconds of imports, so most mistakes share one, which forks."""
+"""The programs on the command line. Imports take seconds, so most mistakes are run in forks of one process."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ def command(*argv, cwd=None):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, finished_run, tiny_flags):
-  """A run made by the command line; `finished_run` comes first, so that its epoch is compiled already."""
+  """Trains by the command line. `finished_run` comes first, so that the epoch is in the compilation cache."""
   directory = tmp_path_factory.mktemp("runs") / "command line"
   done = command(TRAIN, *tiny_flags, f"--workdir={directory}")
   assert done.returncode == 0, done.stderr
@@ -39,7 +39,7 @@ def run(tmp_path_factory, finished_run, tiny_flags):
   return directory, done
 
 
-def test_training_by_the_command_line_equals_training_by_the_library(run, finished_run, timeless):
+def test_the_command_line_trains_like_the_library(run, finished_run, timeless):
   directory, done = run
   assert timeless(directory / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
   ours, theirs = (json.loads((d / "result.json").read_text()) for d in (directory, finished_run))
@@ -51,7 +51,7 @@ def test_training_by_the_command_line_equals_training_by_the_library(run, finish
   assert "\r" not in done.stdout
 
 
-def test_a_complete_run_says_so(run, tiny_flags, snapshot):
+def test_a_complete_run_is_reported(run, tiny_flags, snapshot):
   directory, _ = run
   before = snapshot(directory)
   done = command(TRAIN, *tiny_flags, f"--workdir={directory}")
@@ -141,7 +141,7 @@ def test_diagnose_and_dream(run, snapshot):
 
 DRIVER = """
 import io, json, os, runpy, sys, traceback
-import jedi_jax
+import jedi_jax.training.loop
 cases = json.load(sys.stdin)
 results = []
 for i, (program, *argv) in enumerate(cases):
@@ -233,7 +233,7 @@ ANSWERS = {
 
 
 def prepare(directory):
-  """A file, an empty directory, and one taken by a run with seed 7."""
+  """Creates a file, an empty directory, and a directory with a run of seed 7."""
   from jedi_jax.config import make_config
   from jedi_jax.envs.catch import SPEC
   from jedi_jax.runs import workdir
@@ -245,12 +245,12 @@ def prepare(directory):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, snapshot):
-  """Status, standard output and standard error of every case, by name; and what the files were and are."""
+  """Returns (status, stdout, stderr) of every case by name, and snapshots of the files before and after."""
   home, results = tmp_path_factory.mktemp("mistakes"), tmp_path_factory.mktemp("results")
   prepare(home)
   before = snapshot(home)
   cases = [argv for argv, _ in MISTAKES.values()] + list(ANSWERS.values())
-  # Relative working directories are those of `home`, results lie elsewhere.
+  # The cases run in `home`; results are written elsewhere.
   driver = textwrap.dedent(DRIVER).replace('f"{i}.', f'f"{results}/{{i}}.')
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-c", driver],
@@ -273,7 +273,7 @@ def test_a_mistake_is_one_line_and_status_2(outcomes, name):
     assert part in err
 
 
-def test_mistakes_touch_no_file(outcomes):
+def test_mistakes_change_no_file(outcomes):
   _, before, after = outcomes
   assert after == before
 
@@ -302,7 +302,7 @@ def test_settings_are_printed(outcomes):
   assert '| `env.name` | **"catch"** | O |' in out
 
 
-def test_a_mistake_in_a_process_of_its_own(tmp_path):
+def test_a_mistake_in_its_own_process(tmp_path):
   done = command(TRAIN, "--env=atari/Brekout", f"--workdir={tmp_path / 'run'}")
   assert done.returncode == 2
   assert done.stdout == ""

@@ -1,10 +1,12 @@
-"""Environments: batches of EnvPool games whose finished games restart at once.
+"""Environments: batches of games whose finished games restart at once.
 
-The modules of this package are the only ones that import envpool; everything else meets `jedi_jax.types.VectorEnv`.
+The rest of the package uses environments through `jedi_jax.types.VectorEnv`. EnvPool is imported when an environment
+first needs it.
 """
 
 from jedi_jax.envs.atari import AtariEnv
+from jedi_jax.envs.batch import BatchEnv
 from jedi_jax.envs.catch import CatchEnv
-from jedi_jax.envs.registry import is_stochastic, make, names, spec, validate
+from jedi_jax.envs.registry import is_stochastic, make, names, register, spec, validate
 
-__all__ = ["AtariEnv", "CatchEnv", "is_stochastic", "make", "names", "spec", "validate"]
+__all__ = ["AtariEnv", "BatchEnv", "CatchEnv", "is_stochastic", "make", "names", "register", "spec", "validate"]

@@ -1,25 +1,25 @@
-"""Atari games, preprocessed as DIAMOND does: 64x64 RGB, four frames a step, up to 30 no-ops at the start of a game.
+"""Atari games with DIAMOND's preprocessing: 64x64 RGB, four frames per step, up to 30 no-ops at the start of a game.
 
-On request a step takes a random number of frames instead ("stochastic Atari").
+Optionally a step takes a random number of frames ("stochastic Atari").
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-import envpool
 import numpy as np
-from envpool.registration import registry as _envpool_registry
 
 from jedi_jax.envs import skipping
-from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, open_pool
+from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, import_envpool, open_pool
+from jedi_jax.errors import UserError
 from jedi_jax.types import EnvSpec
 
 FRAMES_PER_STEP = 4
 MAX_EPISODE_STEPS = 27_000
-"""Steps after which a game is truncated: 108,000 frames, 30 minutes of play."""
+"""Default time limit of a game in steps: 108,000 frames, 30 minutes of play."""
 
-# Equal to DIAMOND's preprocessing byte for byte. All of these differ from EnvPool's defaults or guard against a change
-# of them; `episodic_life` stays off because it burns a step and up to 30 no-ops at every lost life.
+# Equal to DIAMOND's preprocessing byte for byte. Each entry differs from EnvPool's default or pins it. `episodic_life`
+# is off because it spends a step and up to 30 no-ops at every lost life.
 _CONFIG: Mapping[str, Any] = {
   "img_height": 64,
   "img_width": 64,
@@ -35,7 +35,7 @@ _CONFIG: Mapping[str, Any] = {
   "full_action_space": False,
 }
 
-# Whole frames, one by one, for the steps that `SkippingPool` puts together.
+# Single full-size frames, from which `SkippingPool` composes steps.
 _FRAME_BY_FRAME = {
   **_CONFIG,
   "img_height": skipping.SCREEN[0],
@@ -44,16 +44,21 @@ _FRAME_BY_FRAME = {
 }
 
 
-def games() -> tuple[str, ...]:
-  """All Atari games that EnvPool offers, sorted, in its spelling (`Breakout`, `MsPacman`)."""
-  # The version alone does not tell: MuJoCo's tasks end in -v5 as well.
-  atari = (name for name, entry in _envpool_registry.specs.items() if entry[0] == "envpool.atari")
-  return tuple(sorted(name.removesuffix("-v5") for name in atari if name.endswith("-v5")))
+@functools.cache
+def games() -> tuple[str, ...] | None:
+  """Returns EnvPool's Atari games, sorted, in its spelling (`Breakout`, `MsPacman`); None without EnvPool."""
+  try:
+    specs = import_envpool().registration.registry.specs
+  except UserError:
+    return None
+  # The suffix alone is not enough: MuJoCo's tasks end in -v5 as well.
+  return tuple(sorted(n.removesuffix("-v5") for n, e in specs.items() if e[0] == "envpool.atari" and n.endswith("-v5")))
 
 
+@functools.cache
 def game_spec(game: str) -> EnvSpec:
-  """Minimal action set and observation shape (64, 64, 3) of one of `games()`; starts no emulator threads."""
-  pool_spec = envpool.make_spec(f"{game}-v5", **_CONFIG)
+  """Returns the minimal action set and observation shape (64, 64, 3) of a game; starts no emulator threads."""
+  pool_spec = import_envpool().make_spec(f"{game}-v5", **_CONFIG)
   channels, height, width = pool_spec.observation_space.shape
   return EnvSpec(num_actions=int(pool_spec.action_space.n), observation_shape=(height, width, channels))
 
@@ -61,22 +66,22 @@ def game_spec(game: str) -> EnvSpec:
 class AtariEnv(PooledEnv):
   """N copies of an Atari game; see `jedi_jax.types.VectorEnv` and `PooledEnv`.
 
-  Observations are [N, 64, 64, 3] uint8 RGB; a step is four frames with the action held, of which the last two are
-  pooled; rewards are raw. The same seed and the same actions give the same games, random skips included.
+  Observations are [N, 64, 64, 3] uint8 RGB. A step repeats the action for four frames; its observation is the maximum
+  of the last two. Rewards are raw. The same seed and actions give the same games, random skips included.
 
   Args:
     game: one of `games()`; `jedi_jax.envs.make` checks it.
     num_envs: N >= 1.
-    seed: environment i is seeded with `seed + i`; keep the ranges of training and evaluation apart.
-    life_loss_ends: whether a lost life ends the training episode (`EnvStep.end`); the game itself goes on. For
-      training only: evaluation plays whole games.
+    seed: environment i is seeded with `seed + i`; keep the ranges of training and evaluation disjoint.
+    life_loss_ends: whether a lost life ends the training episode (`EnvStep.end`); the game continues. For training
+      only: evaluation plays whole games.
     max_episode_steps: steps after which a game is truncated; None means 27,000 (108,000 frames).
-    num_threads: emulator threads; 0 leaves the choice to EnvPool.
-    skip: (low, high): a step takes a number of frames drawn uniformly from low to high, for every step and environment
-      anew; see `SkippingPool`. (4, 4) gives the same games as None, which stands for four.
+    num_threads: emulator threads; 0 lets EnvPool choose.
+    skip: (low, high): the frames of each step of each environment are drawn uniformly from low to high; see
+      `SkippingPool`. None means four frames and gives the same games as (4, 4).
 
   Raises:
-    UserError: a number is out of its range.
+    UserError: a number is out of its range, or EnvPool is not installed.
   """
 
   frames_per_step = FRAMES_PER_STEP
@@ -113,12 +118,12 @@ class AtariEnv(PooledEnv):
     self._fewest_lives[env_ids] = info["lives"]
 
   def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
-    del reward  # The info has it too, and raw whatever the configuration says of clipping.
-    # A game that is won or lost on the very step of the time limit is `truncated` in EnvPool's flags; the info knows.
+    del reward  # `info["reward"]` is never clipped.
+    # EnvPool flags a game that ends on the step of the time limit as truncated; `info["terminated"]` is exact.
     end = info["terminated"] != 0
     truncated = done & ~end
-    # Against the fewest lives of this game, not those of the step before: where a game grants a life, losing it again
-    # ends nothing.
+    # Compared with the fewest lives of this game, not with the previous step: losing a life that the game had granted
+    # is no end.
     if self._life_loss_ends:
       end |= info["lives"] < self._fewest_lives
     self._fewest_lives = np.minimum(self._fewest_lives, info["lives"])

@@ -1,4 +1,4 @@
-"""Catch, drawn as a picture: a game of nine steps that a learning test can master in minutes.
+"""Catch as images: a game of nine steps, small enough for learning tests of a few minutes.
 
 A ball falls straight down a board of 10 rows and 5 columns; the paddle at the bottom moves left, stays, or moves right
 (actions 0, 1, 2). The ninth step ends the game with reward +1 if the paddle is under the ball, else -1.
@@ -22,23 +22,23 @@ GAME_STEPS = ROWS - 1
 
 SPEC = EnvSpec(num_actions=3, observation_shape=(2 * WALL + ROWS * CELL_HEIGHT, 2 * WALL + COLUMNS * CELL_WIDTH, 3))
 
-_BALL_WIDTH = 2  # Half a cell, so that the paddle shows on both sides of a caught ball.
+_BALL_WIDTH = 2  # Half a cell, so that the paddle is visible on both sides of a caught ball.
 
 
 class CatchEnv(PooledEnv):
   """N games of Catch; see `jedi_jax.types.VectorEnv` and `PooledEnv`.
 
-  Observations are [N, 24, 24, 3] uint8 RGB: cells of 2x4 pixels inside a grey wall of 2 pixels; the paddle is green
-  and fills its cell, the ball is white and takes the middle 2x2 pixels of its cell, over the paddle.
+  Observations are [N, 24, 24, 3] uint8 RGB: cells of 2x4 pixels inside a grey wall of 2 pixels. The green paddle fills
+  its cell. The white ball fills the middle 2x2 pixels of its cell and is drawn over the paddle.
 
   Args:
     num_envs: N >= 1.
-    seed: environment i is seeded with `seed + i`; keep the ranges of training and evaluation apart.
-    max_episode_steps: truncates games after so many steps; without effect from 9 on, where a game ends by itself.
-    num_threads: threads; 0 leaves the choice to EnvPool.
+    seed: environment i is seeded with `seed + i`; keep the ranges of training and evaluation disjoint.
+    max_episode_steps: steps after which a game is truncated; no effect from 9 on, since games take 9 steps.
+    num_threads: threads; 0 lets EnvPool choose.
 
   Raises:
-    UserError: a number is out of its range.
+    UserError: a number is out of its range, or EnvPool is not installed.
   """
 
   def __init__(self, *, num_envs: int, seed: int, max_episode_steps: int | None = None, num_threads: int = 0) -> None:
@@ -56,8 +56,8 @@ class CatchEnv(PooledEnv):
     row, column = np.divmod(above.argmax(axis=1), COLUMNS)
     self._ball_column[env_ids[falling]] = column[falling]
 
-    # EnvPool marks ball and paddle alike. In the last row the ball is where it fell; the other mark, if there is one,
-    # is the paddle.
+    # EnvPool marks ball and paddle with the same value. In the last row the ball is in the column where it fell; the
+    # other mark, if any, is the paddle.
     column = self._ball_column[env_ids]
     row = np.where(falling, row, ROWS - 1)
     bottom = boards[:, -1].copy()
@@ -66,13 +66,13 @@ class CatchEnv(PooledEnv):
     return draw(row, column, bottom.argmax(axis=1))
 
   def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
-    # EnvPool's Catch ignores the step limit but for calling a game that ends on it truncated: `done` is the ninth step.
+    # EnvPool's Catch plays on past the step limit, so `done` is always the ninth step.
     truncated = (info["elapsed_step"] >= self._limit) & ~done
     return Outcome(reward=reward, end=done, truncated=truncated, game_over=done | truncated)
 
 
 def draw(ball_row: np.ndarray, ball_column: np.ndarray, paddle_column: np.ndarray) -> np.ndarray:
-  """Draws boards.
+  """Draws K boards.
 
   Args:
     ball_row: [K] integers in [0, 10), 0 at the top.
@@ -94,7 +94,7 @@ def draw(ball_row: np.ndarray, ball_column: np.ndarray, paddle_column: np.ndarra
 def _fill_cells(
   images: np.ndarray, row: np.ndarray, column: np.ndarray, left: int, width: int, color: tuple[int, int, int]
 ) -> None:
-  """Paints, in place, `width` pixels from `left` on of the cell (row[k], column[k]) of every image k."""
+  """Paints `width` pixels of the cell (row[k], column[k]) of every image k in place, starting at pixel `left`."""
   k = np.arange(len(images))[:, None, None]
   y = (WALL + CELL_HEIGHT * row)[:, None, None] + np.arange(CELL_HEIGHT)[None, :, None]
   x = (WALL + CELL_WIDTH * column + left)[:, None, None] + np.arange(width)[None, None, :]

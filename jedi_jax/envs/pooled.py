@@ -1,10 +1,9 @@
-"""What all EnvPool environments share: opening a pool, checking actions, restarting finished games at once."""
+"""The common part of EnvPool environments: opens a pool, checks actions, restarts finished games at once."""
 
 import abc
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
-import envpool
 import numpy as np
 
 from jedi_jax.errors import UserError
@@ -16,45 +15,74 @@ _MAX_SEED = 2**31  # EnvPool holds seeds in an int32.
 class Pool(Protocol):
   """The part of EnvPool's gymnasium interface that is used here, in synchronous mode.
 
-  `info` holds one array an attribute, its rows in the order of the observations; `info["env_id"]` tells whose they are.
-  A pool whose steps differ in length says in `info["frames"]` of a step how many frames each took.
+  `info` maps names to arrays with one row for each observation, in the same order; `info["env_id"]` holds the index of
+  the environment of each row. A pool with steps of different lengths also gives `info["frames"]`, the frames of each
+  step.
   """
 
   def reset(self, env_id: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
-    """Starts a new game in the environments `env_id` [K] int32: observations and info of those K."""
+    """Starts a new game in the environments `env_id` [K] int32; returns K observations and their info."""
 
   def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Mapping[str, Any]]:
-    """Steps all N: observations, rewards float32, terminated bool, truncated bool, info."""
+    """Steps all N environments; returns observations, rewards float32, terminated bool, truncated bool, and info."""
 
   def close(self) -> None:
-    """Frees what the pool holds beyond its memory."""
+    """Frees the resources of the pool."""
 
 
 class PartialPool(Pool, Protocol):
-  """A `Pool` that can step some of its environments, as EnvPool's own do."""
+  """A `Pool` that can step a subset of its environments, such as EnvPool's own."""
 
   def step(
     self, action: np.ndarray, env_id: np.ndarray | None = None
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Mapping[str, Any]]:
-    """Steps the environments `env_id` [K] int32, all N if None; the arrays returned have as many rows."""
+    """Steps the environments `env_id` [K] int32, all N if None; returns arrays with one row for each."""
 
 
 def open_pool(
   task: str, *, num_envs: int, seed: int, num_threads: int, max_episode_steps: int | None, **options: Any
 ) -> PartialPool:
-  """Makes an EnvPool.
+  """Opens an EnvPool in synchronous mode.
 
   Args:
     task: EnvPool's name, such as `Breakout-v5`.
     num_envs: N >= 1.
-    seed: environment i is seeded with `seed + i` for good: EnvPool ignores the seed of a reset. Two pools share no
-      game where their ranges [seed, seed + N) do not overlap, so keep those of training and evaluation apart.
-    num_threads: emulator threads; 0 leaves the choice to EnvPool.
+    seed: environment i is seeded with `seed + i`, once: EnvPool ignores the seed of a reset. Pools with disjoint
+      ranges [seed, seed + N) share no game; keep the ranges of training and evaluation disjoint.
+    num_threads: emulator threads; 0 lets EnvPool choose.
     max_episode_steps: steps after which a game is truncated; None keeps the task's own limit.
     **options: EnvPool's other settings.
 
   Returns:
-    The pool, in synchronous mode; no game has begun.
+    The pool, before its first reset.
+
+  Raises:
+    UserError: a number is out of its range, or EnvPool is not installed.
+  """
+  check_numbers(num_envs, seed, max_episode_steps)
+  if num_threads < 0:
+    raise UserError(f"num_threads is {num_threads}; it must be 0 (chosen by EnvPool) or more")
+  if max_episode_steps is not None:
+    options["max_episode_steps"] = max_episode_steps
+  make = import_envpool().make_gymnasium
+  return cast(PartialPool, make(task, num_envs=num_envs, seed=seed, num_threads=num_threads, **options))
+
+
+def import_envpool() -> Any:
+  """Imports EnvPool; this module alone does so, and not before an EnvPool environment is used.
+
+  Raises:
+    UserError: it cannot be imported.
+  """
+  try:
+    import envpool
+  except ImportError as error:
+    raise UserError(f"Catch and the Atari games need EnvPool ({error}): pip install envpool") from None
+  return envpool
+
+
+def check_numbers(num_envs: int, seed: int, max_episode_steps: int | None) -> None:
+  """Checks the arguments that all environments share; see `jedi_jax.envs.make`.
 
   Raises:
     UserError: a number is out of its range.
@@ -63,33 +91,18 @@ def open_pool(
     raise UserError(f"num_envs is {num_envs}; it must be at least 1")
   if not 0 <= seed <= _MAX_SEED - num_envs:
     raise UserError(f"seed is {seed}; with num_envs {num_envs} it must lie in 0..{_MAX_SEED - num_envs}")
-  if num_threads < 0:
-    raise UserError(f"num_threads is {num_threads}; it must be 0 (chosen by EnvPool) or more")
-  if max_episode_steps is not None:
-    check_max_episode_steps(max_episode_steps)
-    options["max_episode_steps"] = max_episode_steps
-  pool = envpool.make_gymnasium(task, num_envs=num_envs, seed=seed, num_threads=num_threads, **options)
-  return cast(PartialPool, pool)
-
-
-def check_max_episode_steps(max_episode_steps: int) -> None:
-  """Checks a time limit.
-
-  Raises:
-    UserError: it is not positive.
-  """
-  if max_episode_steps < 1:
+  if max_episode_steps is not None and max_episode_steps < 1:
     raise UserError(f"max_episode_steps is {max_episode_steps}; it must be at least 1")
 
 
 class Outcome(NamedTuple):
-  """What a step led to, but for its images: the fields of `EnvStep` of the same names, over N environments.
+  """The fields of `jedi_jax.types.EnvStep` that are not images, for N environments.
 
   Attributes:
     reward: [N] float32; raw.
     end: [N] bool.
     truncated: [N] bool.
-    game_over: [N] bool; these games are restarted.
+    game_over: [N] bool; the games to restart.
   """
 
   reward: np.ndarray
@@ -99,23 +112,23 @@ class Outcome(NamedTuple):
 
 
 class PooledEnv(abc.ABC):
-  """A `jedi_jax.types.VectorEnv` over an EnvPool; the games differ in three small methods.
+  """A `jedi_jax.types.VectorEnv` over an EnvPool; subclasses implement `_images`, `_outcome` and optionally `_begin`.
 
-  Left to itself EnvPool restarts a finished game on the next step: it discards that step's action and returns the
-  first frame with reward 0. Such a step is no transition, so it is never taken here: the final observation is kept and
-  the finished games, only those, are reset before `step` returns.
+  By default EnvPool restarts a finished game on the next step: it discards that step's action and returns the first
+  frame with reward 0. Such a step is no transition. This class resets finished games before `step` returns and keeps
+  the final observation.
 
-  Observations are fresh arrays, which EnvPool does not write into later. `EnvStep.observation` and `next_observation`
-  are one array where no game ended: do not write into them.
+  EnvPool does not write into the arrays that it returned. `EnvStep.observation` and `next_observation` are the same
+  array if no game ended: do not write into them.
 
   Args:
-    pool: a pool of N games, none of them begun.
+    pool: a pool of N games, before its first reset.
     num_envs: N.
-    spec: number of actions and shape of an observation.
+    spec: number of actions and observation shape.
   """
 
   frames_per_step: int = 1
-  """Frames of the game that a step takes; the most, where steps differ. To count frames, use `frames`."""
+  """Largest number of game frames in one step; `frames` counts the exact number."""
 
   def __init__(self, pool: Pool, *, num_envs: int, spec: EnvSpec) -> None:
     self._pool: Pool | None = pool
@@ -135,14 +148,14 @@ class PooledEnv(abc.ABC):
 
   @property
   def frames(self) -> int:
-    """Frames of the game that all steps so far took, summed over the N environments; not what a reset plays.
+    """Game frames of all steps so far, summed over the N environments; frames played by resets do not count.
 
-    A step in which a game ends counts whole, though the emulator stops there; so does everyone who multiplies steps.
+    A step that ends a game counts as a whole step, although the emulator stops early.
     """
     return self._frames
 
   def reset(self) -> np.ndarray:
-    """Begins a new game in every environment; must come before the first `step`.
+    """Begins a new game in every environment; call it before the first `step`.
 
     Returns:
       [N, H, W, C] uint8, C-contiguous: the first frames.
@@ -153,7 +166,7 @@ class PooledEnv(abc.ABC):
     return self._restart(np.arange(self._num_envs, dtype=np.int32))
 
   def step(self, actions: np.ndarray) -> EnvStep:
-    """Takes one step in every environment and restarts the games that it finished.
+    """Takes one step in every environment and restarts finished games.
 
     Args:
       actions: [N] integers of any width in [0, A).
@@ -162,8 +175,7 @@ class PooledEnv(abc.ABC):
       See `jedi_jax.types.EnvStep`; the reward is raw (not clipped).
 
     Raises:
-      UserError: the actions have another shape, are not integers, or lie out of range (EnvPool itself would accept
-        them in silence).
+      UserError: the actions have another shape, are not integers, or are out of range (EnvPool does not check them).
       RuntimeError: the environment is closed.
     """
     raw, reward, terminated, truncated, info = self._open_pool().step(self._checked(actions))
@@ -180,22 +192,22 @@ class PooledEnv(abc.ABC):
     return EnvStep(next_observation, observation, **outcome._asdict())
 
   def close(self) -> None:
-    """Frees the emulators; may be called twice."""
+    """Frees the emulators; a second call does nothing."""
     if self._pool is not None:
       self._pool.close()
       self._pool = None  # EnvPool's threads and emulators go with the last reference.
 
   @abc.abstractmethod
   def _images(self, raw: np.ndarray, env_ids: np.ndarray) -> np.ndarray:
-    """Turns EnvPool's observations [K, ...] of the environments `env_ids` [K] into images [K, H, W, C] uint8."""
+    """Converts EnvPool's observations [K, ...] of the environments `env_ids` [K] to images [K, H, W, C] uint8."""
 
   def _begin(self, env_ids: np.ndarray, info: Mapping[str, np.ndarray]) -> None:
-    """Told that new games began in `env_ids` [K], with the K rows of their info; before their images are asked for."""
+    """Called when new games begin in `env_ids` [K], with their K rows of info; `_images` follows."""
     del env_ids, info
 
   @abc.abstractmethod
   def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
-    """What a step led to, from EnvPool's reward [N] float32, its word that games are done [N] bool, and its info."""
+    """Returns the outcome of a step from EnvPool's reward [N] float32, terminated or truncated [N] bool, and info."""
 
   def _open_pool(self) -> Pool:
     if self._pool is None:
@@ -203,7 +215,7 @@ class PooledEnv(abc.ABC):
     return self._pool
 
   def _restart(self, env_ids: np.ndarray) -> np.ndarray:
-    """Begins new games in `env_ids` [K] int32, ascending; images [K, H, W, C] of their first frames."""
+    """Begins new games in `env_ids` [K] int32, ascending; returns their first images [K, H, W, C]."""
     raw, info = self._open_pool().reset(env_ids)
     order, info = _by_env(info)
     self._begin(env_ids, info)
@@ -212,9 +224,9 @@ class PooledEnv(abc.ABC):
   def _checked(self, actions: np.ndarray) -> np.ndarray:
     actions = np.asarray(actions)
     if actions.shape != (self._num_envs,):
-      raise UserError(f"actions have shape {actions.shape}; one for each environment makes ({self._num_envs},)")
+      raise UserError(f"actions have shape {actions.shape}; expected ({self._num_envs},), one for each environment")
     if not np.issubdtype(actions.dtype, np.integer):
-      raise UserError(f"actions are {actions.dtype}; they must be integers")
+      raise UserError(f"actions have dtype {actions.dtype}; they must be integers")
     wrong = (actions < 0) | (actions >= self._spec.num_actions)
     if wrong.any():
       env = int(np.argmax(wrong))
@@ -223,6 +235,6 @@ class PooledEnv(abc.ABC):
 
 
 def _by_env(info: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """The order that sorts rows by environment, and the arrays of `info` in that order."""
+  """Returns the order that sorts rows by environment, and the arrays of `info` in that order."""
   order = np.argsort(info["env_id"], kind="stable")
   return order, {key: value[order] for key, value in info.items() if isinstance(value, np.ndarray)}

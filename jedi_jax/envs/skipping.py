@@ -1,7 +1,7 @@
-"""A random number of frames a step: what EnvPool, whose frame skip is one fixed number, leaves to its user.
+"""A random number of frames per step; EnvPool's own frame skip is fixed.
 
-`SkippingPool` plays an Atari pool frame by frame and puts the steps together. With a range of one number it equals
-EnvPool with that frame skip bit for bit, so everything around a pool serves both.
+`SkippingPool` plays an Atari pool frame by frame and composes steps. With low = high it equals EnvPool with that frame
+skip bit for bit.
 """
 
 from collections.abc import Mapping
@@ -10,62 +10,61 @@ from typing import Any
 
 import numpy as np
 
-from jedi_jax.envs.pooled import PartialPool, check_max_episode_steps
+from jedi_jax.envs.pooled import PartialPool, check_numbers
 from jedi_jax.errors import UserError
 
 MAX_SKIP = 60
-"""Frames that a step may last at most: a second of play; more is taken for a slip of the keyboard."""
+"""Largest number of frames per step: one second of play. A larger one is most likely a typing error."""
 SCREEN = (210, 160)
-"""Height and width of the frames that EnvPool holds, of every game, before it resizes them."""
+"""Height and width of the frames of every game before EnvPool resizes them."""
 SIZE = 64
 """Height and width of the observations."""
 NO_LIMIT = 2**31 - 2
-"""The `max_episode_steps` of the pool below: never reached. EnvPool adds one to it in an int32."""
+"""`max_episode_steps` of the wrapped pool, never reached. EnvPool adds one to it in an int32."""
 
-_POOLED = 2  # The last frames of a step whose maximum is shown: the hardware draws some sprites on every second frame.
-_STREAM = 0x5C1B  # Keeps the skips apart from whatever else is drawn from `default_rng` of the same seed.
+_POOLED = 2  # Final frames of a step that are combined: the hardware draws some sprites on every second frame only.
+_STREAM = 0x5C1B  # Makes the skips independent of other `default_rng` streams of the same seed.
 
 
 def check_skip(low: int, high: int) -> None:
-  """Checks a range of frames a step.
+  """Checks a range of frames per step.
 
   Raises:
     UserError: not 1 <= low <= high <= 60.
   """
   if not 1 <= low <= high <= MAX_SKIP:
-    raise UserError(
-      f"skip is {low}-{high}; it must run from a smaller number to a larger or equal one in 1..{MAX_SKIP}"
-    )
+    raise UserError(f"skip is {low}-{high}; write low-high with low <= high, both in 1..{MAX_SKIP}")
 
 
 class SkippingPool:
-  """A `jedi_jax.envs.pooled.Pool` whose steps hold the action for a random number of frames.
+  """A `jedi_jax.envs.pooled.Pool` that repeats each action for a random number of frames.
 
-  The number is drawn uniformly from {low, ..., high}, for every step and environment anew. A step ends early where the
-  game does. Its reward is the sum over its frames. Its observation is the pixelwise maximum of its last two frames (of
-  the one, if the step has one), resized by `shrink`; of a game that ends early, as in EnvPool, the next to last frame
-  alone if it ends on that, and the observation before the step if it ends sooner. The lives are those after the last
-  frame.
+  The number is drawn uniformly from {low, ..., high}, independently for every step and environment. A step stops when
+  its game ends. Its reward is the sum over its frames. Its observation is the pixelwise maximum of its last two planned
+  frames (of one if there is one), resized by `shrink`. If the game ends early, as in EnvPool, the observation is the
+  second to last planned frame if the game reached it, else the observation before the step. The lives are those after
+  the last frame.
 
-  `info["frames"]` [N] int64 of a step holds the numbers drawn: a step that the end of a game cuts short counts whole,
-  as it does where the frame skip is fixed.
+  `info["frames"]` [N] int64 of a step holds the numbers drawn; a step that stops early counts in full, as with a fixed
+  frame skip.
 
   Args:
-    pool: N Atari games with frame skip 1, colour observations of the size `SCREEN` and `NO_LIMIT`; none begun.
+    pool: N Atari games with frame skip 1, colour observations of size `SCREEN` and time limit `NO_LIMIT`, before the
+      first reset.
     num_envs: N.
-    seed: environment i draws its skips from a generator of its own, seeded with `seed + i`; it runs on over the games.
+    seed: environment i draws its skips from its own generator, seeded once with `seed + i`.
     skip: (low, high).
-    max_episode_steps: steps (not frames) after which a game is truncated.
+    max_episode_steps: steps (not frames) after which a game is truncated, at least 1.
 
   Raises:
-    UserError: the range or the limit makes no sense.
+    UserError: not 1 <= low <= high <= 60, or another number is out of its range.
   """
 
   def __init__(
     self, pool: PartialPool, *, num_envs: int, seed: int, skip: tuple[int, int], max_episode_steps: int
   ) -> None:
     check_skip(*skip)
-    check_max_episode_steps(max_episode_steps)
+    check_numbers(num_envs, seed, max_episode_steps)
     self._pool = pool
     self._skip = skip
     self._limit = max_episode_steps
@@ -74,7 +73,7 @@ class SkippingPool:
     self._observations = np.zeros((num_envs, 3, SIZE, SIZE), np.uint8)
 
   def reset(self, env_id: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
-    """Starts a new game in the environments `env_id` [K] int32: observations [K, 3, 64, 64] and info of those K."""
+    """Starts new games in the environments `env_id` [K] int32; returns observations [K, 3, 64, 64] and info."""
     frames, info = self._pool.reset(env_id)
     rows = info["env_id"]
     self._elapsed[rows] = 0
@@ -82,13 +81,13 @@ class SkippingPool:
     return self._observations[rows], info
 
   def step(self, action: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Mapping[str, Any]]:
-    """Steps all N: observations [N, 3, 64, 64] uint8, rewards float32, terminated bool, truncated bool, info."""
+    """Steps all N; returns observations [N, 3, 64, 64] uint8, rewards float32, terminated, truncated bool, info."""
     num_envs = len(self._rngs)
     skips = np.array([rng.integers(*self._skip, endpoint=True) for rng in self._rngs])
     reward = np.zeros(num_envs, np.float32)
     lives = np.zeros(num_envs, np.int32)
     terminated = np.zeros(num_envs, np.bool_)
-    screens = np.zeros((num_envs, 3, *SCREEN), np.uint8)  # Zeros vanish in the maximum.
+    screens = np.zeros((num_envs, 3, *SCREEN), np.uint8)  # Zeros do not change a maximum.
     seen = np.zeros(num_envs, np.bool_)
     for frame in range(1, int(skips.max()) + 1):
       playing = np.flatnonzero((frame <= skips) & ~terminated).astype(np.int32)
@@ -115,17 +114,17 @@ class SkippingPool:
     return self._observations.copy(), reward, terminated, self._elapsed >= self._limit, info
 
   def close(self) -> None:
-    """Closes the pool below."""
+    """Closes the wrapped pool."""
     self._pool.close()
 
 
 def shrink(frames: np.ndarray) -> np.ndarray:
-  """Resizes frames by averaging over areas, bit for bit as OpenCV's INTER_AREA, which EnvPool uses.
+  """Resizes frames by area averaging; equal to OpenCV's INTER_AREA, which EnvPool uses, bit for bit.
 
-  A pixel of the result covers 105/32 rows and 5/2 columns. Overlaps are whole numbers in units of 1/32 row times 1/2
-  column, so a mean is a whole number over 105 * 5 = 525: computed here without any rounding but the last. No such mean
-  comes closer to a half than 1/1050, and the rounding errors of OpenCV's float32 sums stay below 1/2000, in whatever
-  order it adds: both round to the same byte.
+  A pixel of the result covers 105/32 rows and 5/2 columns. In units of 1/32 row times 1/2 column, overlaps are
+  integers, so a mean is an integer divided by 105 * 5 = 525. Only the final division rounds. Such a mean differs from a
+  half-integer by at least 1/1050, and the rounding errors of OpenCV's float32 sums are below 1/2000 in any order of
+  addition, so both round to the same byte.
 
   Args:
     frames: [K, 3, 210, 160] uint8.
@@ -133,22 +132,22 @@ def shrink(frames: np.ndarray) -> np.ndarray:
   Returns:
     [K, 3, 64, 64] uint8.
   """
-  # At most 105 * 255 after the rows, which fits 16 bits, and 525 * 255 in the end.
+  # At most 105 * 255 after the rows, which fits 16 bits, and 525 * 255 after the columns.
   sums = np.zeros((*frames.shape[:2], SIZE, SCREEN[1]), np.uint16)
   for row, weight in zip(*_ROWS, strict=True):
     sums += frames[:, :, row] * weight[:, None]
-  totals = np.full((*frames.shape[:2], SIZE, SIZE), _AREA // 2, np.uint32)  # Half of the divisor: rounds.
+  totals = np.full((*frames.shape[:2], SIZE, SIZE), _AREA // 2, np.uint32)  # Half of the divisor, for rounding.
   for column, weight in zip(*_COLUMNS, strict=True):
     totals += sums[..., column] * weight.astype(np.uint32)
   return (totals // np.uint32(_AREA)).astype(np.uint8)
 
 
 def _overlaps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-  """Which of `source` pixels in a line every one of `target` pixels covers, and by how much.
+  """Returns the overlaps of `target` equal pixels with the `source` pixels of a line.
 
   Returns:
-    [M, target] indices and [M, target] uint16 weights in units of the largest length of which all overlaps are
-    multiples, M being the number of pixels that one can touch; weights 0 fill up.
+    Indices [M, target] of source pixels and weights [M, target] uint16, integers in the largest common unit of all
+    overlaps. M is the largest number of source pixels that a target pixel touches; unused entries have weight 0.
   """
   scale = Fraction(source, target)
   length, unit = scale.numerator, scale.denominator  # A target pixel is `length` long, a source pixel `unit`.

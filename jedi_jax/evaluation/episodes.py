@@ -1,28 +1,12 @@
 """Plays whole games with a policy."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from jedi_jax.errors import UserError
-from jedi_jax.types import VectorEnv
-
-
-class Policy(Protocol):
-  """Chooses actions for N environments; may keep state between calls."""
-
-  def __call__(self, observations: np.ndarray, restart: np.ndarray) -> np.ndarray:
-    """Returns one action for each environment.
-
-    Args:
-      observations: [N, H, W, C] uint8.
-      restart: [N] bool; true where a new game begins with this observation, so that recurrent state must be cleared.
-        All true at the first call.
-
-    Returns:
-      [N] integers in [0, A).
-    """
+from jedi_jax.types import Policy, VectorEnv
 
 
 class EpisodeResult(NamedTuple):

@@ -180,12 +180,6 @@ def game_table(methods: Mapping[str, Scores]) -> list[list[str]]:
   return rows
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-  """Formats rows as a Markdown table."""
-  lines = ["| " + " | ".join(row) + " |" for row in rows]
-  return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
 def latex(rows: Sequence[Sequence[str]]) -> str:
   """Formats rows as a LaTeX tabular that needs the package booktabs."""
   body = [" & ".join(cell.replace("_", r"\_").replace("%", r"\%") for cell in row) + r" \\" for row in rows]

@@ -12,9 +12,8 @@ from jedi_jax.agent import Agent, load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode, record, windows
 from jedi_jax.models.dynamics import DenoisingNoise
-from jedi_jax.models.reward_end import confusion
-from jedi_jax.models.variants import latent_statistics
 from jedi_jax.ops import edm
+from jedi_jax.ops.statistics import confusion, latent_statistics
 from jedi_jax.runs import telemetry, workdir
 from jedi_jax.training import dreams
 from jedi_jax.training.seeds import evaluation_seed
@@ -187,7 +186,7 @@ def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
   @jax.jit
   def measure(params: dict[str, Params], segment: Segment, key: Array) -> dict[str, Array]:
     count = len(segment.mask)
-    trajectory = dreams.follow(model, params, segment, jax.random.split(key, count))
+    trajectory = dreams.open_loop(model, params, segment, jax.random.split(key, count))
     latents = model.encode(params, segment.observations, segment.mask)
     weights = segment.mask.astype(jnp.float32)
     # Sum over the latent's elements of their variances.

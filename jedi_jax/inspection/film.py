@@ -78,7 +78,7 @@ def shoot(agent: Agent, segment: Segment, *, seed: int = 0) -> Film:
       mask,
     )
     films = [real]
-    for dream in (dreams.follow, dreams.play):
+    for dream in (dreams.open_loop, dreams.closed_loop):
       trajectory = dream(model, params, segment, keys)
       rewards = jax.nn.softmax(trajectory.reward_logits) @ jnp.asarray([-1.0, 0.0, 1.0])
       ends = jax.nn.softmax(trajectory.end_logits)[..., 1]

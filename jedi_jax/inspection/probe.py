@@ -9,7 +9,7 @@ from jedi_jax.agent import Agent
 from jedi_jax.config import override
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import Array, Params, Segment
 

@@ -21,7 +21,7 @@ from jedi_jax.agent import Agent
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.interop.torch_file import load_arrays
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.types import EnvSpec
 

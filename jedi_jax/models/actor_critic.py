@@ -1,18 +1,35 @@
 """The actor-critic: acting, and REINFORCE with a learned baseline on imagined trajectories (Williams 1992)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.ops.returns import lambda_returns
-from jedi_jax.types import Array, Losses, LstmState, Params, Term, Trajectory
+from jedi_jax.types import Array, Compute, Losses, LstmState, Params, Term, Trajectory
 
 _NEVER = -1e9
 """Logit of an action that the environment does not have; finite, so that its share of the entropy is 0."""
+
+
+class Objective(NamedTuple):
+  """Discount and weights of the actor-critic's loss.
+
+  Attributes:
+    gamma: discount.
+    lambda_: mixing of the lambda-returns.
+    entropy_weight: weight of the entropy bonus, in nats.
+    value_weight: weight of the squared error of the value.
+  """
+
+  gamma: float = 0.985
+  lambda_: float = 0.95
+  entropy_weight: float = 0.001
+  value_weight: float = 1.0
 
 
 class ActorCritic(NamedTuple):
@@ -37,44 +54,36 @@ def actor_critic(
   *,
   num_actions: int,
   action_slots: int = 0,
-  channels: Sequence[int],
-  downsample: Sequence[bool],
-  lstm_width: int,
-  gamma: float,
-  lambda_: float,
-  entropy_weight: float,
-  value_weight: float,
-  lowering: str,
-  dtype: Any,
+  channels: Sequence[int] = (),
+  downsample: Sequence[bool] = (),
+  lstm_width: int = 512,
+  objective: Objective = Objective(),
+  compute: Compute = Compute(),
 ) -> ActorCritic:
   """Builds the actor-critic.
 
   Args:
     latent_shape: (h, w, c) of what it reads.
     num_actions: of the environment.
-    action_slots: if positive, A: the actions that there is room for. Those beyond the environment's number, which is
-      then the parameter 'num_actions', are never chosen.
-    channels: of the convolution stages, none to read the flattened latent.
+    action_slots: if positive, the size A of the network's output. Actions beyond the environment's number, then the
+      parameter 'num_actions', are never chosen.
+    channels: of the convolution stages; none to read the flattened latent.
     downsample: whether a stage pools.
     lstm_width: width of the LSTM.
-    gamma: discount.
-    lambda_: mixing of the lambda-returns.
-    entropy_weight: weight of the entropy bonus.
-    value_weight: weight of the value's squared error.
-    lowering: see `blocks.conv3x3`.
-    dtype: of the activations.
+    objective: discount and weights of the loss.
+    compute: dtype and lowering.
   """
   network = ActorCriticNetwork(
     num_actions=action_slots or num_actions,
     channels=tuple(channels),
     downsample=tuple(downsample),
     lstm_width=lstm_width,
-    lowering=lowering,
-    dtype=dtype,
+    lowering=compute.lowering,
+    dtype=compute.dtype,
   )
 
   def initial_state(batch: int) -> LstmState:
-    return blocks.zero_lstm_state(batch, lstm_width)
+    return zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
     params = blocks.init_params(network, key, jnp.zeros((1, 1, *latent_shape)), initial_state(1))
@@ -100,22 +109,15 @@ def actor_critic(
     entropy = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
     rewards = jnp.sign(trajectory.rewards)
     returns = jax.lax.stop_gradient(
-      lambda_returns(
-        rewards,
-        trajectory.ends,
-        jnp.zeros_like(rewards),  # The horizon is the last step, beyond which the returns bootstrap anyway.
-        values[:, 1:],
-        gamma=gamma,
-        lambda_=lambda_,
-      )
+      lambda_returns(rewards, trajectory.ends, values[:, 1:], gamma=objective.gamma, lambda_=objective.lambda_)
     )
     values = values[:, :-1]
     advantage = returns - jax.lax.stop_gradient(values)
     alive = trajectory.alive
     terms = {
       "policy": Term(-log_prob * advantage, alive),
-      "value": Term(value_weight * jnp.square(values - returns), alive),
-      "entropy": Term(-entropy_weight * entropy, alive),
+      "value": Term(objective.value_weight * jnp.square(values - returns), alive),
+      "entropy": Term(-objective.entropy_weight * entropy, alive),
     }
     return Losses(
       terms,

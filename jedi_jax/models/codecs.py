@@ -1,7 +1,7 @@
-"""Codecs: how frames become latents."""
+"""Codecs: map frames to latents."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.decoder import DecoderNetwork
-from jedi_jax.nn.encoder import soft_clamp
-from jedi_jax.types import Array, Params
+from jedi_jax.nn.encoder import EncoderNetwork
+from jedi_jax.ops.images import soft_clamp
+from jedi_jax.types import Array, Compute, Params
 
 
 class Codec(NamedTuple):
@@ -18,12 +19,12 @@ class Codec(NamedTuple):
 
   Attributes:
     latent_shape: (h, w, c) of one latent.
-    init: key -> parameters; an empty dictionary where there is nothing to learn. The key is consumed.
+    init: key -> parameters; an empty dictionary if nothing is learned. The key is consumed.
     encode: (parameters, images [N, H, W, C] float32 in [-1, 1]) -> latents [N, h, w, c] float32.
-    clamp: smooth map that every estimate of a latent goes through, in the loss too.
-    quantise: map that an estimate goes through after `clamp` wherever it is used as a latent; no gradient passes it.
-    limit: largest absolute value of a latent, None where there is no bound.
-    decode: latents [N, h, w, c] -> images in [-1, 1], where nothing must be learned for it; None elsewhere.
+    clamp: smooth map applied to every estimate of a latent, in the loss too.
+    quantise: map applied after `clamp` to an estimate that is used as a latent; no gradient passes through it.
+    limit: largest absolute value of a latent; None without a bound.
+    decode: latents [N, h, w, c] -> images in [-1, 1], for a codec that decodes without learning; else None.
   """
 
   latent_shape: tuple[int, int, int]
@@ -41,7 +42,7 @@ def scale_pixels(observations: Array) -> Array:
 
 
 def to_pixels(images: Array) -> Array:
-  """Undoes `scale_pixels`: float32, cut to [-1, 1], to uint8 in [0, 255]."""
+  """Inverts `scale_pixels`: clips float32 to [-1, 1] and maps it to uint8 in [0, 255]."""
   return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
@@ -69,32 +70,29 @@ def encode_frames(codec: Codec, params: Params, observations: Array, mask: Array
 def learned(
   observation_shape: tuple[int, int, int],
   *,
-  channels: Sequence[int],
-  downsample: Sequence[bool],
-  patch: int,
-  clamp: float,
-  clamp_estimate: bool,
-  chunk: int,
-  lowering: str,
-  dtype: Any,
+  channels: Sequence[int] = (32, 32, 32, 16),
+  downsample: Sequence[bool] = (True, True, True, False),
+  patch: int = 1,
+  clamp: float = 3.0,
+  clamp_estimate: bool = True,
+  chunk: int = 0,
+  compute: Compute = Compute(),
 ) -> Codec:
-  """JEDI's encoder: convolution stages and a soft clamp.
+  """Builds JEDI's encoder: convolution stages and a soft clamp.
 
-  Of more frames than a chunk the activations are not kept for the gradient but computed anew, chunk by chunk, so that
-  a run has no more than a chunk's on a device.
+  Encodes in chunks under `jax.checkpoint`; peak activation memory is one chunk's.
 
   Args:
     observation_shape: (H, W, C).
-    channels: channels of the stages, the last being the latent's.
+    channels: channels of the stages; the last are the latent's.
     downsample: whether a stage ends in 2 x 2 max pooling.
     patch: side of the squares of pixels that are stacked on the channels first; it divides H and W.
-    clamp: scale of the soft clamp, 0 for none.
+    clamp: scale of the soft clamp; 0 for none.
     clamp_estimate: whether estimates are clamped as well.
-    chunk: frames encoded at a time, 0 for all.
-    lowering: see `blocks.conv3x3`.
-    dtype: of the activations.
+    chunk: frames encoded at a time; 0 for all.
+    compute: dtype and lowering.
   """
-  network = blocks.ConvStack(tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
+  network = EncoderNetwork(tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype)
 
   def init(key: Array) -> Params:
     return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
@@ -105,12 +103,12 @@ def learned(
   def encode(params: Params, images: Array) -> Array:
     if not 0 < chunk < len(images):
       return encode_chunk(params, images)
-    forget = jax.checkpoint(encode_chunk)
+    checkpointed = jax.checkpoint(encode_chunk)
     rest = len(images) % chunk
     chunks = images[: len(images) - rest].reshape(-1, chunk, *observation_shape)
-    latents = jax.lax.map(lambda some: forget(params, some), chunks)
+    latents = jax.lax.map(lambda some: checkpointed(params, some), chunks)
     latents = latents.reshape(-1, *latents.shape[2:])
-    return jnp.concatenate([latents, forget(params, images[-rest:])]) if rest else latents
+    return jnp.concatenate([latents, checkpointed(params, images[-rest:])]) if rest else latents
 
   shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
   return Codec(
@@ -124,7 +122,7 @@ def learned(
 
 
 def identity(observation_shape: tuple[int, int, int]) -> Codec:
-  """DIAMOND's codec: the latent is the image in [-1, 1]; estimates are cut to 256 levels wherever they are used."""
+  """DIAMOND's codec: the latent is the image in [-1, 1]; estimates are truncated to 256 levels before use."""
 
   def quantise(x: Array) -> Array:
     levels = jnp.floor((jnp.clip(x, -1.0, 1.0) + 1.0) / 2.0 * 255.0)
@@ -153,19 +151,20 @@ class Decoder(NamedTuple):
 
 
 def decoder(
-  codec: Codec,
+  latent_shape: tuple[int, int, int],
   observation_shape: tuple[int, int, int],
   *,
-  channels: Sequence[int],
-  downsample: Sequence[bool],
-  patch: int,
-  lowering: str,
-  dtype: Any,
+  channels: Sequence[int] = (32, 32, 32, 16),
+  downsample: Sequence[bool] = (True, True, True, False),
+  patch: int = 1,
+  compute: Compute = Compute(),
 ) -> Decoder:
-  """A decoder that mirrors the learned encoder; arguments as in `learned`."""
-  network = DecoderNetwork(observation_shape, tuple(channels), tuple(downsample), patch, lowering=lowering, dtype=dtype)
+  """Builds a decoder that mirrors the learned encoder; arguments as in `learned`."""
+  network = DecoderNetwork(
+    observation_shape, tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype
+  )
   return Decoder(
-    init=lambda key: blocks.init_params(network, key, jnp.zeros((1, *codec.latent_shape))),
+    init=lambda key: blocks.init_params(network, key, jnp.zeros((1, *latent_shape))),
     decode=lambda params, latents: blocks.apply(network, params, latents),
   )
 

@@ -1,6 +1,7 @@
-"""Dynamics: how the next latent follows from past latents and actions."""
+"""Dynamics: predict the next latent from past latents and actions."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -14,13 +15,57 @@ from jedi_jax.ops import edm, sampler
 from jedi_jax.types import Array, Losses, Params, Term
 
 
+class Scaling(NamedTuple):
+  """What the preconditioning of `ops.edm.precondition` assumes.
+
+  Attributes:
+    sigma_data: standard deviation of the clean data.
+    offset_noise: standard deviation of the noise that all positions of a channel share.
+  """
+
+  sigma_data: float = 0.5
+  offset_noise: float = 0.3
+
+
+class NoiseLevels(NamedTuple):
+  """Distribution of the training noise levels: log-normal, clipped.
+
+  Attributes:
+    log_mean: mean of ln sigma.
+    log_std: standard deviation of ln sigma.
+    sigma_min: smallest level.
+    sigma_max: largest level.
+  """
+
+  log_mean: float = -0.4
+  log_std: float = 1.2
+  sigma_min: float = 2e-3
+  sigma_max: float = 20.0
+
+
+class Schedule(NamedTuple):
+  """How `ops.sampler.sample` integrates the reverse process.
+
+  Attributes:
+    sigmas: decreasing levels with a final 0.
+    order: 1 for Euler's method, 2 for Heun's.
+    gammas: relative increase of each positive level by churn; None for no churn.
+    churn_noise: standard deviation of the noise that churn adds.
+  """
+
+  sigmas: tuple[float, ...] = sampler.karras_sigmas(3, sigma_min=2e-3, sigma_max=5.0, rho=7.0)
+  order: int = 1
+  gammas: tuple[float, ...] | None = None
+  churn_noise: float = 1.0
+
+
 class DenoisingNoise(NamedTuple):
   """The random numbers of one denoising loss over n targets.
 
   Attributes:
     sigma: [B, n] noise levels.
     noise: [B, n, h, w, c] standard normal.
-    offset: [B, n, 1, 1, c] standard normal, scaled by the offset noise in the loss.
+    offset: [B, n, 1, 1, c] standard normal; the loss multiplies it by the offset noise.
     use_estimate: [] bool; whether later targets are conditioned on the estimates of earlier ones.
   """
 
@@ -35,7 +80,7 @@ class SampleNoise(NamedTuple):
 
   Attributes:
     start: [B, h, w, c] standard normal.
-    churn: [B, steps, h, w, c] standard normal, or None where the sampler has no churn.
+    churn: [B, steps, h, w, c] standard normal; None if the sampler has no churn.
   """
 
   start: Array
@@ -47,12 +92,15 @@ class Dynamics(NamedTuple):
 
   Attributes:
     init: key -> parameters. The key is consumed.
-    training_noise: ([B] keys, key for what a batch shares, update count []) -> noise of one loss.
+    training_noise: (keys [B], key that the batch shares, update count []) -> noise of one loss.
     losses: (parameters, inputs [B, L + n - 1, h, w, c], targets [B, n, h, w, c], actions [B, L + n - 1], mask [B, n],
       noise) -> `Losses`. Target i follows inputs i .. i + L - 1. Gradients flow into the inputs, never the targets.
-    sample_noise: ([B] keys, number of frames T) -> `SampleNoise` with a leading axis T.
+    sample_noise: (keys [B], number of frames T) -> noise of T samples, with a leading axis T.
     sample: (parameters, past [B, L, h, w, c], actions [B, L], noise) -> next latent [B, h, w, c].
-    normalise: (parameters, latents [B, h, w, c], the latents before them) -> what is learned of them, in its units.
+    normalise: (parameters, latents [B, h, w, c], last latents [B, h, w, c]) -> what the network learns to predict.
+    denormalise: the inverse of `normalise`.
+    denoise: D(x, sigma): (parameters, x [B, h, w, c], sigma [B], past [B, L, h, w, c], actions [B, L]) -> estimate
+      [B, h, w, c] of the clean x, both as `normalise` returns them; None without diffusion.
   """
 
   init: Callable[[Array], Params]
@@ -61,15 +109,20 @@ class Dynamics(NamedTuple):
   sample_noise: Callable[[Array, int], Any]
   sample: Callable[[Params, Array, Array, Any], Array]
   normalise: Callable[[Params, Array, Array], Array]
+  denormalise: Callable[[Params, Array, Array], Array]
+  denoise: Callable[[Params, Array, Array, Array, Array], Array] | None = None
 
 
 def switch(mode: str, key: Array, count: Array) -> Array:
-  """Decides whether later targets of a batch are conditioned on estimates; [] bool.
+  """Decides whether later targets of a batch are conditioned on estimates.
 
   Args:
     mode: 'random' for a fair coin, 'alternate' for every other update, 'always_encoder' or 'always_denoiser'.
     key: consumed by 'random' only.
     count: [] int32, updates so far.
+
+  Returns:
+    [] bool.
   """
   if mode == "random":
     return jax.random.bernoulli(key)
@@ -84,81 +137,93 @@ def diffusion(
   codec: Codec,
   network: InnerNetwork,
   *,
-  conditioning_frames: int,
-  targets: int,
-  switching: str,
-  target: str,
-  sigma_data: float,
-  follow_scale: bool,
-  offset_noise: float,
-  sigma_log_mean: float,
-  sigma_log_std: float,
-  sigma_min: float,
-  sigma_max: float,
-  sampler_sigmas: Sequence[float],
-  sampler_gammas: Sequence[float],
-  sampler_order: int,
-  churn_noise: float,
+  conditioning_frames: int = 4,
+  targets: int = 2,
+  switching: str = "random",
+  target: str = "latent",
+  scaling: Scaling = Scaling(),
+  levels: NoiseLevels = NoiseLevels(),
+  schedule: Schedule = Schedule(),
 ) -> Dynamics:
-  """An EDM denoiser of latents, trained on its own estimates or the codec's latents, sampled in a few steps.
+  """Builds an EDM denoiser of latents (Karras et al. 2022, arXiv:2206.00364).
 
-  With D = clamp(c_skip x + c_out F) the loss of a target z' is mean ||(D - z') / c_out||^2: EDM's loss on F where
-  there is no clamp, and still minimal at D = z' where there is one. The soft clamp is not the identity, so F then has
-  to undo it: where c_out is small (no offset noise, low sigma) and latents are large, F leaves the unit range that the
-  preconditioning is made for. With offset noise 0.3 and latents below 1 it does not.
+  The estimate is D = clamp(c_skip x + c_out F). The loss of a target z' is mean ||(D - z') / c_out||^2. Without a clamp
+  this is EDM's loss on F. With a clamp it is still minimal at D = z'. The soft clamp is not the identity, so F has to
+  undo it: for large latents and a small c_out (no offset noise, low sigma) F leaves the unit range that the
+  preconditioning assumes. With offset noise 0.3 and latents below 1 it stays there.
 
   Args:
-    codec: gives the latent's shape and what estimates go through.
+    codec: gives the shape of a latent and the maps that estimates go through.
     network: the inner network F.
     conditioning_frames: L.
     targets: n, successive targets of one loss.
     switching: see `switch`.
-    target: 'latent' to diffuse the next latent x, 'change' to diffuse its difference from the last one, in units in
-      which that has standard deviation `sigma_data`. A network that gives 0 is then as good as copying, and the least
-      noise level is small against one step's change and not only against the latents. How large a change is, a
-      parameter 'change_std' that the learner keeps, is measured on the way. Leave estimates unclamped then: the soft
-      clamp would move what does not change.
-    sigma_data: standard deviation assumed of the latents.
-    follow_scale: whether all of this happens in units in which the latents' measured standard deviation, a parameter
-      'latent_std' that the learner keeps, is `sigma_data`.
-    offset_noise: standard deviation of the offset noise.
-    sigma_log_mean: mean of ln sigma in training.
-    sigma_log_std: standard deviation of ln sigma in training.
-    sigma_min: least noise level in training.
-    sigma_max: largest noise level in training.
-    sampler_sigmas: see `sampler.sample`.
-    sampler_gammas: see `sampler.sample`.
-    sampler_order: see `sampler.sample`.
-    churn_noise: standard deviation of churn's noise.
+    target: 'latent' diffuses the next latent. 'change' diffuses its difference from the last latent, scaled to standard
+      deviation `sigma_data` by the parameter 'change_std', a running measurement. A network that returns 0 then copies
+      the last latent, and the smallest noise level is small compared with the change of one step. Use it without a
+      clamp on estimates: the soft clamp would move what does not change.
+    scaling: assumptions of the preconditioning.
+    levels: noise levels in training.
+    schedule: of the sampler.
   """
-  latent_shape = codec.latent_shape
-  has_churn = any(gamma > 0 for gamma in sampler_gammas)
+  parts = _Diffusion(codec, network, conditioning_frames, targets, switching, target, scaling, levels, schedule)
+  return Dynamics(
+    init=parts.init,
+    training_noise=parts.training_noise,
+    losses=parts.losses,
+    sample_noise=parts.sample_noise,
+    sample=parts.sample,
+    normalise=lambda params, latents, last: parts.coordinates(params, last).normalise(latents),
+    denormalise=lambda params, x, last: parts.coordinates(params, last).denormalise(x),
+    denoise=parts.denoise,
+  )
 
-  def init(key: Array) -> Params:
-    latent = jnp.zeros((1, *latent_shape))
-    past = jnp.zeros((1, conditioning_frames, *latent_shape))
-    actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    params = dict(blocks.init_params(network, key, latent, jnp.zeros((1,)), past, actions))
-    if follow_scale:
-      params["latent_std"] = jnp.zeros(())
-    if target == "change":
+
+@dataclasses.dataclass(frozen=True)
+class _Diffusion:
+  """The functions of `diffusion`; its arguments are the attributes."""
+
+  codec: Codec
+  network: InnerNetwork
+  conditioning_frames: int
+  targets: int
+  switching: str
+  target: str
+  scaling: Scaling
+  levels: NoiseLevels
+  schedule: Schedule
+
+  def init(self, key: Array) -> Params:
+    params = dict(_init_network(self.network, key, self.codec.latent_shape, self.conditioning_frames))
+    if self.target == "change":
       params["change_std"] = jnp.zeros(())
     return params
 
-  def frame(params: Params, last: Array) -> _Frame:
-    if target == "change":
-      return _Frame(jax.lax.stop_gradient(last), _unit(params, "change_std", sigma_data))
-    return _Frame(jnp.zeros_like(last), _unit(params, "latent_std", sigma_data))
+  def coordinates(self, params: Params, last: Array) -> "_Coordinates":
+    """Coordinates of what is diffused, given the last latents [B, h, w, c]."""
+    if self.target != "change":
+      return _Coordinates(jnp.zeros_like(last), jnp.ones(()))
+    measured = jax.lax.stop_gradient(params["change_std"])
+    # 0 before the first measurement.
+    unit = jnp.where(measured > 0, measured / self.scaling.sigma_data, 1.0)
+    return _Coordinates(jax.lax.stop_gradient(last), unit)
 
-  def estimate(params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
+  def estimate(self, params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> tuple[Array, Array]:
     """Returns the clamped estimate [B, h, w, c] of what is diffused and c_out [B, 1, 1, 1]; `past` are latents."""
+    sigma_data, offset_noise = self.scaling
     coefficients = edm.precondition(sigma, sigma_data=sigma_data, offset_noise=offset_noise)
     c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
-    scaled = past / (_unit(params, "latent_std", sigma_data) * sigma_data)
-    output = blocks.apply(network, params, c_in * noisy, coefficients.c_noise, scaled, actions)
-    return frame(params, past[:, -1]).through(codec.clamp, c_skip * noisy + c_out * output), c_out
+    output = blocks.apply(self.network, params, c_in * noisy, coefficients.c_noise, past / sigma_data, actions)
+    at = self.coordinates(params, past[:, -1])
+    return at.map_latents(self.codec.clamp, c_skip * noisy + c_out * output), c_out
 
-  def training_noise(keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:
+  def denoise(self, params: Params, noisy: Array, sigma: Array, past: Array, actions: Array) -> Array:
+    estimate, _ = self.estimate(params, noisy, sigma, past, actions)
+    return self.coordinates(params, past[:, -1]).map_latents(self.codec.quantise, estimate)
+
+  def training_noise(self, keys: Array, shared_key: Array, count: Array) -> DenoisingNoise:
+    latent_shape, targets = self.codec.latent_shape, self.targets
+
     def draw(key: Array) -> tuple[Array, Array, Array]:
       sigma_key, noise_key, offset_key = jax.random.split(key, 3)
       return (
@@ -168,122 +233,61 @@ def diffusion(
       )
 
     normal, noise, offset = jax.vmap(draw)(keys)
-    sigma = edm.training_sigma(
-      normal, log_mean=sigma_log_mean, log_std=sigma_log_std, sigma_min=sigma_min, sigma_max=sigma_max
-    )
-    return DenoisingNoise(sigma, noise, offset, switch(switching, shared_key, count))
+    sigma = edm.training_sigma(normal, **self.levels._asdict())
+    return DenoisingNoise(sigma, noise, offset, switch(self.switching, shared_key, count))
 
-  def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise) -> Losses:
+  def losses(
+    self, params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, noise: DenoisingNoise
+  ) -> Losses:
     clean = jax.lax.stop_gradient(clean)
 
     def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
-      sigma, at = noise.sigma[:, i], frame(params, past[:, -1])
-      diffused = at.enter(clean[:, i])
+      sigma, at = noise.sigma[:, i], self.coordinates(params, past[:, -1])
+      diffused = at.normalise(clean[:, i])
+      offset_noise = self.scaling.offset_noise
       noisy = edm.corrupt(diffused, sigma, noise.noise[:, i], noise.offset[:, i], offset_noise=offset_noise)
-      estimated, c_out = estimate(params, noisy, sigma, past, past_actions)
-      return jnp.mean(jnp.square((estimated - diffused) / c_out), axis=(1, 2, 3)), at.leave(estimated)
+      estimated, c_out = self.estimate(params, noisy, sigma, past, past_actions)
+      return jnp.mean(jnp.square((estimated - diffused) / c_out), axis=(1, 2, 3)), at.denormalise(estimated)
 
-    found = autoregressive_losses(
-      error, codec.quantise, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=conditioning_frames
+    length = self.conditioning_frames
+    losses = autoregressive_losses(
+      error, self.codec.quantise, inputs, clean, actions, mask, noise.use_estimate, conditioning_frames=length
     )
-    if target != "change":
-      return found
-    change = jax.lax.stop_gradient(clean[:, 0] - inputs[:, conditioning_frames - 1])
+    if self.target != "change":
+      return losses
+    change = jax.lax.stop_gradient(clean[:, 0] - inputs[:, length - 1])
     square = Term(jnp.mean(jnp.square(change), axis=(1, 2, 3)), mask[:, 0].astype(jnp.float32))
-    return found._replace(metrics={**found.metrics, "change_square": square})
+    return losses._replace(metrics={**losses.metrics, "change_square": square})
 
-  def sample_noise(keys: Array, num_frames: int) -> SampleNoise:
+  def sample_noise(self, keys: Array, num_frames: int) -> SampleNoise:
+    shape = self.codec.latent_shape
+    steps = len(self.schedule.sigmas) - 1
+    has_churn = any(gamma > 0 for gamma in self.schedule.gammas or ())
+
     def draw(key: Array) -> SampleNoise:
       start_key, churn_key = jax.random.split(key)
-      start = jax.random.normal(start_key, (num_frames, *latent_shape))
-      steps = len(sampler_gammas)
-      churn = jax.random.normal(churn_key, (num_frames, steps, *latent_shape)) if has_churn else None
+      start = jax.random.normal(start_key, (num_frames, *shape))
+      churn = jax.random.normal(churn_key, (num_frames, steps, *shape)) if has_churn else None
       return SampleNoise(start, churn)
 
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.vmap(draw)(keys))
 
-  def sample(params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
-    at = frame(params, past[:, -1])
-
-    def denoise(noisy: Array, sigma: Array) -> Array:
-      return at.through(codec.quantise, estimate(params, noisy, sigma, past, actions)[0])
-
+  def sample(self, params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
+    sigmas, order, gammas, churn_noise = self.schedule
     churn = None if noise.churn is None else churn_noise * jnp.moveaxis(noise.churn, 1, 0)
     sampled = sampler.sample(
-      denoise, noise.start, sampler_sigmas, order=sampler_order, gammas=sampler_gammas, churn_noise=churn
+      lambda noisy, sigma: self.denoise(params, noisy, sigma, past, actions),
+      noise.start,
+      sigmas,
+      order=order,
+      gammas=gammas,
+      churn_noise=churn,
     )
-    return at.leave(sampled)
-
-  def normalise(params: Params, latents: Array, last: Array) -> Array:
-    return frame(params, last).enter(latents)
-
-  return Dynamics(init, training_noise, losses, sample_noise, sample, normalise)
+    return self.coordinates(params, past[:, -1]).denormalise(sampled)
 
 
-def regression(
-  codec: Codec,
-  network: InnerNetwork,
-  *,
-  conditioning_frames: int,
-  targets: int,
-  switching: str,
-  sigma_data: float,
-  follow_scale: bool,
-) -> Dynamics:
-  """Direct regression of the next latent, with the denoiser's network and targets but no noise.
-
-  The network predicts the change from the last latent, in units of `sigma_data`; its place for the noisy frame holds
-  the last latent and its noise level is constant. The loss is the mean squared error in those units.
-
-  Args: as in `diffusion`.
-  """
-  latent_shape = codec.latent_shape
-
-  def init(key: Array) -> Params:
-    past = jnp.zeros((1, conditioning_frames, *latent_shape))
-    actions = jnp.zeros((1, conditioning_frames), jnp.int32)
-    params = blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
-    return {**params, "latent_std": jnp.zeros(())} if follow_scale else params
-
-  def unit(params: Params) -> Array:
-    return _unit(params, "latent_std", sigma_data)
-
-  def estimate(params: Params, past: Array, actions: Array) -> Array:
-    scaled = past / (unit(params) * sigma_data)
-    change = blocks.apply(network, params, scaled[:, -1], jnp.zeros((past.shape[0],)), scaled, actions)
-    return codec.clamp(past[:, -1] + unit(params) * sigma_data * change)
-
-  def training_noise(keys: Array, shared_key: Array, count: Array) -> Array:
-    del keys
-    return switch(switching, shared_key, count)
-
-  def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, use_estimate: Array) -> Losses:
-    clean = jax.lax.stop_gradient(clean)
-
-    def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
-      estimated = estimate(params, past, past_actions)
-      scale = unit(params) * sigma_data
-      return jnp.mean(jnp.square((estimated - clean[:, i]) / scale), axis=(1, 2, 3)), estimated
-
-    return autoregressive_losses(
-      error, codec.quantise, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
-    )
-
-  def sample_noise(keys: Array, num_frames: int) -> Array:
-    return jnp.zeros((num_frames, keys.shape[0]))  # Nothing is drawn; the shape tells a scan how long it is.
-
-  def sample(params: Params, past: Array, actions: Array, noise: Array) -> Array:
-    del noise
-    return codec.quantise(estimate(params, past, actions))
-
-  def normalise(params: Params, latents: Array, last: Array) -> Array:
-    return (latents - last) / unit(params)
-
-  return Dynamics(init, training_noise, losses, sample_noise, sample, normalise)
-
-
-class _Frame(NamedTuple):
-  """Where and in which units diffusion takes place: x = (latent - origin) / unit.
+class _Coordinates(NamedTuple):
+  """Origin and unit of what is diffused: x = (latent - origin) / unit.
 
   Attributes:
     origin: [B, h, w, c].
@@ -293,23 +297,68 @@ class _Frame(NamedTuple):
   origin: Array
   unit: Array
 
-  def enter(self, latents: Array) -> Array:
+  def normalise(self, latents: Array) -> Array:
     return (latents - self.origin) / self.unit
 
-  def leave(self, x: Array) -> Array:
+  def denormalise(self, x: Array) -> Array:
     return self.origin + self.unit * x
 
-  def through(self, function: Callable[[Array], Array], x: Array) -> Array:
-    """Applies a function of latents."""
-    return self.enter(function(self.leave(x)))
+  def map_latents(self, function: Callable[[Array], Array], x: Array) -> Array:
+    """Applies a function of latents to x."""
+    return self.normalise(function(self.denormalise(x)))
 
 
-def _unit(params: Params, name: str, sigma_data: float) -> Array:
-  """What brings a measured standard deviation to `sigma_data`; 1 where it is not measured, or not yet (0)."""
-  if name not in params:
-    return jnp.ones(())
-  measured = jax.lax.stop_gradient(params[name])
-  return jnp.where(measured > 0, measured / sigma_data, 1.0)
+def regression(
+  codec: Codec,
+  network: InnerNetwork,
+  *,
+  conditioning_frames: int = 4,
+  targets: int = 2,
+  switching: str = "random",
+  sigma_data: float = 0.5,
+) -> Dynamics:
+  """Builds direct regression of the next latent, with the denoiser's network and targets but no noise.
+
+  The network predicts the change from the last latent, in units of `sigma_data`. The last latent takes the place of
+  the noisy frame, and the noise level is constant. The loss is the mean squared error in those units.
+
+  Args: as in `diffusion`.
+  """
+
+  def estimate(params: Params, past: Array, actions: Array) -> Array:
+    scaled = past / sigma_data
+    change = blocks.apply(network, params, scaled[:, -1], jnp.zeros((past.shape[0],)), scaled, actions)
+    return codec.clamp(past[:, -1] + sigma_data * change)
+
+  def losses(params: Params, inputs: Array, clean: Array, actions: Array, mask: Array, use_estimate: Array) -> Losses:
+    clean = jax.lax.stop_gradient(clean)
+
+    def error(i: int, past: Array, past_actions: Array) -> tuple[Array, Array]:
+      estimated = estimate(params, past, past_actions)
+      return jnp.mean(jnp.square((estimated - clean[:, i]) / sigma_data), axis=(1, 2, 3)), estimated
+
+    return autoregressive_losses(
+      error, codec.quantise, inputs, clean, actions, mask, use_estimate, conditioning_frames=conditioning_frames
+    )
+
+  return Dynamics(
+    init=lambda key: _init_network(network, key, codec.latent_shape, conditioning_frames),
+    training_noise=lambda keys, shared_key, count: switch(switching, shared_key, count),
+    losses=losses,
+    # Nothing is drawn. The leading axis gives a scan its length.
+    sample_noise=lambda keys, num_frames: jnp.zeros((num_frames, keys.shape[0])),
+    sample=lambda params, past, actions, noise: codec.quantise(estimate(params, past, actions)),
+    normalise=lambda params, latents, last: latents - last,
+    denormalise=lambda params, x, last: last + x,
+  )
+
+
+def _init_network(
+  network: InnerNetwork, key: Array, latent_shape: tuple[int, int, int], conditioning_frames: int
+) -> Params:
+  past = jnp.zeros((1, conditioning_frames, *latent_shape))
+  actions = jnp.zeros((1, conditioning_frames), jnp.int32)
+  return blocks.init_params(network, key, past[:, 0], jnp.zeros((1,)), past, actions)
 
 
 def autoregressive_losses(
@@ -323,16 +372,16 @@ def autoregressive_losses(
   *,
   conditioning_frames: int,
 ) -> Losses:
-  """Trains n successive targets, each conditioned on the L frames before it.
+  """Computes the losses of n successive targets, each conditioned on the L frames before it.
 
   Args:
     error: (target i, past [B, L, h, w, c], actions [B, L]) -> (error [B], clamped estimate [B, h, w, c]).
-    quantise: makes a latent of an estimate.
+    quantise: maps an estimate to a latent.
     inputs: [B, L + n - 1, h, w, c].
-    clean: [B, n, h, w, c] targets; only their shape is looked at here.
+    clean: [B, n, h, w, c] targets; only their shape is used here.
     actions: [B, L + n - 1].
     mask: [B, n] bool; false where a target is padding.
-    use_estimate: [] bool; whether the estimates of earlier targets stand in for their latents, without gradient.
+    use_estimate: [] bool; whether the estimates of earlier targets replace their latents, without gradient.
     conditioning_frames: L.
   """
   batch, targets, *latent_shape = clean.shape

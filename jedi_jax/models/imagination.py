@@ -56,7 +56,7 @@ class _Place(NamedTuple):
 class _Carry(NamedTuple):
   place: _Place
   alive: Array  # [B] float32
-  reserve: Array  # [B] bool; whether there is another place to go on from.
+  can_restart: Array  # [B] bool; whether the trajectory may continue from its second start.
 
 
 def imagine(
@@ -134,7 +134,7 @@ def imagine(
       reward_end_state=reward_end_state,
       policy_state=policy_state,
     )
-    begins = end & carry.reserve
+    begins = end & carry.can_restart
     if restart is not None:
 
       def choose(other: Array, x: Array) -> Array:
@@ -152,7 +152,7 @@ def imagine(
       end_logits[:, 0],
       values[:, 0],
     )
-    return _Carry(after, carry.alive * (1.0 - (end & ~begins)), carry.reserve & ~begins), outputs
+    return _Carry(after, carry.alive * (1.0 - (end & ~begins)), carry.can_restart & ~begins), outputs
 
   given = None if actions is None else jnp.moveaxis(actions, 1, 0)
   carry = _Carry(start, jnp.ones((batch,)), jnp.full((batch,), restart is not None))

@@ -1,16 +1,17 @@
-"""The reward / end model: classification of the reward's sign and of the end of the episode."""
+"""The reward / end model: classifies the sign of the reward and the end of the episode."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import chex
-import jax
 import jax.numpy as jnp
 import optax
 
 from jedi_jax.nn import blocks
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.nn.reward_end import RewardEndNetwork
-from jedi_jax.types import Array, Losses, LstmState, Params, Term
+from jedi_jax.ops.statistics import confusion
+from jedi_jax.types import Array, Compute, Losses, LstmState, Params, Term
 
 
 class RewardEnd(NamedTuple):
@@ -34,16 +35,15 @@ def reward_end_model(
   latent_shape: tuple[int, int, int],
   *,
   num_actions: int,
-  channels: Sequence[int],
-  depths: Sequence[int],
-  attention: Sequence[bool],
-  downsample: bool,
-  conditioning_width: int,
-  lstm_width: int,
-  lowering: str,
-  dtype: Any,
+  channels: Sequence[int] = (32, 32, 32, 32),
+  depths: Sequence[int] = (2, 2, 2, 2),
+  attention: Sequence[bool] = (False, False, False, False),
+  downsample: bool = False,
+  conditioning_width: int = 128,
+  lstm_width: int = 512,
+  compute: Compute = Compute(),
 ) -> RewardEnd:
-  """Builds the model on latents of the given shape; see `RewardEndNetwork` for the other arguments."""
+  """Builds the model on latents of the given shape; `RewardEndNetwork` explains the other arguments."""
   network = RewardEndNetwork(
     num_actions=num_actions,
     channels=tuple(channels),
@@ -52,12 +52,12 @@ def reward_end_model(
     downsample=downsample,
     conditioning_width=conditioning_width,
     lstm_width=lstm_width,
-    lowering=lowering,
-    dtype=dtype,
+    lowering=compute.lowering,
+    dtype=compute.dtype,
   )
 
   def initial_state(batch: int) -> LstmState:
-    return blocks.zero_lstm_state(batch, lstm_width)
+    return zero_lstm_state(batch, lstm_width)
 
   def init(key: Array) -> Params:
     frames = jnp.zeros((1, 1, *latent_shape))
@@ -89,17 +89,3 @@ def reward_end_model(
     )
 
   return RewardEnd(init, initial_state, predict, losses)
-
-
-def confusion(labels: Array, logits: Array, weights: Array) -> Array:
-  """Counts [K, K] float32 of (label, most likely class), weighted.
-
-  Args:
-    labels: [...] int32 in [0, K).
-    logits: [..., K].
-    weights: [...] float32.
-  """
-  classes = logits.shape[-1]
-  actual = jax.nn.one_hot(labels, classes) * weights[..., None]
-  predicted = jax.nn.one_hot(jnp.argmax(logits, axis=-1), classes)
-  return jnp.einsum("...i,...j->ij", actual, predicted)

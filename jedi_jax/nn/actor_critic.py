@@ -1,4 +1,4 @@
-"""The network of policy and value."""
+"""The network of the actor-critic."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,21 +8,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.nn import blocks
+from jedi_jax.nn.encoder import EncoderNetwork
+from jedi_jax.nn.lstm import Lstm
 from jedi_jax.types import LstmState
 
 Array = jax.Array
 
 
 class ActorCriticNetwork(nn.Module):
-  """Optional convolution stages, an LSTM over time, linear heads of policy and value (zero at initialisation).
+  """Optional encoder stages, an LSTM over time, linear heads for policy and value (zero at initialisation).
 
   Attributes:
     num_actions: A.
-    channels: channels of the convolution stages; none where the input is a latent.
-    downsample: whether a stage pools.
+    channels: channels of the encoder stages; empty to read the flattened frame.
+    downsample: whether each stage pools.
     lstm_width: width of the LSTM.
-    lowering: see `blocks.conv3x3`.
+    lowering: see `images.conv3x3`.
     dtype: of the activations.
   """
 
@@ -37,25 +38,25 @@ class ActorCriticNetwork(nn.Module):
   def __call__(
     self, frames: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
   ) -> tuple[Array, Array, LstmState]:
-    """Evaluates policy and value on T successive frames.
+    """Computes policy and value for T successive frames.
 
     Args:
       frames: [B, T, H, W, C].
       state: LSTM state before the first frame.
-      keep: optional [B, T]; 0 makes the LSTM forget everything up to and including frame t.
-      fallback: the LSTM's state instead of what is forgotten; zeros if None.
+      keep: optional [B, T]; where it is 0 the LSTM's state after frame t is replaced by `fallback`.
+      fallback: LSTM state, zeros if None; see `Lstm`.
 
     Returns:
-      Policy logits [B, T, A] and values [B, T], float32; the state afterwards.
+      Policy logits [B, T, A] and values [B, T], float32; the state after the last frame.
     """
     chex.assert_rank(frames, 5)
     batch, time = frames.shape[:2]
     x = frames
     if self.channels:
       x = x.reshape(batch * time, *x.shape[2:])
-      x = blocks.ConvStack(self.channels, self.downsample, lowering=self.lowering, dtype=self.dtype, name="encoder")(x)
+      x = EncoderNetwork(self.channels, self.downsample, lowering=self.lowering, dtype=self.dtype, name="encoder")(x)
     x = x.reshape(batch, time, -1)
-    hidden, state = blocks.Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep, fallback)
+    hidden, state = Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep, fallback)
     zeros = nn.initializers.zeros_init()
     logits = nn.Dense(self.num_actions, kernel_init=zeros, name="actor")(hidden)
     values = nn.Dense(1, kernel_init=zeros, name="critic")(hidden)[..., 0]

@@ -1,4 +1,4 @@
-"""The decoder from latents to frames, for the variants that reconstruct."""
+"""The decoder network, from latents to images."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,19 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
+from jedi_jax.ops import images
 
 Array = jax.Array
 
 
 class DecoderNetwork(nn.Module):
-  """The encoder's stages backwards, with nearest-neighbour up-sampling where it pools: [N, h, w, c] -> [N, H, W, C].
+  """The encoder's stages in reverse, with nearest-neighbour up-sampling where it pools: [B, h, w, c] -> [B, H, W, C].
 
   Attributes:
-    image_shape: (H, W, C); the last up-sampling is cropped or repeated at the edge to it.
+    image_shape: (H, W, C); the result is cropped, or padded at the edges, to this size.
     channels: channels of the encoder's stages, first to last.
-    downsample: whether a stage of the encoder pools.
+    downsample: whether each stage of the encoder pools.
     patch: side of the encoder's patches.
-    lowering: see `blocks.conv3x3`.
+    lowering: see `images.conv3x3`.
     dtype: of the activations.
   """
 
@@ -35,13 +36,13 @@ class DecoderNetwork(nn.Module):
   def __call__(self, latents: Array) -> Array:
     x = blocks.Conv3x3(self.channels[-1], lowering=self.lowering, dtype=self.dtype, name="conv_in")(latents)
     for stage in reversed(range(len(self.channels))):
-      x = blocks.upsample_nearest(x) if self.downsample[stage] else x
+      x = images.upsample_nearest(x) if self.downsample[stage] else x
       features = self.channels[max(0, stage - 1)]
       x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
     height, width, channels = self.image_shape
     rows, columns = height // self.patch, width // self.patch
-    # Pooling drops an odd last row or column.
+    # The encoder's pooling drops an odd last row or column.
     x = jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, max(0, columns - x.shape[2])), (0, 0)), mode="edge")
     x = nn.silu(blocks.group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
     x = blocks.Conv3x3(channels * self.patch**2, lowering=self.lowering, dtype=self.dtype, name="conv_out")(x)
-    return blocks.spread_patches(x[:, :rows, :columns], self.patch).astype(jnp.float32)
+    return images.spread_patches(x[:, :rows, :columns], self.patch).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""The inner network F of the denoiser."""
+"""The inner network F of the denoiser (arXiv:2206.00364, eq. 7)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +14,15 @@ Array = jax.Array
 
 
 class InnerNetwork(nn.Module):
-  """U-Net on the noisy frame and the past frames, modulated by noise level and past actions.
+  """U-Net on the noisy frame and the past frames, conditioned on noise level and past actions.
 
   Attributes:
     num_actions: A.
     channels: channels of the U-Net's levels.
-    depths: residual blocks a side on each level.
-    attention: self-attention on each level.
+    depths: residual blocks per side of each level.
+    attention: whether each level has self-attention.
     conditioning_width: width of the condition.
-    lowering: see `blocks.conv3x3`.
+    lowering: see `images.conv3x3`.
     dtype: of the activations.
   """
 
@@ -45,7 +45,7 @@ class InnerNetwork(nn.Module):
       actions: [B, L] int32; actions[:, i] was taken on past[:, i].
 
     Returns:
-      [B, H, W, C] float32; 0 but for a bias at initialisation.
+      [B, H, W, C] float32; at initialisation the bias of the last convolution.
     """
     batch, height, width, channels = noisy.shape
     length = past.shape[1]
@@ -55,7 +55,7 @@ class InnerNetwork(nn.Module):
     embed = nn.Embed(
       self.num_actions,
       self.conditioning_width // length,
-      embedding_init=nn.initializers.normal(1.0),
+      embedding_init=blocks.normal,
       name="action_embedding",
     )
     condition = noise + embed(actions).reshape(batch, self.conditioning_width)
@@ -65,9 +65,14 @@ class InnerNetwork(nn.Module):
     stacked = jnp.moveaxis(past, 1, 3).reshape(batch, height, width, length * channels)
     x = jnp.concatenate([stacked, noisy], axis=-1)
     x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
-    x = blocks.UNet(self.channels, self.depths, self.attention, lowering=self.lowering, dtype=self.dtype, name="unet")(
-      x, condition
-    )
+    x = blocks.UNet(
+      channels=self.channels,
+      depths=self.depths,
+      attention=self.attention,
+      lowering=self.lowering,
+      dtype=self.dtype,
+      name="unet",
+    )(x, condition)
     x = nn.silu(blocks.group_norm(self.channels[0], dtype=self.dtype, name="norm_out")(x))
     zeros = nn.initializers.zeros_init()
     x = blocks.Conv3x3(channels, lowering=self.lowering, kernel_init=zeros, dtype=self.dtype, name="conv_out")(x)

@@ -1,11 +1,42 @@
-"""The encoder's output non-linearity; its network is `blocks.ConvStack`."""
+"""The encoder network, from images to latents."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from jedi_jax.nn import blocks
+from jedi_jax.ops import images
 
 Array = jax.Array
 
 
-def soft_clamp(z: Array, scale: float) -> Array:
-  """Returns scale tanh(z / scale), in (-scale, scale); the identity for scale 0. Not idempotent."""
-  return scale * jnp.tanh(z / scale) if scale else z
+class EncoderNetwork(nn.Module):
+  """Convolution, then stages of one small residual block and optional 2 x 2 max pooling.
+
+  [B, H, W, C] -> [B, H / (p 2^n), W / (p 2^n), channels[-1]] with patches of side p and n stages that pool.
+
+  Attributes:
+    channels: channels of the stages.
+    downsample: whether each stage pools.
+    patch: side of the square patches that are stacked on the channels first.
+    lowering: see `images.conv3x3`.
+    dtype: of the activations and the result.
+  """
+
+  channels: Sequence[int]
+  downsample: Sequence[bool]
+  patch: int = 1
+  lowering: str = "lax"
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    x = images.stack_patches(x, self.patch) if self.patch > 1 else x
+    x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
+    for stage, (features, pool) in enumerate(zip(self.channels, self.downsample, strict=True)):
+      x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
+      x = images.max_pool_2x2(x) if pool else x
+    return x

@@ -1,1 +1,1 @@
-"""What a run leaves on disk, and how programs meet their user."""
+"""Files of a run, and the parts of its programs: console, signals, exit statuses, sweeps."""

@@ -1,8 +1,7 @@
-"""Checkpoints: the only importer of orbax.
+"""Checkpoints, written and read by Orbax. No other module imports it, and it is imported when first used.
 
-A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays, the small ones
-packed into one, and checksums. It holds data, no code and no devices: it is restored onto however many devices there
-are.
+A checkpoint is a flat dictionary from paths such as 'params/encoder/conv_in/kernel' to NumPy arrays, with checksums.
+Small arrays are packed into one. Neither code nor devices are stored: a checkpoint restores onto any number of devices.
 """
 
 import contextlib
@@ -16,32 +15,29 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from jedi_jax.errors import UserError
 
-# The first of several processes reads and writes; no barrier waits for the others, who know of no checkpoint.
-_FIRST_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 _PARAMS = "params"
 _STATE = "state"
-_CHECKSUMS = "crc32"  # [stored arrays] uint32, in the order of their sorted names.
-_PACKED = "packed"  # Small arrays: 8 bytes with the length of an index, [name, dtype, shape] each in JSON, their bytes.
+_CHECKSUMS = "crc32"  # uint32, one for each stored array, in the order of the sorted names.
+_PACKED = "packed"  # uint8: the index's length in 8 bytes, the index as JSON ([name, dtype, shape] each), the arrays.
 _LARGE = 2**24
-"""Bytes from which on an array is stored by itself. Of every stored array Orbax keeps some memory for good."""
+"""Arrays of at least this many bytes are stored separately. Orbax leaks some memory for every array it stores."""
 
 
 class SaveError(UserError):
-  """A checkpoint that could not be written; those before it are as they were."""
+  """A checkpoint cannot be written. Earlier checkpoints are unchanged."""
 
 
 class Restored(NamedTuple):
-  """A checkpoint that was read.
+  """A restored checkpoint.
 
   Attributes:
-    number: which one.
-    params: what inference needs.
-    state: the rest.
+    number: the checkpoint's number.
+    params: parameters, all that inference needs.
+    state: everything else.
   """
 
   number: int
@@ -50,11 +46,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """Numbered checkpoints in a directory, the newest kept. Saving is asynchronous and atomic.
+  """The newest checkpoints of a directory, by number. Saving is asynchronous and atomic.
+
+  Only one process saves to a directory: unfinished saves of others are removed.
 
   Args:
-    directory: made if it does not exist.
-    keep: how many are kept.
+    directory: created if missing.
+    keep: number of checkpoints to keep.
   """
 
   def __init__(self, directory: str | os.PathLike[str], *, keep: int):
@@ -65,27 +63,28 @@ class Checkpoints:
     self._open()
 
   def _open(self) -> None:
-    # What a killed or failed save left is removed: only one process saves here.
+    ocp = _orbax()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=self._keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=_FIRST_ALONE
+      max_to_keep=self._keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=_this_process(ocp)
     )
     self._manager = ocp.CheckpointManager(self._path, options=options)
 
   def latest(self) -> int | None:
-    """The number of the newest checkpoint, None if there is none."""
+    """Returns the number of the newest checkpoint, None without any."""
     return self._manager.latest_step()
 
   def save(self, number: int, *, params: Any, state: Any = None) -> None:
-    """Starts saving.
+    """Starts saving a checkpoint.
 
     Args:
-      number: larger than those before; an existing number is left as it is.
+      number: larger than all earlier numbers; nothing is saved if it exists already.
       params: pytree of NumPy arrays that inference needs; must not change until `wait` or the next `save`.
-      state: the same for what only training needs.
+      state: pytree of NumPy arrays that only training needs; must not change either.
 
     Raises:
-      SaveError: if this one cannot be begun, or the one before could not be finished (this one is not begun then).
+      SaveError: if the save cannot start, or the previous one failed (then this one does not start).
     """
+    ocp = _orbax()
     self.wait()
     if number in self._manager.all_steps():
       return
@@ -95,35 +94,35 @@ class Checkpoints:
     self._saving = number
     try:
       self._manager.save(number, args=ocp.args.Composite(**items))
-    except Exception as error:  # Orbax and its storage raise many kinds.
+    except Exception as error:  # Orbax and its storage raise many types.
       self._fail(error)
 
   def restore(self, number: int, *, params: Any, state: Any) -> tuple[Any, Any]:
     """Restores a checkpoint as NumPy arrays.
 
     Args:
-      number: which one.
-      params: pytree of arrays or of `jax.ShapeDtypeStruct`, what the parameters must look like.
-      state: the same for the rest.
+      number: the checkpoint's number.
+      params: pytree of arrays or of `jax.ShapeDtypeStruct` with the expected shapes and dtypes of the parameters.
+      state: the same for the state.
 
     Raises:
-      UserError: if the checkpoint has other arrays, cannot be read, or holds other numbers than were written.
+      UserError: if the checkpoint cannot be read, is damaged, or has other arrays.
     """
-    return _restore(self._manager, number, _PARAMS, params), _restore(self._manager, number, _STATE, state)
+    return _restore(self._path, number, _PARAMS, params), _restore(self._path, number, _STATE, state)
 
   def restore_newest(self, *, params: Any, state: Any, log: Callable[[str], None]) -> Restored | None:
-    """Restores the newest whole checkpoint that fits; those after it are set aside, into `damaged` beside this one.
+    """Restores the newest checkpoint that is valid, and moves newer ones to the sibling directory `damaged`.
 
     Args:
-      params: as for `restore`.
-      state: as for `restore`.
-      log: is told of each checkpoint that is not whole or does not fit.
+      params: as in `restore`.
+      state: as in `restore`.
+      log: called with a line for each checkpoint that is moved.
 
     Returns:
-      None where there is no checkpoint at all.
+      The checkpoint, or None if the directory has none.
 
     Raises:
-      UserError: if there are checkpoints and none can be used; nothing was changed.
+      UserError: if no checkpoint is valid; nothing is moved then.
     """
     damaged: list[tuple[int, UserError]] = []
     for number in reversed(_numbers(self._path)):
@@ -133,33 +132,34 @@ class Checkpoints:
         damaged.append((number, error))
         continue
       for other, problem in damaged:
-        log(f"{problem}; it is set aside in {self._set_aside(other)}, and checkpoint {number} is used")
+        log(f"{problem}; it is moved to {self._set_aside(other)}, and checkpoint {number} is used")
       return restored
     if damaged:
-      others = f", and neither can the {len(damaged) - 1} before it" if len(damaged) > 1 else ""
-      raise UserError(f"{damaged[0][1]}{others}: nothing was changed; --overwrite starts the run anew")
+      others = f", nor are the {len(damaged) - 1} before it usable" if len(damaged) > 1 else ""
+      raise UserError(f"{damaged[0][1]}{others}: nothing was changed; --overwrite restarts the run")
     return None
 
   def _set_aside(self, number: int) -> pathlib.Path:
-    place = self._path.with_name("damaged") / f"{self._path.name}_{number}"
-    while place.exists():
-      place = place.with_name(place.name + "_")
-    place.parent.mkdir(exist_ok=True)
-    (self._path / str(number)).rename(place)
+    """Moves a damaged checkpoint and returns its new path."""
+    target = self._path.with_name("damaged") / f"{self._path.name}_{number}"
+    while target.exists():
+      target = target.with_name(target.name + "_")
+    target.parent.mkdir(exist_ok=True)
+    (self._path / str(number)).rename(target)
     self._manager.reload()
-    return place
+    return target
 
-  def forget_after(self, number: int) -> None:
-    """Removes checkpoints with larger numbers: those of epochs that an interrupted run will repeat."""
+  def delete_after(self, number: int) -> None:
+    """Deletes checkpoints with larger numbers, whose epochs a resumed run repeats."""
     for later in self._manager.all_steps():
       if later > number:
         self._manager.delete(later)
 
   def wait(self) -> None:
-    """Returns when nothing is being saved.
+    """Waits for the save in progress, if any.
 
     Raises:
-      SaveError: if what was being saved could not be written.
+      SaveError: if it failed.
     """
     try:
       self._manager.wait_until_finished()
@@ -168,127 +168,134 @@ class Checkpoints:
     self._saving = None
 
   def _fail(self, error: Exception) -> None:
-    """Begins anew after a save that failed, and tells of it."""
+    """Reopens the directory after a failed save and raises `SaveError`."""
     number, self._saving = self._saving, None
-    with contextlib.suppress(Exception):  # It tells of the same error once more.
+    with contextlib.suppress(Exception):  # Closing raises the same error again.
       self._manager.close()
     self._open()
     latest = self.latest()
-    kept = "there is none before it" if latest is None else f"checkpoint {latest} is kept"
+    kept = "there is no earlier one" if latest is None else f"checkpoint {latest} is kept"
     raise SaveError(f"checkpoint {number} in {self._path} could not be written ({_reason(error)}); {kept}") from None
 
   def close(self) -> None:
-    """Waits, and frees what the checkpoints hold; a save that fails now is told of by `wait` alone."""
+    """Waits for the save in progress and frees resources; call `wait` before to see whether the save succeeded."""
     with contextlib.suppress(Exception):
       self._manager.close()
 
 
 def newest(directory: str | os.PathLike[str]) -> int | None:
-  """The number of the newest checkpoint in a directory, None if there is none; nothing is made."""
+  """Returns the number of the newest checkpoint in a directory, None without any; creates nothing."""
   return max(_numbers(pathlib.Path(directory).absolute()), default=None)
 
 
 def _numbers(path: pathlib.Path) -> list[int]:
-  """The numbers of the checkpoints in a directory, whole or not, in order."""
+  """Returns the sorted numbers of all checkpoints in a directory, damaged ones included."""
   return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal()) if path.is_dir() else []
 
 
 def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
-  """Restores the parameters of the newest whole checkpoint in a directory; a warning names newer ones.
+  """Restores the parameters of the newest valid checkpoint in a directory, and warns of newer ones.
 
   Args:
     directory: as given to `Checkpoints`.
-    target: pytree of `jax.ShapeDtypeStruct`.
+    target: pytree of `jax.ShapeDtypeStruct` with the expected shapes and dtypes.
 
   Raises:
-    UserError: if there is none that is whole and fits.
+    UserError: if there is no checkpoint, or none that is valid.
   """
   path = pathlib.Path(directory).absolute()
   numbers = _numbers(path)
   if not numbers:
     raise UserError(f"there is no checkpoint in {path}")
-  with _read_only(path) as manager:
-    for number in reversed(numbers):
-      try:
-        return _restore(manager, number, _PARAMS, target)
-      except UserError as error:
-        if number == numbers[0]:
-          raise
-        logging.warning("%s: an older one is used", error)
-  raise AssertionError("the oldest checkpoint was neither read nor refused")
+  for number in reversed(numbers):
+    try:
+      return _restore(path, number, _PARAMS, target)
+    except UserError as error:
+      if number == numbers[0]:
+        raise
+      logging.warning("%s: an older one is used", error)
+  raise AssertionError("the oldest checkpoint is either returned or refused")
 
 
 def read(directory: str | os.PathLike[str], number: int) -> dict[str, np.ndarray]:
-  """Reads all arrays of a checkpoint that has a state, by names such as 'params/encoder/conv_in/kernel'.
+  """Reads all arrays of a checkpoint with a state, by names such as 'params/encoder/conv_in/kernel'.
 
   Args:
     directory: as given to `Checkpoints`.
-    number: which checkpoint.
+    number: the checkpoint's number.
 
   Raises:
-    UserError: if there is none, or it is damaged.
+    UserError: if there is no such checkpoint, or it is damaged.
   """
-  with _read_only(pathlib.Path(directory).absolute()) as manager:
-    items = {item: _read(manager, number, item) for item in (_PARAMS, _STATE)}
+  path = pathlib.Path(directory).absolute()
+  items = {item: _read(path, number, item) for item in (_PARAMS, _STATE)}
   return {f"{item}/{name}": array for item, arrays in items.items() for name, array in arrays.items()}
 
 
-def _read_only(path: pathlib.Path) -> Any:
-  options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-  return ocp.CheckpointManager(path, options=options)
-
-
-def _read(manager: Any, number: int, item: str) -> dict[str, np.ndarray]:
-  """The arrays of one item of a checkpoint, as they were written."""
-  where = _where(manager, number)
+def _orbax() -> Any:
+  """Imports Orbax, which takes about a second and which a program without checkpoints does not need."""
   try:
-    stored = manager.restore(number, args=ocp.args.Composite(**{item: ocp.args.StandardRestore()}))[item]
-    stored = {name: np.asarray(value) for name, value in stored.items()}
-  except Exception as error:  # Orbax and its storage raise many kinds.
-    raise UserError(f"{where} cannot be read ({_reason(error)})") from None
-  sums = stored.pop(_CHECKSUMS, None)
-  if sums is None:
-    raise UserError(f"{where} has no checksums: an older version wrote it, or it is damaged")
-  if not np.array_equal(sums, _checksums(stored)):
-    raise UserError(f"{where} is damaged: its {item} are not what was written")
+    import orbax.checkpoint as ocp
+  except ImportError:
+    raise UserError("checkpoints need Orbax: pip install orbax-checkpoint") from None
+  return ocp
+
+
+def _this_process(ocp: Any) -> Any:
+  """Returns options that keep Orbax from waiting for other processes, which may not read or write checkpoints."""
+  index = jax.process_index()
+  return ocp.options.MultiprocessingOptions(primary_host=index, active_processes={index})
+
+
+def _read(directory: pathlib.Path, number: int, item: str) -> dict[str, np.ndarray]:
+  """Reads the arrays of one item of a checkpoint."""
+  ocp = _orbax()
+  options = {"multiprocessing_options": _this_process(ocp)}
+  try:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as reader:
+      restored = reader.restore(directory / str(number) / item, args=ocp.args.StandardRestore())
+    stored = {name: np.asarray(value) for name, value in restored.items()}
+  except Exception as error:  # Orbax and its storage raise many types.
+    raise UserError(f"{_where(directory, number)} cannot be read ({_reason(error)})") from None
+  checksums = stored.pop(_CHECKSUMS, np.empty(0, np.uint32))
+  if _PACKED not in stored or not np.array_equal(checksums, _checksums(stored)):
+    raise UserError(f"{_where(directory, number)} is damaged: the checksums of its {item} differ")
   return _unpack(stored)
 
 
-def _restore(manager: Any, number: int, item: str, target: Any) -> Any:
-  where = _where(manager, number)
-  wanted, saved = _flatten(target), _read(manager, number, item)
+def _restore(directory: pathlib.Path, number: int, item: str, target: Any) -> Any:
+  """Reads one item of a checkpoint as a pytree of the target's structure, shapes and dtypes."""
+  misfit = f"{_where(directory, number)} does not fit this configuration"
+  wanted, saved = _flatten(target), _read(directory, number, item)
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
     kind = "lacks" if problems[0] in wanted else "has an unknown"
-    raise UserError(f"{where} does not fit this configuration: it {kind} {problems[0]}, and {len(problems) - 1} more")
+    raise UserError(f"{misfit}: it {kind} {problems[0]}, and {len(problems) - 1} more")
   for name, like in wanted.items():
     value = saved[name]
     if tuple(value.shape) != tuple(like.shape) or value.dtype != like.dtype:
-      raise UserError(
-        f"{where} does not fit this configuration: {name} is {value.dtype}{list(value.shape)}, "
-        f"expected {like.dtype}{list(like.shape)}"
-      )
+      raise UserError(f"{misfit}: {name} is {value.dtype}{list(value.shape)}, expected {like.dtype}{list(like.shape)}")
   return jax.tree.unflatten(jax.tree.structure(target), [saved[name] for name in wanted])
 
 
-def _where(manager: Any, number: int) -> str:
-  return f"checkpoint {number} in {manager.directory}"
+def _where(directory: pathlib.Path, number: int) -> str:
+  return f"checkpoint {number} in {directory}"
 
 
 def _reason(error: Exception) -> str:
-  """The first line of an error, without most of what storage says around it."""
+  """Returns the first line of an error, shortened."""
   text = (str(error).splitlines() or [type(error).__name__])[0]
   return "No space left on device" if "No space left" in text else text[:200]
 
 
 def _pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Returns what is stored of arrays: the large ones, the others in one, and the checksums of all these."""
+  """Returns the arrays to store: the large ones, the packed small ones, and the checksums of both."""
   for name in (_CHECKSUMS, _PACKED):
     if name in arrays:
-      raise ValueError(f"an array is named {name}, as what is stored beside the arrays")
+      raise ValueError(f"the name {name} is reserved")
   small = {name: np.asarray(x) for name, x in arrays.items() if x.nbytes < _LARGE}
   if not all(x.dtype.isnative for x in small.values()):
-    raise ValueError("arrays of another machine's byte order cannot be stored")
+    raise ValueError("arrays must have the native byte order")
   index = json.dumps([(name, x.dtype.name, x.shape) for name, x in small.items()]).encode()
   head = np.frombuffer(len(index).to_bytes(8, "little") + index, np.uint8)
   stored = {name: x for name, x in arrays.items() if name not in small}
@@ -297,11 +304,9 @@ def _pack(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _unpack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """The arrays that `_pack` was given."""
-  arrays = {name: x for name, x in stored.items() if name != _PACKED}
-  packed = stored.get(_PACKED)
-  if packed is None:  # Before arrays were packed.
-    return arrays
+  """Inverts `_pack`."""
+  arrays = dict(stored)
+  packed = arrays.pop(_PACKED)
   start = 8 + int.from_bytes(packed[:8].tobytes(), "little")
   for name, dtype, shape in json.loads(packed[8:start].tobytes()):
     end = start + np.dtype(dtype).itemsize * math.prod(shape)
@@ -311,7 +316,7 @@ def _unpack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _checksums(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-  """CRC-32 of each array, in the order of their sorted names."""
+  """Returns the CRC-32 of each array, in the order of the sorted names."""
   return np.asarray([zlib.crc32(_bytes(arrays[name]).data) for name in sorted(arrays)], np.uint32)
 
 
@@ -320,7 +325,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def _flatten(tree: Any) -> Mapping[str, Any]:
-  """Returns the leaves by path, in the tree's order."""
+  """Returns the leaves by path, in tree order."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   flat = {"/".join(_key_name(key) for key in path) or "value": leaf for path, leaf in leaves}
   if len(flat) != len(leaves):

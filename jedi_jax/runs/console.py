@@ -1,4 +1,4 @@
-"""The console of a run: lines that stay, and one line of progress."""
+"""The console of a run: permanent lines and one progress line."""
 
 import contextlib
 import math
@@ -9,13 +9,14 @@ from typing import TextIO
 
 
 class Console:
-  """One line that is rewritten on a terminal; elsewhere a plain line every so often.
+  """Prints log lines and progress.
 
-  A stream that takes nothing any more (a log on a full disk, a closed terminal) is no reason to end a run.
+  On a terminal, progress is one line that is rewritten; elsewhere it is a plain line every `interval` seconds. Write
+  errors (a full disk, a closed terminal) are ignored, so that they do not end a run.
 
   Args:
-    stream: where to write.
-    interval: seconds between plain lines.
+    stream: the stream to print to; standard output if None.
+    interval: seconds between plain lines of progress.
   """
 
   def __init__(self, stream: TextIO | None = None, *, interval: float = 30.0):
@@ -23,16 +24,16 @@ class Console:
     self._live = self._stream.isatty()
     self._interval = interval
     self._last = -math.inf
-    self._shown = 0  # Width of the line that is being rewritten.
+    self._shown = 0  # Width of the progress line on the terminal.
 
   def log(self, text: str) -> None:
-    """Writes a line that stays."""
+    """Prints a permanent line."""
     with contextlib.suppress(OSError):
       self._clear()
       print(text, file=self._stream, flush=True)
 
   def show(self, task: str, done: int, total: int, detail: str = "") -> None:
-    """Shows how far a task is; `done` and `total` count the same thing."""
+    """Shows the progress of a task; `done` and `total` have the same unit."""
     with contextlib.suppress(OSError):
       self._show(f"{task} {done:,}/{total:,}" + (f" {detail}" if detail else ""), done / max(total, 1))
 

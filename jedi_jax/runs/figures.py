@@ -1,14 +1,14 @@
-"""Figures, where matplotlib is installed (pip install 'jedi_jax[plots]')."""
+"""Figures, drawn if matplotlib is installed (pip install 'jedi_jax[plots]')."""
 
 import pathlib
 from typing import Any
 
 
 def pyplot(path: pathlib.Path) -> Any:
-  """Returns matplotlib's pyplot, drawing to files only; None, with a line that says so, where it is not installed.
+  """Returns matplotlib's pyplot with a backend that draws to files, or prints a line and returns None without it.
 
   Args:
-    path: of the figure that is about to be drawn.
+    path: the figure to draw, for the printed line.
   """
   try:
     import matplotlib as mpl
@@ -22,7 +22,7 @@ def pyplot(path: pathlib.Path) -> Any:
 
 
 def save(figure: Any, *paths: pathlib.Path) -> None:
-  """Writes a figure to files of the formats that their endings name, closes it and says where it is."""
+  """Writes a figure to files, in the formats of their suffixes, closes it and prints the paths."""
   from matplotlib import pyplot as plt
 
   for path in paths:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, as a scheduler sends before it takes the machine, and SIGINT (Ctrl-C)."""
+"""Stopping a run by SIGTERM (a scheduler's warning) or SIGINT (Ctrl-C)."""
 
 import contextlib
 import os
@@ -12,49 +12,56 @@ from collections.abc import Iterator
 from jedi_jax.errors import Interrupted
 
 INTERRUPTED_STATUS = 75
-"""Exit status of a run that was told to stop: EX_TEMPFAIL of sysexits.h, to be tried again."""
+"""Exit status of a run that was stopped: EX_TEMPFAIL of sysexits.h, a temporary failure to be retried."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_SAME = 3.0  # Seconds after the first signal in which others are taken for the same.
+_DEBOUNCE = 3.0  # Seconds in which further signals count as the first one.
 
 
 class Interruption:
-  """What a run asks now and then: whether it was told to stop, and whether it may still finish its epoch.
+  """A request to stop, which a run polls.
+
+  A run that is requested to stop finishes its epoch if that takes at most `grace` seconds, saves and exits. A second
+  request ends the grace.
 
   Attributes:
-    grace: seconds from being told until the run stops wherever it is.
-    margin: seconds beyond the grace that the step at hand may take.
+    grace: seconds from the request until the run stops wherever it is.
+    margin: seconds after the grace until `on_signals` ends the process.
   """
 
   def __init__(self, grace: float = 0.0, margin: float = 2.0):
     self.grace, self.margin = grace, margin
     self._reason = ""
     self._since = self._deadline = float("inf")
-    self._leaving = threading.Event()
+    self._exiting = threading.Event()
 
   @property
-  def asked(self) -> bool:
-    """Whether the run was told to stop; it does so after its epoch, if that ends in time."""
+  def stop_requested(self) -> bool:
+    """Whether the run shall stop."""
     return bool(self._reason)
 
   @property
   def seconds_left(self) -> float:
-    """Seconds until the run stops wherever it is; infinite if it was not told to."""
+    """Seconds until the run stops wherever it is; infinite without a request."""
     return self._deadline - time.monotonic()
 
   @property
-  def leaving(self) -> bool:
-    """Whether the run is on its way out: it takes no more steps and finishes what it writes."""
-    return self._leaving.is_set()
+  def exiting(self) -> bool:
+    """Whether the run takes no more steps and only finishes its writes."""
+    return self._exiting.is_set()
 
   @property
-  def repeats(self) -> bool:
-    """Whether a signal now would be the same one once more, as schedulers tell a program and its parent at once."""
-    return 0.0 <= time.monotonic() - self._since < _SAME
+  def debouncing(self) -> bool:
+    """Whether a signal now is a copy of the first: schedulers signal a program and its parent, which forwards it."""
+    return 0.0 <= time.monotonic() - self._since < _DEBOUNCE
 
-  def ask(self, reason: str) -> None:
-    """Tells the run to stop; the second time, some seconds later, without finishing its epoch."""
-    if self.repeats:
+  def request_stop(self, reason: str) -> None:
+    """Requests the run to stop; a second request, unless `debouncing`, ends the grace.
+
+    Args:
+      reason: for the message, such as 'SIGTERM'.
+    """
+    if self.debouncing:
       return
     now = time.monotonic()
     self._since = min(self._since, now)
@@ -62,40 +69,50 @@ class Interruption:
     self._reason = reason
 
   def check(self) -> None:
-    """Stops here if the time is over; called between steps, where nothing is half done.
+    """Stops the run if the grace is over; called between steps, where the run can stop.
 
     Raises:
-      Interrupted: if it is.
+      Interrupted: if the grace is over.
     """
     if self.seconds_left <= 0:
-      raise self._stopped("before the end of its epoch")
+      raise self._interrupted("before the end of its epoch")
 
-  def leave(self, where: str) -> Interrupted:
-    """The run stops here, and takes the time to finish what it writes; returns the exception to raise."""
-    self._leaving.set()
-    return self._stopped(where)
+  def begin_exit(self, where: str) -> Interrupted:
+    """Marks the run as exiting, with unlimited time for its writes.
 
-  def finish(self) -> None:
-    """A run whose time is over takes no more steps, in none of its threads, and finishes what it writes."""
+    Args:
+      where: for the message, such as 'after epoch 3'.
+
+    Returns:
+      The exception to raise when everything is written.
+    """
+    self._exiting.set()
+    return self._interrupted(where)
+
+  def exit_if_overdue(self) -> None:
+    """Marks the run as exiting if the grace is over; called when all of its threads have stopped."""
     if self.seconds_left <= 0:
-      self._leaving.set()
+      self._exiting.set()
 
-  def _stopped(self, where: str) -> Interrupted:
+  def _interrupted(self, where: str) -> Interrupted:
     return Interrupted(f"stopped by {self._reason} {where}; the same command continues from the last checkpoint")
 
 
 @contextlib.contextmanager
 def on_signals(grace: float, margin: float = 2.0) -> Iterator[Interruption]:
-  """A context in which SIGTERM and SIGINT ask a run to stop, in the main thread of a program.
+  """Requests a run to stop when SIGTERM or SIGINT arrives; to be entered in the main thread.
 
-  Python runs a signal's handler between its own instructions, and a call of the device is none, so a thread hears of
-  the signal. If the run reaches no point where it can stop until some seconds after the grace (a long call, or a
-  compilation), the process ends there with `INTERRUPTED_STATUS`: the last checkpoint is whole at any moment. So does
-  another signal, three seconds after the first or later, to a run that is already leaving.
+  Python calls signal handlers between bytecodes, so not during a call of the device: a thread receives the signals
+  instead. The process ends with `INTERRUPTED_STATUS` if the run does not stop within grace and margin (during a long
+  call or a compilation), or on a second signal, at least three seconds after the first, while the run is exiting. This
+  is safe, since the last checkpoint is always complete.
 
   Args:
-    grace: seconds that the run may take to finish its epoch.
-    margin: seconds beyond.
+    grace: seconds for the run to finish its epoch.
+    margin: seconds after the grace until the process ends.
+
+  Yields:
+    The `Interruption` that the run polls.
   """
   interruption = Interruption(grace, margin)
   reader, writer = os.pipe()
@@ -104,14 +121,14 @@ def on_signals(grace: float, margin: float = 2.0) -> Iterator[Interruption]:
 
   def listen() -> None:
     while not done.is_set():
-      waits = interruption.asked and not interruption.leaving
-      left = max(interruption.seconds_left + interruption.margin, 0.0) if waits else None
-      heard, _, _ = select.select([reader], [], [], left)
-      number = os.read(reader, 1)[0] if heard else 0
-      if number in SIGNALS and (interruption.repeats or not interruption.leaving):
-        interruption.ask(signal.Signals(number).name)
-      elif (number in SIGNALS or (not heard and not interruption.leaving)) and not done.is_set():
-        print("stopped in a hurry; the same command continues the run from its last checkpoint", file=sys.stderr)
+      waits = interruption.stop_requested and not interruption.exiting
+      timeout = max(interruption.seconds_left + interruption.margin, 0.0) if waits else None
+      ready, _, _ = select.select([reader], [], [], timeout)
+      number = os.read(reader, 1)[0] if ready else 0
+      if number in SIGNALS and (interruption.debouncing or not interruption.exiting):
+        interruption.request_stop(signal.Signals(number).name)
+      elif (number in SIGNALS or (not ready and not interruption.exiting)) and not done.is_set():
+        print("stopped at once; the same command continues the run from its last checkpoint", file=sys.stderr)
         sys.stderr.flush()
         os._exit(INTERRUPTED_STATUS)
 

@@ -1,4 +1,4 @@
-"""Settings of the process: the compilation cache, its place among processes, and how programs meet their user."""
+"""Command-line programs: flags and exit statuses by absl, the compilation cache, several processes."""
 
 import contextlib
 import dataclasses
@@ -18,13 +18,13 @@ from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 T = TypeVar("T")
 
 USAGE_STATUS = 2
-"""Exit status of a mistake in what the user asked for, or of something that the user can mend."""
+"""Exit status of a `UserError` or a wrong flag."""
 FAILED_STATUS = 3
-"""Exit status of a training whose numbers are no longer finite."""
+"""Exit status of a `TrainingError`."""
 
 
 def enable_compilation_cache() -> str:
-  """Makes JAX keep compiled programs on disk, unless its cache is configured already; returns the directory."""
+  """Enables JAX's compilation cache on disk, unless it is configured already, and returns its directory."""
   directory = jax.config.values["jax_compilation_cache_dir"]
   if not directory:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
@@ -35,16 +35,16 @@ def enable_compilation_cache() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-  """The processes that were started together, of which this is one; it is alone if nothing is said.
+  """This process's position among the processes that train together. By default there is one process.
 
   Attributes:
-    detect: whether the cluster is asked what the others say.
-    coordinator: HOST:PORT at which the first process can be reached.
-    count: how many they are.
-    index: the place of this one, from 0.
+    detect: whether the cluster (SLURM, a TPU pod) provides the other values.
+    coordinator: HOST:PORT of the first process.
+    count: number of processes.
+    index: index of this process, in [0, count).
 
   Raises:
-    UserError: unless the cluster is asked, or all of the others are given, or nothing.
+    UserError: if some of coordinator, count and index are missing, or are given with `detect`, or are invalid.
   """
 
   detect: bool = False
@@ -68,32 +68,32 @@ class Processes:
       raise UserError(f"--process_id={self.index} is not one of 0 to {self.count - 1} (--num_processes={self.count})")
 
   def connect(self) -> None:
-    """Makes JAX see the devices of all processes; to be called before it sees any.
+    """Connects the processes by `jax.distributed`; must run before JAX initialises its devices.
 
     Raises:
-      UserError: if no cluster is found, or the processes do not find one another.
+      UserError: if there is no cluster, or the processes cannot connect.
     """
     try:
       if self.detect:
         jax.distributed.initialize()
       elif self.coordinator is not None:
-        # What is said is enough; a cluster might restrict the devices besides.
+        # Cluster detection could also restrict the local devices.
         jax.distributed.initialize(self.coordinator, self.count, self.index, cluster_detection_method="deactivate")
     except ValueError:
       raise UserError(
-        "--distributed finds no cluster (SLURM, a TPU pod): give --coordinator, --num_processes and --process_id"
+        "--distributed found no cluster (SLURM, a TPU pod): give --coordinator, --num_processes and --process_id"
       ) from None
     except RuntimeError as error:
-      raise UserError(f"the processes do not find one another ({str(error).splitlines()[0][:200]})") from None
+      raise UserError(f"the processes cannot connect ({str(error).splitlines()[0][:200]})") from None
     if jax.process_count() > 1 and jax.default_backend() == "cpu":
-      # Seen twice in two: epochs read from the cache stood still in their collectives; compiled ones do not.
+      # On CPUs, epochs loaded from the cache hung in their collectives in two of two trials; compiled ones did not.
       jax.config.update("jax_enable_compilation_cache", False)
 
   def share(self, items: Sequence[T]) -> Sequence[T]:
-    """Returns this process's contiguous share of what processes that do not communicate do side by side.
+    """Returns this process's contiguous share of items; the processes need not be connected.
 
     Raises:
-      UserError: if there is no equal share, or no cluster that tells which one this process is.
+      UserError: if the items cannot be shared evenly, or `detect` is set outside of SLURM.
     """
     index, count = self.index, self.count
     if self.detect:
@@ -101,7 +101,7 @@ class Processes:
         index, count = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
       except (KeyError, ValueError):
         raise UserError(
-          "--distributed shares several runs out among the tasks of SLURM, and finds none: "
+          "--distributed shares several runs among the tasks of SLURM, but there are none: "
           "give --coordinator, --num_processes and --process_id"
         ) from None
     if index is None or count is None:
@@ -115,29 +115,29 @@ class Processes:
 
 
 def run(main: Callable[[], None], description: str) -> None:
-  """Runs an absl program: flags are parsed, and a mistake of the user ends in one line and exit status 2.
+  """Runs a program with absl flags; errors of this package become one line on stderr and an exit status.
 
   Args:
-    main: the program; reads its flags from `absl.flags.FLAGS`.
-    description: what `--help` prints above the flags.
+    main: the program, which reads its flags from `absl.flags.FLAGS`.
+    description: text that `--help` prints above the flags.
   """
 
   def parse(argv: Sequence[str]) -> list[str]:
     if any(word in ("-h", "-help", "--help", "--helpfull") for word in argv[1:]):
-      # absl's own help flag would print while it is parsed, and exit with 1.
+      # absl's own help exits with status 1.
       print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.module_help(sys.modules['__main__'])}")
       sys.exit(0)
     try:
       rest = flags.FLAGS(argv, known_only=False)
-    except (flags.Error, ValueError, OSError) as error:  # The last are of absl's own flags, such as --flagfile.
-      _refuse(" ".join(str(error).split()))
+    except (flags.Error, ValueError, OSError) as error:  # OSError: absl's own flags, such as --flagfile.
+      _exit(" ".join(str(error).split()))
     for name, flag in flags.FLAGS.flag_values_dict().items():
-      if isinstance(flag, float) and not math.isfinite(flag):  # absl's bounds let what is no number pass.
-        _refuse(f"--{name}={flag} is not a finite number")
+      if isinstance(flag, float) and not math.isfinite(flag):  # NaN passes absl's bounds.
+        _exit(f"--{name}={flag} is not a finite number")
     if not flags.FLAGS["verbosity"].present:
-      logging.set_verbosity(logging.WARNING)  # Orbax tells every step of a save at level INFO.
+      logging.set_verbosity(logging.WARNING)  # Orbax logs every step of a save at INFO.
     if len(rest) > 1:
-      _refuse(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+      _exit(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest
 
   def guarded(argv: Sequence[str]) -> None:
@@ -145,19 +145,19 @@ def run(main: Callable[[], None], description: str) -> None:
     try:
       main()
     except UserError as error:
-      _refuse(str(error))
+      _exit(str(error))
     except TrainingError as error:
-      _refuse(str(error), FAILED_STATUS)
-    except Interrupted as stopped:
-      _refuse(str(stopped), INTERRUPTED_STATUS)
+      _exit(str(error), FAILED_STATUS)
+    except Interrupted as error:
+      _exit(str(error), INTERRUPTED_STATUS)
     finally:
-      _drain()
+      _flush()
 
   app.run(guarded, flags_parser=parse)
 
 
-def _drain() -> None:
-  """Lets go of what a full disk or a closed pipe does not take, which would change the status at the very end."""
+def _flush() -> None:
+  """Flushes the standard streams; output for a full disk or closed pipe is discarded, as it would change the status."""
   for stream in (sys.stdout, sys.stderr):
     try:
       stream.flush()
@@ -165,7 +165,8 @@ def _drain() -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _refuse(message: str, status: int = USAGE_STATUS) -> None:
-  with contextlib.suppress(OSError):  # A log on a full disk; the status counts.
+def _exit(message: str, status: int = USAGE_STATUS) -> None:
+  """Prints one line to stderr and exits."""
+  with contextlib.suppress(OSError):  # A full disk must not change the status.
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   sys.exit(status)

@@ -1,4 +1,4 @@
-"""Many runs: what is planned, how each stands, and processes that train them."""
+"""Sweeps: the plan of many runs, their status, and the processes that train them."""
 
 import dataclasses
 import math
@@ -17,6 +17,7 @@ from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores
 from jedi_jax.runs import workdir
+from jedi_jax.runs.tables import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +25,10 @@ class PlannedRun:
   """One run of a sweep.
 
   Attributes:
-    workdir: its directory.
-    config: its configuration.
-    overrides: 'path=value' texts that the configuration was made with.
-    log: where its output goes.
+    workdir: directory of the run.
+    config: configuration of the run.
+    overrides: 'path=value' strings that the configuration was made with.
+    log: file of the run's output.
   """
 
   workdir: pathlib.Path
@@ -37,7 +38,7 @@ class PlannedRun:
 
 
 def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
-  """The command line that trains a pack of runs, with this interpreter."""
+  """Returns the command line that trains a pack of runs with this interpreter."""
   first = runs[0]
   names = ",".join(run.config.env.name for run in runs)
   place = first.workdir if len(runs) == 1 else first.workdir.parents[1]
@@ -52,7 +53,7 @@ def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
 
 
 def packs(runs: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
-  """Groups runs that can share a program, `size` at most: games of one variant, seed and shape of observations."""
+  """Groups runs of one variant, seed and observation shape, which can share a program, into packs of at most `size`."""
   groups: dict[Any, list[PlannedRun]] = {}
   for run in runs:
     shape = envs.spec(run.config.env.name).observation_shape
@@ -60,15 +61,16 @@ def packs(runs: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
   return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-class RunState(NamedTuple):
-  """How a run stands.
+class RunStatus(NamedTuple):
+  """Status of a run.
 
   Attributes:
     run: the run.
     name: 'waiting', 'begun' or 'finished'.
-    progress: share of its environment steps that are done.
-    return_: mean return of the final games, else of the last evaluation, else of the last games played; None before.
-    seconds: spent so far.
+    progress: fraction of its environment steps taken, in [0, 1].
+    return_: mean return of the final evaluation; before it of the last evaluation, or of the last games of training
+      without any; None at first.
+    seconds: wall time so far.
   """
 
   run: PlannedRun
@@ -88,19 +90,19 @@ def plan(
   overrides: Sequence[str],
   packed: bool = False,
 ) -> list[PlannedRun]:
-  """Lists the runs of a sweep, seeds outermost, so that a sweep cut short has every game.
+  """Lists the runs of a sweep, seeds outermost, so that an incomplete sweep covers every game.
 
   Args:
     out: directory of all runs.
-    games: names such as 'Pong' or 'catch', or 'atari100k' for its 26.
-    seeds: seeds 0 to n - 1.
+    games: names such as 'Pong' or 'catch', or 'atari100k' for its 26 games.
+    seeds: number n of seeds; the seeds are 0 to n - 1.
     variants: names of variants.
-    preset: of all runs.
-    overrides: 'path=value' texts for all runs.
-    packed: whether all games shall have room for the same number of actions, so that they can share a program.
+    preset: preset of all runs.
+    overrides: 'path=value' strings for all runs.
+    packed: whether all games get the same number of action slots, so that they can share a program.
 
   Raises:
-    UserError: for what no run can be made of.
+    UserError: for unknown names, invalid settings, or no runs at all.
   """
   names: list[str] = []
   for game in games:
@@ -125,14 +127,14 @@ def _env_name(game: str) -> str:
   return game if "/" in game or game == "catch" else f"atari/{game}"
 
 
-def look(run: PlannedRun) -> RunState:
-  """Reads how a run stands from its files.
+def run_status(run: PlannedRun) -> RunStatus:
+  """Reads the status of a run from its files.
 
   Raises:
-    UserError: if they cannot be read, or are those of another configuration.
+    UserError: if the files cannot be read, or belong to another configuration.
   """
-  if not os.path.exists(run.workdir / "config.json"):  # Unlike pathlib's, false for names that no file can have.
-    return RunState(run, "waiting", 0.0, None, 0.0)
+  if not os.path.exists(run.workdir / "config.json"):  # Unlike pathlib's, False for invalid names.
+    return RunStatus(run, "waiting", 0.0, None, 0.0)
   found = workdir.read(run.workdir)
   different = config_lib.differences(found.config, run.config)
   if different:
@@ -141,10 +143,10 @@ def look(run: PlannedRun) -> RunState:
   try:
     if file == found.result:
       result = workdir.read_json(file)
-      return RunState(run, "finished", 1.0, float(result["mean_return"]), float(result["seconds"]))
+      return RunStatus(run, "finished", 1.0, float(result["mean_return"]), float(result["seconds"]))
     records = workdir.read_metrics(file) if file.exists() else []
     if not records:
-      return RunState(run, "begun", 0.0, None, 0.0)
+      return RunStatus(run, "begun", 0.0, None, 0.0)
     names = ("collect/return", "evaluation/return")
     returns = [float(record[name]) for name in names for record in records if name in record]
     progress = min(float(records[-1]["env_steps"]) / run.config.collect.total_steps, 1.0)
@@ -152,75 +154,74 @@ def look(run: PlannedRun) -> RunState:
   except UserError:
     raise
   except (KeyError, TypeError, ValueError, OverflowError) as error:
-    raise UserError(f"{file} is not of a run ({type(error).__name__}): restore it, or remove the run") from None
-  return RunState(run, "begun", progress, returns[-1] if returns else None, seconds)
+    raise UserError(f"{file} is not a run's ({type(error).__name__}): restore it, or remove the run") from None
+  return RunStatus(run, "begun", progress, returns[-1] if returns else None, seconds)
 
 
-def table(states: Sequence[RunState]) -> str:
-  """Lists variants and games as a Markdown table, the seeds of each in one row."""
-  seeds = sorted({state.run.config.seed for state in states})
-  rows: dict[tuple[str, str], dict[int, RunState]] = {}
-  for state in states:
-    config = state.run.config
-    rows.setdefault((config.variant, config.env.name), {})[config.seed] = state
-  lines = ["| variant | game | " + " | ".join(f"seed {seed}" for seed in seeds) + " | left |"]
-  lines.append("|" + "---|" * (len(seeds) + 3))
+def table(statuses: Sequence[RunStatus]) -> str:
+  """Formats the status of all runs as a Markdown table, one row per variant and game."""
+  seeds = sorted({status.run.config.seed for status in statuses})
+  rows: dict[tuple[str, str], dict[int, RunStatus]] = {}
+  for status in statuses:
+    config = status.run.config
+    rows.setdefault((config.variant, config.env.name), {})[config.seed] = status
+  lines = [["variant", "game", *(f"seed {seed}" for seed in seeds), "left"]]
   for (variant, name), by_seed in rows.items():
     cells = [_cell(by_seed[seed]) if seed in by_seed else "-" for seed in seeds]
-    left = [seconds for state in by_seed.values() if (seconds := _left(state)) is not None]
-    lines.append(f"| {variant} | {name} | " + " | ".join(cells) + f" | {_hours(sum(left)) if left else '-'} |")
-  return "\n".join(lines)
+    left = [seconds for status in by_seed.values() if (seconds := _seconds_left(status)) is not None]
+    lines.append([variant, name, *cells, _hours(sum(left)) if left else "-"])
+  return markdown_table(lines)
 
 
-def _cell(state: RunState) -> str:
-  return_ = "" if state.return_ is None else f" {state.return_:.4g}"
-  if state.name == "finished":
+def _cell(status: RunStatus) -> str:
+  return_ = "" if status.return_ is None else f" {status.return_:.4g}"
+  if status.name == "finished":
     return f"done{return_}"
-  return state.name if state.name == "waiting" else f"{100 * state.progress:.0f} %{return_}"
+  return status.name if status.name == "waiting" else f"{100 * status.progress:.0f} %{return_}"
 
 
-def _left(state: RunState) -> float | None:
-  """Seconds that a begun run still needs, by what it has needed so far."""
-  if state.name != "begun" or state.progress <= 0:
+def _seconds_left(status: RunStatus) -> float | None:
+  """Extrapolates the seconds that a begun run still needs; None for other runs."""
+  if status.name != "begun" or status.progress <= 0:
     return None
-  return state.seconds * (1 - state.progress) / state.progress
+  return status.seconds * (1 - status.progress) / status.progress
 
 
 def _hours(seconds: float) -> str:
   return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
-def projection(states: Sequence[RunState], *, workers: int, hours_per_run: float = 0.0) -> str:
-  """Says how long what is left will take.
+def projection(statuses: Sequence[RunStatus], *, workers: int, hours_per_run: float = 0.0) -> str:
+  """Estimates how long the unfinished runs will take, as a line of text.
 
   Args:
-    states: of all runs.
-    workers: runs side by side.
-    hours_per_run: of a run; 0 to take the mean of the finished runs here.
+    statuses: status of all runs.
+    workers: number of runs at a time.
+    hours_per_run: hours of one run; 0 for the mean of the finished runs.
   """
-  finished = [state for state in states if state.name == "finished"]
-  count = len(states) - len(finished)
-  text = f"{len(states)} runs, {len(finished)} finished, {count} left"
+  finished = [status for status in statuses if status.name == "finished"]
+  count = len(statuses) - len(finished)
+  text = f"{len(statuses)} runs, {len(finished)} finished, {count} left"
   seconds = 3600 * hours_per_run
   if not seconds and finished:
-    seconds = sum(state.seconds for state in finished) / len(finished)
+    seconds = sum(status.seconds for status in finished) / len(finished)
   if not count:
     return text
   if not seconds:
-    return f"{text}; how long is known when the first has finished, or by --hours_per_run"
-  work = sum(seconds * (1 - state.progress) for state in states if state.name != "finished")
+    return f"{text}; the time is unknown until a run has finished, or with --hours_per_run"
+  work = sum(seconds * (1 - status.progress) for status in statuses if status.name != "finished")
   source = "as given" if hours_per_run else f"as {len(finished)} finished here took"
-  rounds = max(work / workers, *(seconds * (1 - s.progress) for s in states if s.name != "finished"))
+  rounds = max(work / workers, *(seconds * (1 - s.progress) for s in statuses if s.name != "finished"))
   return f"{text}: about {_hours(rounds)} with {workers} at a time ({_hours(seconds)} a run, {source})"
 
 
 class Pool:
-  """Trains packs of runs in processes of this machine, some at a time.
+  """Trains packs of runs in processes on this machine.
 
   Args:
-    packs: what is left, in order.
+    packs: packs of runs to train, in order.
     train: the training program.
-    workers: processes at a time.
+    workers: number of processes at a time.
   """
 
   def __init__(self, packs: Sequence[Sequence[PlannedRun]], train: pathlib.Path, *, workers: int):
@@ -230,7 +231,7 @@ class Pool:
     self._shown = -math.inf
 
   def step(self) -> bool:
-    """Starts what there is room for; returns whether anything is still to do.
+    """Starts processes up to the number of workers, and returns whether any is running.
 
     Raises:
       UserError: if a log cannot be written.
@@ -247,13 +248,13 @@ class Pool:
         log = path.open("ab")
       except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-      # A group of its own: Ctrl-C in the terminal reaches the run through `close` alone, and once.
+      # A process group of its own: Ctrl-C in the terminal reaches the run only through `close`, once.
       process = subprocess.Popen(command(pack, self._train), stdout=log, stderr=subprocess.STDOUT, process_group=0)
       self._running.append((process, log))
     return bool(self._running)
 
   def due(self, interval: float) -> bool:
-    """Whether it is time to tell again."""
+    """Returns True if the last True is at least `interval` seconds ago: it is time for another table."""
     now = time.monotonic()
     if now - self._shown < interval:
       return False
@@ -261,7 +262,7 @@ class Pool:
     return True
 
   def close(self) -> None:
-    """Ends what is running; the runs go on from their checkpoints another time."""
+    """Ends all running processes; another sweep resumes their runs."""
     for process, _ in self._running:
       process.send_signal(signal.SIGTERM)
     for process, log in self._running:
@@ -275,18 +276,18 @@ class Pool:
 
 
 def runs_that_fit(run: PlannedRun, train: pathlib.Path) -> int:
-  """Asks the training program, in a process of its own, how many runs like this one a device can hold.
+  """Returns how many runs like this one fit on a device, as a process of the training program measures.
 
   Raises:
-    UserError: if it does not answer.
+    UserError: if the program fails.
   """
-  told = subprocess.run([*command([run], train), "--fit"], capture_output=True, text=True, check=False)
-  for line in told.stdout.splitlines():
+  done = subprocess.run([*command([run], train), "--fit"], capture_output=True, text=True, check=False)
+  for line in done.stdout.splitlines():
     label, _, number = line.partition(": ")
     if label == "runs that fit":
       return int(number)
-  reason = (told.stderr.strip().splitlines() or ["nothing was printed"])[-1]
-  raise UserError(f"how many runs fit is not known ({reason}): give --pack")
+  reason = (done.stderr.strip().splitlines() or ["nothing was printed"])[-1]
+  raise UserError(f"the number of runs that fit is unknown ({reason}): give --pack")
 
 
 def submit(
@@ -301,15 +302,15 @@ def submit(
   """Submits packs of runs as one array job.
 
   Args:
-    packs: what is left.
+    packs: packs of runs to train.
     train: the training program.
-    folder: where the scheduler's logs go.
-    workers: jobs of the array at a time.
-    parameters: of the executor, such as 'slurm_partition'.
-    cluster: as submitit names it; 'local' and 'debug' need no scheduler.
+    folder: directory of the scheduler's logs.
+    workers: number of the array's jobs that run at a time.
+    parameters: submitit's parameters, such as 'slurm_partition'.
+    cluster: submitit's name of the cluster; 'local' and 'debug' need no scheduler.
 
   Returns:
-    The identifiers of the jobs.
+    The identifiers of the jobs, separated by commas.
 
   Raises:
     UserError: if submitit is not installed, or the scheduler refuses.

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines, and TensorBoard events (the only importer of tensorboardX)."""
+"""Metrics of a run as JSON lines and TensorBoard events. The only importer of tensorboardX."""
 
 import contextlib
 import json
@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
 
 from jedi_jax.errors import UserError
 
@@ -19,22 +16,23 @@ Values = dict[str, float]
 
 
 class MetricsWriter:
-  """Writes one record an epoch to metrics.jsonl and to TensorBoard.
+  """Writes one record per epoch to metrics.jsonl and TensorBoard.
 
-  A run that resumes after epoch n forgets the records after n: they will be written again.
+  Records after `last_epoch` are removed: a resumed run writes them again.
 
   Args:
-    jsonl: path of the JSON lines.
-    tensorboard: directory of the events.
-    last_epoch: the epoch that the run resumes after, 0 for a new run.
+    jsonl: path of metrics.jsonl.
+    tensorboard: directory of the TensorBoard events.
+    last_epoch: epoch after which the run resumes, 0 for a new run.
 
   Raises:
-    UserError: if they cannot be written, here and by all methods but `close`.
+    UserError: if the files cannot be written, here and in every method except `close`, or without tensorboardX.
   """
 
   def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
     self._path = jsonl
-    with self._told():
+    self._tensorboardx = _tensorboardx()
+    with self._write_errors():
       if jsonl.exists():
         lines = jsonl.read_text(errors="replace").splitlines()
         temporary = jsonl.with_name(f".{jsonl.name}.tmp")
@@ -42,70 +40,82 @@ class MetricsWriter:
         temporary.replace(jsonl)
       self._file = jsonl.open("a")
       tensorboard.mkdir(parents=True, exist_ok=True)
-      # Not SummaryWriter: its thread ends at the first failure to write, and the queue to it then blocks for ever.
-      self._events = EventsWriter(str(tensorboard / "events"))
-      started = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-      self._add(last_epoch + 1, session_log=started)  # TensorBoard forgets what it has of this step and later ones.
+      # SummaryWriter's thread ends at the first write error, and its full queue then blocks; EventsWriter has neither.
+      self._events = self._tensorboardx.event_file_writer.EventsWriter(str(tensorboard / "events"))
+      log = self._tensorboardx.proto.event_pb2.SessionLog
+      self._add(last_epoch + 1, session_log=log(status=log.START))  # TensorBoard drops this step and later ones.
       self._events.flush()
 
   @contextlib.contextmanager
-  def _told(self) -> Iterator[None]:
-    """A context in which files that cannot be written are an error in one line."""
+  def _write_errors(self) -> Iterator[None]:
+    """Turns write errors into `UserError`."""
     try:
       yield
     except OSError as error:
       raise UserError(
-        f"the run's records in {self._path.parent} cannot be written ({error.strerror}): mend that and run the same "
-        "command again, it continues from the last checkpoint"
+        f"cannot write the metrics in {self._path.parent} ({error.strerror}): free the disk or make it writable, and "
+        "repeat the command; the run resumes from its last checkpoint"
       ) from None
 
-  def _add(self, epoch: int, **what: Any) -> None:
-    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=epoch, **what))
+  def _add(self, epoch: int, **content: Any) -> None:
+    event = self._tensorboardx.proto.event_pb2.Event(wall_time=time.time(), step=epoch, **content)
+    self._events.write_event(event)
 
   def write(self, epoch: int, values: Mapping[str, Any]) -> None:
-    """Writes a record; values that are numbers also go to TensorBoard, with the epoch as their step."""
+    """Writes a record; numbers also go to TensorBoard, with the epoch as the step. JSON has null for NaN and inf."""
     record = {"epoch": epoch} | {
       name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-    with self._told():
+    with self._write_errors():
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
       for name, value in values.items():
         if isinstance(value, int | float):
-          self._add(epoch, summary=summary.scalar(name, value))
+          self._add(epoch, summary=self._tensorboardx.summary.scalar(name, value))
       self._events.flush()
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
-    """Shows an image [H, W, 3] uint8 in TensorBoard."""
-    with self._told():
-      self._add(epoch, summary=summary.image(name, image, dataformats="HWC"))
+    """Writes an image [H, W, 3] uint8 to TensorBoard."""
+    with self._write_errors():
+      self._add(epoch, summary=self._tensorboardx.summary.image(name, image, dataformats="HWC"))
       self._events.flush()
 
   def close(self) -> None:
-    """Closes both; what could not be written has been told of."""
+    """Closes the files; errors are ignored, since the methods that write have raised them."""
     for file in (self._file, self._events):
       with contextlib.suppress(OSError):
         file.close()
 
 
+def _tensorboardx() -> Any:
+  try:
+    import tensorboardX
+    import tensorboardX.event_file_writer
+    import tensorboardX.proto.event_pb2
+    import tensorboardX.summary
+  except ImportError:
+    raise UserError("training needs tensorboardX: pip install tensorboardX") from None
+  return tensorboardX
+
+
 def _epoch_of(line: str) -> float:
+  """Returns the epoch of a record, infinity for a line that is no record."""
   try:
     return float(json.loads(line)["epoch"])
   except (ValueError, KeyError, TypeError):
-    return math.inf  # A line cut short by a kill.
+    return math.inf  # A killed process leaves incomplete lines.
 
 
 def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) -> Values:
-  """Turns the sums of an epoch's metrics into named figures.
+  """Computes an epoch's metrics from their sums over updates; docs/metrics.md lists them.
 
   Args:
-    sums: by phase, each metric summed over updates; scalars or matrices.
-    counts: updates by phase; phases without any are left out.
+    sums: by phase and metric, the sum over updates; a scalar, a confusion matrix or a Gram matrix.
+    counts: updates by phase; phases without updates are omitted.
 
   Returns:
-    'phase/metric' for scalars (their mean over updates that were not skipped), 'phase/skipped' (how many were),
-    'phase/reward_recall_+1' and the like for confusion counts,
-    'denoiser/latent_std' and 'denoiser/latent_rank' for the latents' Gram matrix.
+    'phase/metric' for scalars, the mean over updates that were not skipped; 'phase/skipped', the number of skipped
+    updates; `precision_and_recall` of confusion matrices; `latent_summary` of the Gram matrix.
   """
   values: Values = {}
   for phase, metrics in sums.items():
@@ -128,7 +138,16 @@ def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) 
 
 
 def precision_and_recall(name: str, counts: np.ndarray) -> Values:
-  """Counts [K, K] of (label, prediction) to precision and recall of each class; absent where nothing was counted."""
+  """Computes precision and recall of each class.
+
+  Args:
+    name: prefix of the names, such as 'reward'.
+    counts: [K, K] examples by (label, prediction). Three classes are the signs -1, 0, +1; two are 'no', 'yes'.
+
+  Returns:
+    'name_count_class', 'name_recall_class' (absent without examples of the class) and 'name_precision_class' (absent
+    if the class was never predicted).
+  """
   labels = ("-1", "0", "+1") if len(counts) == 3 else ("no", "yes")
   figures = {}
   for i, label in enumerate(labels):
@@ -141,14 +160,15 @@ def precision_and_recall(name: str, counts: np.ndarray) -> Values:
 
 
 def latent_summary(gram: np.ndarray) -> Values:
-  """Standard deviation and effective rank of latents.
+  """Computes the standard deviation and effective rank of latents.
 
   Args:
-    gram: [c + 1, c + 1], the sum of x x^T with x a latent position's channels after a leading 1.
+    gram: [c + 1, c + 1], sum over latent positions of x x^T, where x is 1 followed by the c channels.
 
   Returns:
-    'latent_std': root of the mean variance of the channels; 'latent_rank': exponential of the entropy of the
-    normalised eigenvalues of the channels' covariance (Roy and Vetterli 2007), from 1 to c.
+    'latent_std', the root of the channels' mean variance, and 'latent_rank', the exponential of the entropy of the
+    normalised eigenvalues of the channels' covariance (Roy and Vetterli 2007), in [1, c]. Both are 0 if all latents
+    are equal, NaN if the Gram matrix is not finite, absent without positions.
   """
   if gram[0, 0] <= 0:
     return {}

@@ -1,4 +1,4 @@
-"""The directory of a run: what lies in it, and whose it is."""
+"""The working directory of a run: its paths, its lock and its JSON files."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from jedi_jax.errors import UserError
 from jedi_jax.types import EnvSpec
 from jedi_jax.version import __version__
 
-_OURS = (
+_RUN_FILES = (
   "config.json",
   "metrics.jsonl",
   "result.json",
@@ -33,7 +33,13 @@ _OURS = (
 
 @dataclasses.dataclass(frozen=True)
 class Workdir:
-  """Paths of a run, with the configuration and environment that it was started with."""
+  """Paths of a run, with its configuration and environment.
+
+  Attributes:
+    path: the directory.
+    config: the configuration that the run was started with.
+    spec: the environment that the run was started with.
+  """
 
   path: pathlib.Path
   config: Config
@@ -41,17 +47,17 @@ class Workdir:
 
   @property
   def checkpoints(self) -> pathlib.Path:
-    """Holds 'latest' (whole training states) and 'best' (parameters)."""
+    """Directory of the checkpoints: 'latest' (training states) and 'best' (parameters)."""
     return self.path / "checkpoints"
 
   @property
   def metrics(self) -> pathlib.Path:
-    """JSON lines, one an epoch."""
+    """JSON lines, one per epoch."""
     return self.path / "metrics.jsonl"
 
   @property
   def tensorboard(self) -> pathlib.Path:
-    """TensorBoard's event files."""
+    """Directory of TensorBoard's event files."""
     return self.path / "tensorboard"
 
   @property
@@ -71,39 +77,39 @@ class Workdir:
 
 
 def place(config: Config) -> pathlib.Path:
-  """Where one of several runs lies in their common directory: <game>/seed_<n>."""
+  """Returns the path of one of several runs in their common directory: <game>/seed_<n>."""
   return pathlib.Path(config.env.name.removeprefix("atari/").replace("/", "_")) / f"seed_{config.seed}"
 
 
 def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """The absolute path of a directory that a user named, ~ and ~user included.
+  """Returns the absolute path of a directory; ~ and ~user are expanded.
 
   Raises:
-    UserError: if there is no such user.
+    UserError: if the user does not exist.
   """
   try:
     return pathlib.Path(directory).expanduser().absolute()
   except RuntimeError:
-    raise UserError(f"{directory} begins with a user who is not known here: name another directory") from None
+    raise UserError(f"{directory} starts with an unknown user: name another directory") from None
 
 
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
-  """A context in which no other process trains in a directory.
+  """Keeps other processes from training in a directory.
 
-  The lock is the kernel's, on the file `.lock` within, and ends with the process, however that ends; that the file is
-  there says nothing. On a file system without locks there is a warning, and no protection.
+  The kernel locks the file `.lock` until the process ends, in any way; the file itself may remain. File systems without
+  locks cause a warning.
 
   Args:
-    directory: made if it does not exist.
+    directory: created if missing.
 
   Raises:
-    UserError: if another process has the lock, or there is none to be had.
+    UserError: if another process holds the lock, or the file cannot be locked.
   """
-  path = _make(directory)
+  path = _make_directory(directory)
   with contextlib.ExitStack() as stack:
     try:
-      # Not buffered: of a write that fails on a full disk nothing is left for closing to write.
+      # Unbuffered: after a failed write to a full disk, closing has nothing left to write.
       file = stack.enter_context((path / ".lock").open("ab+", buffering=0))
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -113,17 +119,17 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
       if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
         raise UserError(f"{path / '.lock'} cannot be locked ({error.strerror}): take another --workdir") from None
-      logging.warning("%s cannot be locked (%s): see to it that one process alone trains there", path, error.strerror)
+      logging.warning("%s cannot be locked (%s): do not train there with a second process", path, error.strerror)
     else:
-      with contextlib.suppress(OSError):  # A full disk; the lock holds all the same.
+      with contextlib.suppress(OSError):  # A full disk; the lock holds.
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         stack.callback(file.truncate, 0)
     yield
 
 
-def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
-  """Makes a directory that can be written to."""
+def _make_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
+  """Creates a writable directory and returns its absolute path."""
   path = locate(directory)
   try:
     path.mkdir(parents=True, exist_ok=True)
@@ -135,15 +141,15 @@ def _make(directory: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> Workdir | None:
-  """Refuses a directory whose run is another one; nothing is made.
+  """Checks that a directory holds no run of another configuration; writes nothing.
 
   Args:
-    directory: which may be missing.
-    config: the configuration that is asked for.
-    spec: of its environment.
+    directory: may be missing.
+    config: configuration of the run to train.
+    spec: environment of the run to train.
 
   Returns:
-    The run that the directory holds, None where there is none.
+    The run in the directory, or None if there is none.
 
   Raises:
     UserError: if the directory holds a run of another configuration.
@@ -155,34 +161,34 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
     if different:
       raise UserError(
         f"{path} holds a run of another configuration ({'; '.join(different)}): "
-        "take another --workdir, or start anew with --overwrite"
+        "take another --workdir, or restart with --overwrite"
       )
     if old.spec != spec:
       raise UserError(
         f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
-        "use the EnvPool version that it was started with, or start anew with --overwrite"
+        "use the EnvPool version that it was started with, or restart with --overwrite"
       )
     return old
   if (path / "checkpoints").exists():
-    raise UserError(f"{path} has checkpoints but no config.json to tell whose: take another --workdir, or --overwrite")
+    raise UserError(f"{path} has checkpoints but no config.json: take another --workdir, or restart with --overwrite")
   return None
 
 
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
-  """Opens the directory of a new or interrupted run, which should be `locked` by who trains in it.
+  """Opens the directory of a new or interrupted run; the caller should hold its lock (see `locked`).
 
   Args:
-    directory: made if it does not exist.
-    config: the configuration that is asked for.
-    spec: of its environment.
-    overwrite: removes what an earlier run left here (and nothing else).
+    directory: created if missing.
+    config: configuration of the run.
+    spec: environment of the run.
+    overwrite: removes the files of an earlier run, and no other files.
 
   Raises:
-    UserError: if the directory cannot be made, or holds a run of another configuration.
+    UserError: if the directory cannot be created, or holds a run of another configuration.
   """
-  path = _make(directory)
+  path = _make_directory(directory)
   if overwrite:
-    for name in _OURS:
+    for name in _RUN_FILES:
       target = path / name
       if target.is_dir() and not target.is_symlink():
         shutil.rmtree(target)
@@ -221,7 +227,7 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     raise UserError(f"{path} holds no run: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
     reason = repr(error)[:200]
-    raise UserError(f"{file} cannot be read ({reason}): restore it, or start anew with --overwrite") from None
+    raise UserError(f"{file} cannot be read ({reason}): restore it, or restart with --overwrite") from None
   try:
     return Workdir(path, config_lib.from_dict(tree), spec)
   except UserError as error:
@@ -240,11 +246,11 @@ def read_json(path: pathlib.Path) -> Any:
   try:
     return json.loads(path.read_text())
   except (OSError, ValueError, RecursionError) as error:
-    raise UserError(f"{path} cannot be read ({error}): remove it to write it anew") from None
+    raise UserError(f"{path} cannot be read ({error}): remove it to have it written again") from None
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the records of a metrics.jsonl, without a last line that was cut short.
+  """Reads the records of a metrics.jsonl; an incomplete last line is ignored.
 
   Raises:
     UserError: if the file cannot be read.
@@ -267,7 +273,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes JSON atomically: the file is the old one or the new one, never a part; its directory is made if needed.
+  """Writes JSON atomically, so that no reader sees a part of it; creates the directory if missing.
 
   Raises:
     UserError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""Acting: what chooses the real steps of the runs, where it does so, and how they are taken side by side."""
+"""Acting: the policy that collects, the device that evaluates it, and threads that step environments in parallel."""
 
 import contextlib
 import threading
@@ -12,82 +12,86 @@ from jedi_jax import config as config_lib
 from jedi_jax.agent import make_act
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
-from jedi_jax.training.parallel import Devices
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build as build_model
+from jedi_jax.training.learner import Build, Learner
 from jedi_jax.types import EnvSpec
 
 T = TypeVar("T")
 
 
 class Actor:
-  """The policy of collections, one program for all runs.
+  """The policy that collects, one compiled program for all runs.
 
-  With `collect.overlap` the host's CPU evaluates it, since the device is busy meanwhile; in float32, which a CPU
-  computes faster than bfloat16.
+  With `collect.overlap` the host's CPU evaluates it while the device trains, in float32, which is faster on a CPU than
+  bfloat16.
 
   Args:
     config: of the runs.
     spec: of their environments.
+    model: of one run; not mapped over runs, since each run acts by itself.
+    build: builds the model for the CPU; see `Learner`.
 
   Attributes:
-    model: whose policy it is.
-    act: (parameters as `bring` returns them, observations, state, restart, key, count, epsilon) -> (actions, state),
-      compiled.
+    model: the model whose policy acts.
+    act: (parameters as `to_device` returns them, observations, state, restart, key, count, epsilon) -> (actions,
+      state), compiled.
 
   Raises:
-    UserError: if the host's CPU is asked for and JAX does not have it, or for sizes that do not fit.
+    UserError: if `collect.overlap` is set and JAX has no CPU backend.
   """
 
-  def __init__(self, config: Config, spec: EnvSpec):
+  def __init__(self, config: Config, spec: EnvSpec, model: Model, *, build: Build = build_model):
     self._host = _host() if config.collect.overlap else None
+    self.model = model
     if self._host is not None:
-      config = config_lib.override(config, {"precision.compute_dtype": "float32", "precision.convolution": "lax"})
-    self.model = build(config, spec)  # Never mapped over runs: each run's steps are its own.
+      settings = {"precision.compute_dtype": "float32", "precision.convolution": "lax"}
+      self.model = build(config_lib.override(config, settings), spec)
     self.act = jax.jit(make_act(self.model))
 
-  def near(self) -> contextlib.AbstractContextManager[Any]:
-    """A context whose new arrays are where the policy is evaluated."""
+  def device_context(self) -> contextlib.AbstractContextManager[Any]:
+    """A context whose new arrays are on the device that evaluates the policy."""
     return contextlib.nullcontext() if self._host is None else jax.default_device(self._host)
 
-  def pick(self, devices: Devices, params: Any, run: int) -> Any:
-    """Copies what the policy needs of a run's distributed parameters, on the run's device."""
-    return devices.pick({name: params[name] for name in ("encoder", "actor_critic")}, run)
+  def params(self, learner: Learner, run: int) -> Any:
+    """Copies the parameters of a run's policy, on the run's device."""
+    return learner.params(run, ("encoder", "actor_critic"))
 
-  def bring(self, params: Any) -> Any:
-    """Brings what was picked to where the policy is evaluated, which may have to wait for it."""
+  def to_device(self, params: Any) -> Any:
+    """Moves what `params` returned to the device that evaluates the policy; may wait for it."""
     return params if self._host is None else jax.device_put(params, self._host)
 
 
 def _host() -> jax.Device:
-  """The CPU of this process.
+  """Returns the CPU device of this process.
 
   Raises:
-    UserError: if JAX was told to do without.
+    UserError: if JAX_PLATFORMS excludes it.
   """
   try:
     return jax.local_devices(backend="cpu")[0]
   except RuntimeError:
     raise UserError(
-      "collect.overlap needs the CPU beside the accelerator, and JAX_PLATFORMS leaves it out: "
+      "collect.overlap needs the CPU as well as the accelerator, and JAX_PLATFORMS excludes it: "
       f"set JAX_PLATFORMS={jax.config.values['jax_platforms']},cpu"
     ) from None
 
 
 class _StoppedError(Exception):
-  """The others need not go on."""
+  """Ends the remaining tasks."""
 
 
 @contextlib.contextmanager
-def side_by_side(tasks: Sequence[Callable[[Callable[[], None]], T]]) -> Iterator[list[Future[T]]]:
-  """A context in which each task runs in a thread of its own; at its end all have ended.
+def run_in_threads(tasks: Sequence[Callable[[Callable[[], None]], T]]) -> Iterator[list[Future[T]]]:
+  """A context in which each task runs in a thread of its own; all have ended when it exits.
 
-  Python's threads help where the time goes to emulators, compiled programs and devices, which release its lock.
+  Emulators, compiled programs and devices release Python's lock, so the threads run in parallel.
 
   Args:
-    tasks: each is given a function to call between its steps, which raises when the context was left by an exception.
+    tasks: each takes a function to call between its steps, which raises once an exception has left the context.
 
   Yields:
-    Their results to come, in the order of the tasks.
+    The futures of their results, in order.
   """
   stop = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Collection: real steps under the current policy, into replay."""
+"""Collects environment steps with the current policy and adds them to replay."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -8,20 +8,20 @@ import numpy as np
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.errors import UserError
-from jedi_jax.types import LstmState, VectorEnv
+from jedi_jax.types import EnvStep, LstmState, VectorEnv
 
 CHUNK_SLOTS = 128
-"""Slots of one transfer to the device."""
+"""Slots per stream of one transfer to the device."""
 
 
 class Collected(NamedTuple):
-  """What a collection met.
+  """Statistics of one collection.
 
   Attributes:
     steps: environment steps taken, over all environments.
     returns: raw returns of the games that ended, each over all of its lives.
     lengths: their lengths in steps.
-    reward_counts: steps with negative, zero and positive reward.
+    reward_counts: numbers of steps with negative, zero and positive reward.
   """
 
   steps: int
@@ -31,18 +31,20 @@ class Collected(NamedTuple):
 
 
 class Collector:
-  """Steps the environments and remembers what is needed to continue exactly where it stopped.
+  """Steps the environments and logs the actions, so that a resumed run continues exactly.
 
-  EnvPool cannot save its emulators, but they are deterministic: the actions taken so far are logged, and a resumed
-  run takes them again.
+  Emulators cannot be saved, but they are deterministic: a resumed run repeats the logged actions.
 
   Args:
-    env: the environments; they are reset here.
+    env: N environments; they are reset here.
     act: (parameters, observations, state, restart, key, count, epsilon) -> (actions, state), compiled.
-    initial_state: policy state of all environments before anything.
-    seed: of exploration and sampled actions.
+    initial_state: policy state of all environments before the first step.
+    seed: seed of exploration and sampled actions.
     epsilon: probability of a uniform action.
-    max_calls: steps of all environments together that will ever be taken.
+    max_calls: largest number of calls of `env.step`, each of which steps all environments.
+
+  Raises:
+    UserError: the observations of `env` do not match its spec. The first step checks the other arrays.
   """
 
   def __init__(
@@ -61,11 +63,12 @@ class Collector:
     self._epsilon = np.float32(epsilon)
     self._state = initial_state
     self._calls = 0
-    self._log = np.zeros((max_calls, env.num_envs), np.uint8)
+    self._log = np.zeros((max_calls, env.num_envs), np.min_scalar_type(env.spec.num_actions - 1))
     self._returns = np.zeros(env.num_envs)
     self._lengths = np.zeros(env.num_envs, np.int64)
     self._restart = np.ones(env.num_envs, bool)
     self._observations = env.reset()
+    self._check("reset", "observations", self._observations)
 
   @property
   def env_steps(self) -> int:
@@ -80,17 +83,20 @@ class Collector:
     steps: int,
     check: Callable[[], None] = lambda: None,
   ) -> tuple[Any, Collected]:
-    """Takes real steps.
+    """Takes environment steps.
 
     Args:
       params: passed to `act`.
       replay: passed to `add`.
       add: (replay, `Chunk`) -> replay.
       steps: environment steps, a multiple of the number of environments.
-      check: called after each step of all environments; what it raises ends the collection there.
+      check: called after each step of all environments; may raise to stop the collection.
 
     Returns:
-      The replay with everything added, and what happened.
+      The replay after the last `add`, and the statistics.
+
+    Raises:
+      UserError: an array of the environments' first step has a wrong shape or dtype.
     """
     num_envs = self._env.num_envs
     writer = replay_lib.ChunkWriter(
@@ -117,11 +123,16 @@ class Collector:
     replay = add(replay, writer.flush())
     return replay, Collected(steps, returns, lengths, (int(signs[0]), int(signs[1]), int(signs[2])))
 
-  def _step(self, actions: np.ndarray, returns: list[float], lengths: list[int]) -> Any:
-    """Steps the environments, logs the actions, and appends the games that ended."""
+  def _step(self, actions: np.ndarray, returns: list[float], lengths: list[int]) -> EnvStep:
+    """Steps the environments, logs the actions, and appends the returns and lengths of games that ended."""
     self._log[self._calls] = actions
-    self._calls += 1
     step = self._env.step(actions)
+    if not self._calls:
+      for name, array in step._asdict().items():
+        self._check("step", name, array)
+      if np.may_share_memory(step.next_observation, self._observations):
+        raise UserError("the environment's step returned an array that it had returned before; return a new one")
+    self._calls += 1
     self._returns += step.reward
     self._lengths += 1
     for i in np.flatnonzero(step.game_over):
@@ -133,32 +144,42 @@ class Collector:
     self._restart = step.end | step.truncated
     return step
 
+  def _check(self, method: str, name: str, array: np.ndarray) -> None:
+    """Raises a `UserError` if an array that the environment returned has a wrong shape or dtype."""
+    shape: tuple[int, ...] = (self._env.num_envs,)
+    dtype: type = np.float32 if name == "reward" else np.bool_
+    if "observation" in name:
+      shape, dtype = (*shape, *self._env.spec.observation_shape), np.uint8
+    if not isinstance(array, np.ndarray) or array.shape != shape or array.dtype != dtype:
+      found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+      raise UserError(f"the environment's {method} returned {name} as {found}; expected {np.dtype(dtype)} {shape}")
+
   def save(self) -> dict[str, Any]:
-    """Returns what `restore` needs, NumPy arrays of fixed shapes."""
+    """Returns the state for `restore`: NumPy arrays of fixed shapes and dtypes."""
     return {
       "calls": np.asarray(self._calls, np.int32),
       "actions": self._log.copy(),
       "state": jax.tree.map(np.array, self._state),
-      # To notice an emulator that does not repeat itself.
+      # Detects environments that are not deterministic.
       "observations": self._observations.copy(),
     }
 
   def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
-    """Continues from `save`, on freshly reset environments of the same seed.
+    """Continues from a saved state, in environments of the same seed that have taken no step.
 
     Args:
-      saved: what `save` returned.
-      check: called after each step of all environments.
+      saved: the result of `save`.
+      check: called after each step of all environments; may raise to stop.
 
     Raises:
-      UserError: if the environments do not lead to the same observations again.
+      UserError: the environments do not arrive at the same observations.
     """
     for calls in range(int(saved["calls"])):
-      self._step(saved["actions"][calls], [], [])
+      self._step(saved["actions"][calls].astype(np.int32), [], [])
       check()
     if not np.array_equal(self._observations, saved["observations"]):
       raise UserError(
         "the environment did not repeat its steps, so this run cannot be continued here: "
-        "use the EnvPool version that it was started with"
+        "use the environment or EnvPool version that it was started with"
       )
     self._state = LstmState(*saved["state"])

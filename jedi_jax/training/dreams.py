@@ -1,4 +1,4 @@
-"""Dreams: what the world model imagines, beside what happened."""
+"""Dreams: imagined frames, to compare with real ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedi_jax import replay as replay_lib
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.types import Array, Params, Segment, Trajectory
 
 
-def follow(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
-  """Imagines what the real actions of a segment would lead to, open loop.
+def open_loop(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
+  """Imagines the frames that the real actions of a segment lead to.
 
   Args:
     model: the composed model.
     params: its parameters.
-    segment: [B, L + T, ...]; the last of its first L frames is the start, and real.
+    segment: [B, L + T, ...]; imagination starts from its frame L - 1, which must be real.
     keys: [B] random keys, consumed.
 
   Returns:
@@ -28,8 +28,8 @@ def follow(model: Model, params: dict[str, Params], segment: Segment, keys: Arra
   return model.imagine(params, start, keys, actions.shape[1], actions)
 
 
-def play(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
-  """Imagines from the same start and for as long as `follow`, with the policy's own actions."""
+def closed_loop(model: Model, params: dict[str, Params], segment: Segment, keys: Array) -> Trajectory:
+  """Imagines from the same start and for as many steps as `open_loop`, with the policy's actions."""
   start, actions = _split(model, segment)
   return model.imagine(params, start, keys, actions.shape[1])
 
@@ -41,14 +41,14 @@ def _split(model: Model, segment: Segment) -> tuple[Segment, Array]:
 
 
 _DRAWS = 8
-"""Segments drawn for each that is shown."""
+"""Segments drawn for each one shown."""
 
 
 def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, Params], Any, Array], Array]:
-  """Builds a pure function that pictures dreams: each row of real frames over the row imagined from its first.
+  """Builds a pure function that draws rows of real frames, each above the row imagined from its first frame.
 
   Args:
-    model: one that can decode.
+    model: a model with `decode`.
     count: segments B.
     steps: T.
 
@@ -69,14 +69,14 @@ def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, 
       beyond_end=True,
       final_frames=False,
     )
-    # Of short episodes many segments begin before the episode does: those whose start is a real frame come first.
+    # Segments of short episodes often begin before the episode does. Those whose start is a real frame come first.
     order = jnp.argsort(~drawn.mask[:, length - 1], stable=True)[:count]
     segment = jax.tree.map(lambda x: x[order], drawn)
-    trajectory = follow(model, params, segment, jax.random.split(dream_key, count))
+    trajectory = open_loop(model, params, segment, jax.random.split(dream_key, count))
     real = segment.observations[:, length - 1 :]
     both = jnp.stack([real, decode(params, trajectory.latents)], axis=1)
     mask = segment.mask[:, None, length - 1 :, None, None, None]
-    # Rows whose start lies before the episode show nothing true.
+    # Rows whose start lies before the episode are black.
     mask = mask & segment.mask[:, None, length - 1 : length, None, None, None]
     return jnp.where(mask, both, 0).astype(jnp.uint8).reshape(2 * count, steps + 1, *real.shape[2:])
 
@@ -84,6 +84,6 @@ def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, 
 
 
 def tile(strips: Any) -> np.ndarray:
-  """Lays strips [R, T, H, W, C] out as one image [R H, T W, C]."""
+  """Arranges strips [R, T, H, W, C] in one image [R H, T W, C]."""
   rows, columns, height, width, channels = np.shape(strips)
   return np.asarray(strips).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)

@@ -1,4 +1,4 @@
-"""The epoch: the updates of all components in one compiled call."""
+"""The epoch: the updates of all phases in one compiled call."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.replay import ReplayState
-from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import Update, make_update
 from jedi_jax.types import Array, Metrics
@@ -33,9 +32,9 @@ def make_epoch(
     age_weights: see `replay.sample`.
 
   Returns:
-    A function of (state, replay, number of updates by phase, [] int32) that runs the phases in order. The numbers are
-    traced: one compilation serves the long first epoch, the others, and each phase by itself. It returns the new state
-    and, by phase, the sums of its metrics over its updates.
+    (state, replay, number of updates by phase, [] int32) -> (state, sums of each phase's metrics over its updates). The
+    phases run in order. The numbers are traced, so one compilation serves the long first epoch, the others, and each
+    phase by itself.
   """
   updates = {
     phase.name: make_update(phase, index, optimizers[phase.name], batch_size=batch_size, age_weights=age_weights)
@@ -61,11 +60,3 @@ def _repeat(update: Update, state: TrainState, replay: ReplayState, count: Array
     return state, jax.tree.map(jnp.add, sums, metrics)
 
   return jax.lax.fori_loop(0, count, body, (state, zeros))
-
-
-def distribute(epoch: Epoch, devices: parallel.Devices) -> Any:
-  """Compiles the epoch for the devices: (distributed state, distributed replay, counts) -> the same, sums.
-
-  The state is donated. Counts are shared by all devices.
-  """
-  return devices.map(epoch, in_axes=(0, 0, None), donate=(0,))

@@ -1,8 +1,8 @@
-"""Devices: the only place that knows how many there are, and how runs lie on them.
+"""Devices: the only module that knows how many there are, and how runs are placed on them.
 
-`jax.pmap` is in maintenance mode; all of its uses are here. A distributed array has a leading axis over devices and,
-where several runs are packed, a second one over the runs of a device. Devices may be those of several processes, of
-which each sees its own shards of an array.
+`jax.pmap` is in maintenance mode, and all of its uses are here. A distributed array has a leading axis over devices
+and, with packed runs, a second one over the runs of a device. The devices may belong to several processes, each of
+which sees its own shards of an array.
 """
 
 import functools
@@ -19,16 +19,16 @@ from jedi_jax.errors import UserError
 from jedi_jax.types import Array, Term
 
 AXIS = "devices"
-"""Axis between the devices that share one run. Without it a run has its device to itself."""
+"""Axis over the devices that share one run; absent if each run has one device."""
 _PACKS = "packs"
 
 
 class Devices:
-  """Devices, and the runs that they train: one that all of them share, or several, each whole on one device.
+  """Devices, and the runs that they train: one run that all of them share, or several runs, each on one device.
 
   Args:
-    devices: which ones; all if None, of every process that `jax.distributed` has connected.
-    runs: how many runs are trained together; several must be a multiple of the number of devices.
+    devices: all if None, of every process that `jax.distributed` connects.
+    runs: number of runs that train together; if more than one, a multiple of the number of devices.
 
   Raises:
     UserError: if the runs cannot be spread evenly.
@@ -45,20 +45,18 @@ class Devices:
 
   @classmethod
   def take(cls, count: int) -> "Devices":
-    """The first `count` devices of every process, all of them for 0.
+    """Returns the first `count` devices of every process, or all of them for 0.
 
     Raises:
       UserError: if there are fewer.
     """
     available = jax.local_devices()
     if not 0 <= count <= len(available):
-      raise UserError(
-        f"{count} devices are asked for and {len(available)} are here: take --devices=0 (all) to {len(available)}"
-      )
+      raise UserError(f"--devices={count}, but this process has {len(available)}: take 0 (all) to {len(available)}")
     return cls(_first(count) if count else None)
 
   def with_runs(self, runs: int) -> "Devices":
-    """The same devices for another number of runs; of fewer runs than devices each gets one of the first devices.
+    """Returns the same devices for another number of runs; fewer runs than devices use the first devices.
 
     Raises:
       UserError: if the runs cannot be spread evenly.
@@ -72,7 +70,7 @@ class Devices:
 
   @property
   def processes(self) -> int:
-    """Number of processes whose devices these are."""
+    """Number of processes that own the devices."""
     return len({device.process_index for device in self.devices})
 
   @property
@@ -89,7 +87,7 @@ class Devices:
     return max(self.runs // self.count, 1)
 
   def check_batch(self, batch_size: int) -> None:
-    """Refuses a batch that the devices of one run cannot share equally.
+    """Checks that the devices of one run can share a batch equally.
 
     Raises:
       UserError: if the batch size is no multiple of the number of devices.
@@ -100,24 +98,24 @@ class Devices:
         f"take a multiple of {self.count}, or fewer devices (--devices)"
       )
 
-  def distribute(self, trees: Sequence[Any]) -> Any:
-    """Copies each run's arrays to where the run lies. Of several processes all must call this together.
+  def to_devices(self, trees: Sequence[Any]) -> Any:
+    """Copies each run's arrays to its devices. With several processes, all must call this together.
 
     Args:
-      trees: one pytree of arrays a run, all of the same shapes; of several processes the first one's arrays count.
+      trees: one pytree of arrays a run, all of the same shapes; with several processes, those of the first.
 
     Returns:
-      The tree with leaves [devices, ...], every device with a copy, or [devices, runs of a device, ...].
+      The tree with leaves [devices, ...], one copy a device, or with packed runs [devices, runs of a device, ...].
     """
     if self.processes > 1:
       trees = broadcast(trees)
-    sharding = self._sharding(0)  # As `map` gives its results.
+    sharding = self._sharding(0)  # That of the results of `map`.
     local = [device for device in self.devices if device.process_index == jax.process_index()]
     share = self._runs_of_a_device
 
     def put(*leaves: Any) -> Array:
       arrays = [np.asarray(x) for x in leaves]
-      # One shard a device, each a copy of its own: leaves that alias could not be donated.
+      # One shard a device, each a copy, since aliased leaves cannot be donated.
       if self.packed:
         parts = [np.stack(arrays[i * share : (i + 1) * share])[None] for i in range(self.count)]
       else:
@@ -127,6 +125,11 @@ class Devices:
 
     return jax.tree.map(put, *trees)
 
+  def shapes(self, tree: Any) -> Any:
+    """Returns one run's arrays or shapes as `to_devices` lays them out, as `jax.ShapeDtypeStruct`."""
+    leading = (self.count, self._runs_of_a_device) if self.packed else (self.count,)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*leading, *x.shape), x.dtype), tree)
+
   def pick(self, tree: Any, run: int = 0) -> Any:
     """Returns one run's arrays, as copies on its device."""
     device, place = divmod(run, self._runs_of_a_device)
@@ -134,10 +137,10 @@ class Devices:
     return _index(jax.tree.map(lambda x: x.addressable_shards[device].data, tree), index)
 
   def to_host(self, tree: Any, run: int = 0) -> Any:
-    """Copies one run's arrays to NumPy arrays that later donation cannot touch."""
+    """Copies one run's arrays to NumPy arrays, which later donation does not affect."""
 
     def fetch(x: Array) -> np.ndarray:
-      if self.packed:  # Only this run's part leaves the device; a run alone needs no copy there.
+      if self.packed:  # Only this run's part leaves the device.
         return np.array(self.pick(x, run), copy=True)
       return np.array(np.asarray(x.addressable_shards[0].data)[0], copy=True)
 
@@ -147,12 +150,12 @@ class Devices:
     """Compiles `function` to run for every run on its devices, with the axis `AXIS` between the devices of one run.
 
     Args:
-      function: sees its arguments without the leading axes.
-      in_axes: 0 for distributed arguments, None for those that all share; one for all arguments, or a tuple.
-      donate: positions of arguments whose memory the results may take.
+      function: takes arguments without the leading axes.
+      in_axes: 0 for distributed arguments, None for shared ones; one value for all arguments, or a tuple.
+      donate: positions of the arguments that are donated.
     """
     if self.count > 1 and self.devices[0].platform == "cpu":
-      # Programs of several CPU devices that are read back from JAX's cache on disk crash: from now on none is written.
+      # Programs of several CPU devices crash when JAX reads them from its cache on disk, so none is written.
       jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     if self.processes > 1:
       return self._map_over_processes(function, in_axes, donate)
@@ -160,7 +163,7 @@ class Devices:
     return jax.pmap(mapped, axis_name=self._axis, in_axes=in_axes, donate_argnums=donate, devices=self.devices)
 
   def _map_over_processes(self, function: Callable[..., Any], in_axes: Any, donate: tuple[int, ...]) -> Any:
-    """As `map`, for arrays of which this process has a part: `jax.pmap` would copy them and give local ones back."""
+    """`map` for arrays of which this process has a part; `jax.pmap` would copy them and return local ones."""
 
     def on_device(*args: Any) -> Any:
       axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
@@ -176,19 +179,19 @@ class Devices:
     return jax.jit(mapped, in_shardings=inputs, out_shardings=output, donate_argnums=donate)
 
   def _sharding(self, axis: int | None) -> jax.sharding.NamedSharding:
-    """How an argument of a mapped function lies: by its leading axis for 0, the same everywhere for None."""
+    """Sharding of an argument of a mapped function: by its leading axis for 0, replicated for None."""
     mesh = jax.sharding.Mesh(np.asarray(self.devices), (self._axis,))
     spec = jax.sharding.PartitionSpec() if axis is None else jax.sharding.PartitionSpec(self._axis)
     return jax.sharding.NamedSharding(mesh, spec)
 
 
 def broadcast(tree: Any) -> Any:
-  """Returns the first process's arrays in all of them, as NumPy arrays; all call this together, with equal shapes."""
+  """Returns the first process's arrays in all processes, as NumPy arrays; all call this together, with equal shapes."""
   return multihost_utils.broadcast_one_to_all(tree)
 
 
 def _first(count: int | None) -> list[jax.Device]:
-  """The first devices of each process, those of one after those of the other."""
+  """Returns the first devices of each process, process by process."""
   return [device for index in range(jax.process_count()) for device in jax.local_devices(index)[:count]]
 
 
@@ -198,7 +201,7 @@ def _index(tree: Any, index: tuple[int, ...]) -> Any:
 
 
 def _shared() -> bool:
-  """Whether what is being traced shares its run with other devices."""
+  """Whether the function being traced runs on several devices of one run."""
   try:
     jax.lax.axis_size(AXIS)
   except NameError:
@@ -207,7 +210,7 @@ def _shared() -> bool:
 
 
 def local_share(x: Array) -> Array:
-  """Returns this device's contiguous share of an array that all devices of the run have, along its first axis."""
+  """Returns this device's contiguous share, along the first axis, of an array that all devices of the run hold."""
   if not _shared():
     return x
   count = jax.lax.axis_size(AXIS)
@@ -216,7 +219,7 @@ def local_share(x: Array) -> Array:
 
 
 def mean(tree: Any) -> Any:
-  """Averages over the devices of a run; gradients are synchronised here and nowhere else."""
+  """Averages over the devices of a run; the only place that synchronises gradients."""
   return jax.lax.pmean(tree, AXIS) if _shared() else tree
 
 
@@ -232,7 +235,7 @@ def weighted_mean(term: Term) -> Array:
 
 
 def reduce_metrics(metrics: Mapping[str, Array | Term]) -> dict[str, Array]:
-  """Averages terms by their weights and scalars plainly, and adds matrices (counts), over devices."""
+  """Reduces metrics over devices: weighted means of terms, means of scalars, sums of matrices (counts)."""
 
   def reduce(x: Array | Term) -> Array:
     if isinstance(x, Term):

@@ -1,4 +1,4 @@
-"""Seeds: one of the run gives independent ones for each purpose."""
+"""Seeds: derives an independent seed for each purpose from the seed of a run."""
 
 import enum
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Purpose(enum.IntEnum):
-  """What a seed is for; the numbers are part of every run, so new purposes come last."""
+  """What a seed is for. The numbers determine every run, so new purposes come last."""
 
   TRAINING = 0
   COLLECTION = 1
@@ -22,10 +22,10 @@ def derive(seed: int, *purpose: int) -> int:
 
 
 def env_seed(seed: int, purpose: Purpose, index: int = 0) -> int:
-  """Derives an environment's seed: below 2^29 for collection, above 2^30 for evaluation, so that no game is shared."""
+  """Derives an environment's seed: below 2^29 for collection, from 2^30 on otherwise, so that they share no game."""
   return derive(seed, purpose, index) // 2 + (0 if purpose == Purpose.COLLECTION else 2**30)
 
 
 def evaluation_seed(seed: int) -> int:
-  """Derives the seed of a separate evaluation; its games are none of training."""
+  """Derives the seed of a separate evaluation, which shares no game with training."""
   return env_seed(seed, Purpose.SEPARATE)

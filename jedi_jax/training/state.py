@@ -1,4 +1,4 @@
-"""The training state: arrays only, so that it can be donated, vmapped, replicated and saved."""
+"""The training state: arrays only, so that it can be donated, vmapped, distributed and saved."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jedi_jax.models.variants import Model
+from jedi_jax.models.base import Model
 from jedi_jax.types import Array, Params
 
 
@@ -17,10 +17,10 @@ class TrainState(flax.struct.PyTreeNode):
   Attributes:
     params: parameters by component, float32.
     optimizers: optimiser state by phase.
-    updates: [] int32 number of updates by phase, skipped ones among them.
-    skipped: [] int32 by phase, how many of the newest updates in a row were skipped because their loss or gradient was
-      not finite.
-    key: [2] uint32, data of the key that all batches and noise derive from; never changes.
+    updates: [] int32 by phase, number of updates, including skipped ones.
+    skipped: [] int32 by phase, number of the newest updates in a row that were skipped because their loss or gradient
+      was not finite.
+    key: [2] uint32, data of the key from which all batches and noise derive; constant.
   """
 
   params: dict[str, Params]
@@ -31,7 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def make_init(model: Model, optimizers: Mapping[str, optax.GradientTransformation]) -> Callable[[Array], TrainState]:
-  """Returns a pure function from a key to a fresh state; it can be vmapped, and shaped by `jax.eval_shape`."""
+  """Returns a pure function from a key to a fresh state."""
 
   def init(key: Array) -> TrainState:
     params_key, run_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""One update of one component: draw a batch, differentiate the phase's loss, take an optimiser's step."""
+"""One update of one phase: draw a batch, differentiate the loss, apply the optimiser."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config, OptimizerConfig
-from jedi_jax.models.variants import Phase
+from jedi_jax.models.base import Phase
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.types import Array, Metrics, Term
@@ -38,8 +38,8 @@ def make_optimizer(
 
   Args:
     config: its settings.
-    factors: what the steps of some components are multiplied by.
-    clipped_apart: components whose gradients are clipped by a norm of their own, so that the others' do not move them.
+    factors: factors of the steps of some components; 1 for the others.
+    clipped_apart: components whose gradients are clipped by a norm of their own, independent of the others'.
   """
   clip = optax.clip_by_global_norm(config.max_grad_norm)
   if clipped_apart:
@@ -67,7 +67,7 @@ def make_optimizer(
 
 
 def decayed(params: Any) -> Any:
-  """Marks the parameters that weight decay acts on: kernels, not biases, gains, embeddings and frequencies."""
+  """Marks the parameters that decay: kernels, not biases, gains, embeddings and frequencies."""
   return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key).startswith("kernel"), params)
 
 
@@ -94,17 +94,17 @@ def make_update(
   batch_size: int,
   age_weights: tuple[float, ...],
 ) -> Update:
-  """Builds the update of a phase; to be called under `parallel.AXIS`.
+  """Builds the update of a phase, to be called under `parallel.AXIS`.
 
   Every random number derives from the run's key, the phase and the number of updates so far, and each element of the
-  batch has a key of its own: neither the number of devices nor where a run was interrupted changes what is drawn.
+  batch has its own key. So the draws depend neither on the number of devices nor on interruptions.
 
-  An update whose loss or gradient is not finite is skipped: parameters and the optimiser's state stay as they were, and
-  its metrics are zeros but for 'skipped', which is 1. It is counted as an update, so the next one draws another batch.
+  An update whose loss or gradient is not finite is skipped: parameters and optimiser state do not change, 'skipped' is
+  1 and all other metrics are 0. It counts as an update, so the next one draws another batch.
 
   Args:
     phase: the phase.
-    index: its number, which separates its random numbers from the other phases'.
+    index: its number; separates its random numbers from those of other phases.
     optimizer: its optimiser.
     batch_size: segments of the global batch.
     age_weights: see `replay.sample`.

@@ -6,7 +6,7 @@ from jedi_jax.envs import atari
 from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.errors import UserError
 
-# Written out once more on purpose: the test is to notice a change of the configuration.
+# Repeated on purpose, so that the test detects a change of the configuration.
 RAW_CONFIG = {
   "img_height": 64,
   "img_width": 64,

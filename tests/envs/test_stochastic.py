@@ -92,7 +92,7 @@ def test_random_steps_equal_frames_played_by_hand():
 
   frames, over = 0, 0
   for i in range(n):
-    # Environment i alone is seeded alike; its counter tells how many frames each of its steps took.
+    # Environment i alone has the same seed; its counter gives the frames of each of its steps.
     single = AtariEnv("Breakout", num_envs=1, seed=seed + i, life_loss_ends=False, skip=(low, high))
     pool = envpool.make_gymnasium("Breakout-v5", num_envs=1, seed=seed + i, **options)
     raw, _ = pool.reset()
@@ -311,7 +311,7 @@ FUNCTIONS = {
     ("catch?skip=2-6", ["takes no options", "write 'catch'"]),
   ],
 )
-def test_malformed_names_tell_the_fix(function, name, parts):
+def test_malformed_names_name_the_fix(function, name, parts):
   with pytest.raises(UserError) as error:
     function(name)
   message = str(error.value)

@@ -7,6 +7,7 @@ import pytest
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
+from jedi_jax.runs.tables import markdown_table
 
 
 def write(directory, *, env="atari/Pong", variant="jedi", preset="paper", seed=0, score=1.0, **changes):
@@ -109,7 +110,7 @@ def test_tables_and_csv_agree():
   assert len(games) == 27
   assert games[1][:3] == ["Alien", "227.8", "7127.7"]
   assert games[1][-1] == "-"
-  lines = report.markdown(games).splitlines()
+  lines = markdown_table(games).splitlines()
   assert {line.count("|") for line in lines} == {len(games[0]) + 1}
   tex = report.latex(rows)
   assert tex.startswith(r"\begin{tabular}{lrr")

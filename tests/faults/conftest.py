@@ -1,4 +1,4 @@
-"""What the fault tests share: pictures of directory trees that show whether anything was touched."""
+"""Fixtures of the fault tests: snapshots of directory trees, and command lines that are run in forks of one process."""
 
 import json
 import os
@@ -11,11 +11,12 @@ import pytest
 
 PROGRAMS = pathlib.Path(__file__).parents[2] / "experiments"
 LIMIT = 30
-"""Seconds that a refusal may take before it counts as a hang."""
+"""Seconds after which a command counts as hanging."""
 
 DRIVER = """
 import json, os, runpy, signal, sys, time, traceback
-import jedi_jax, jedi_jax.runs.sweep, jedi_jax.evaluation.report, jedi_jax.interop.diamond, jedi_jax.inspection.film
+import jedi_jax.training.loop, jedi_jax.runs.sweep, jedi_jax.evaluation.report
+import jedi_jax.interop.diamond, jedi_jax.inspection.film, orbax.checkpoint
 programs, limit, results, cases = json.load(sys.stdin)
 outcomes = []
 for i, (program, argv) in enumerate(cases):
@@ -59,7 +60,7 @@ json.dump(outcomes, sys.stdout)
 
 
 def picture(directory):
-  """Kind, permissions, time of change and contents of everything below a directory, by relative path."""
+  """Returns mode, modification time and contents of everything below a directory, by relative path."""
   seen = {}
   for folder, folders, files in os.walk(directory, followlinks=False):
     for name in (*folders, *files):
@@ -70,7 +71,7 @@ def picture(directory):
         try:
           with open(path, "rb") as file:
             contents = file.read()
-        except PermissionError:  # What the test may not read it cannot have changed either.
+        except PermissionError:  # A file that cannot be read cannot have been changed.
           contents = state.st_size
       elif stat.S_ISLNK(state.st_mode):
         contents = os.readlink(path)
@@ -80,15 +81,15 @@ def picture(directory):
 
 @pytest.fixture(scope="session")
 def tree():
-  """Takes a picture of a directory, to be compared with a later one."""
+  """Takes a snapshot of a directory, including modes and times."""
   return picture
 
 
 @pytest.fixture(scope="session")
 def commands(tmp_path_factory):
-  """Runs command lines, (program, words) each, in a directory: [status or 'hang', output, errors] of each.
+  """Runs command lines (program, flags) in a directory and returns [status or 'hang', stdout, stderr] of each.
 
-  One process imports the libraries and forks for every line: a process of its own would cost seconds.
+  One process imports the libraries and forks for every command line, since imports take seconds.
   """
 
   def run(cases, directory):

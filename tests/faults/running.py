@@ -1,4 +1,4 @@
-"""Runs of the training program in processes of their own, which can be hurt."""
+"""Runs the training program in subprocesses that tests can kill, and compares checkpoints."""
 
 import contextlib
 import pathlib
@@ -13,13 +13,13 @@ VICTIM, TRAIN = str(pathlib.Path(__file__).with_name("victim.py")), str(ROOT / "
 
 
 def command(flags, directory):
-  """The training program within `victim.py`."""
+  """Returns the command line of the training program in `victim.py`."""
   return [sys.executable, VICTIM, TRAIN, *flags, f"--workdir={directory}"]
 
 
 @contextlib.contextmanager
 def process(argv) -> Iterator[subprocess.Popen]:
-  """A process whose standard output and error are one stream of lines; it does not outlive the context."""
+  """Starts a process with stdout and stderr in one stream, and kills it at the end of the context."""
   with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1) as running:
     try:
       yield running
@@ -28,7 +28,7 @@ def process(argv) -> Iterator[subprocess.Popen]:
 
 
 def until(running, marker, count=1):
-  """Reads lines until a marker has come so many times; returns them, and whether it came."""
+  """Reads lines until a marker has appeared `count` times; returns the lines, and whether it has."""
   lines = []
   for line in running.stdout:
     lines.append(line.rstrip("\n"))
@@ -39,19 +39,19 @@ def until(running, marker, count=1):
 
 
 def to_the_end(argv):
-  """Runs a process to its end; returns its status and lines."""
+  """Runs a process to its end and returns its status and lines."""
   with process(argv) as running:
     lines, _ = until(running, None)
     return running.wait(), lines
 
 
 def newest(directory):
-  """The path of the newest checkpoint."""
+  """Returns the path of the newest checkpoint of a run."""
   return max((directory / "checkpoints" / "latest").iterdir(), key=lambda path: int(path.name))
 
 
 def arrays(path):
-  """All arrays of a checkpoint by name, but for the wall time."""
+  """Returns all arrays of a checkpoint by name, except the wall time."""
   found = checkpoint.read(path.parent, int(path.name))
   return {name: x for name, x in found.items() if name != "state/progress/seconds"}
 

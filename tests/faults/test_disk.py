@@ -1,4 +1,4 @@
-"""A disk without room, during saves and logs: a small file system in memory, which needs the right to mount one."""
+"""Saves and logs on a full disk: a small tmpfs, which needs the permission to mount."""
 
 import json
 import os
@@ -17,20 +17,20 @@ ROOM = 6 * 2**20
 
 @pytest.fixture
 def disk(tmp_path):
-  """A file system of 6 MiB."""
+  """Mounts a file system of 6 MiB."""
   path = tmp_path / "disk"
   path.mkdir()
   mounted = subprocess.run(
     ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", path], capture_output=True, check=False
   )
   if mounted.returncode:
-    pytest.skip(f"no right to mount: {mounted.stderr.decode().strip()}")
+    pytest.skip(f"no permission to mount: {mounted.stderr.decode().strip()}")
   yield path
   subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def fill(disk, left):
-  """Takes all room but so many bytes; returns the file that takes it."""
+  """Writes a file that leaves only `left` bytes free, and returns it."""
   space = os.statvfs(disk)
   file = disk / "others"
   with file.open("wb") as opened:
@@ -43,7 +43,7 @@ def save_and_wait(checkpoints, number, noise):
   checkpoints.wait()
 
 
-def test_a_save_without_room_keeps_the_one_before_and_the_next_with_room_succeeds(disk):
+def test_a_save_to_a_full_disk_keeps_the_earlier_one_and_a_later_one_succeeds(disk):
   noise = np.random.default_rng(0).integers(256, size=2**20, dtype=np.uint8)
   checkpoints = Checkpoints(disk / "latest", keep=2)
   save_and_wait(checkpoints, 1, noise)
@@ -60,8 +60,8 @@ def test_a_save_without_room_keeps_the_one_before_and_the_next_with_room_succeed
 
 
 @pytest.mark.parametrize("left", [60_000, 0])
-def test_a_run_whose_disk_fills_up_tells_and_loses_nothing(disk, tiny, finished_run, timeless, left):
-  """With a little room the logs go on and saves fail; without any the run stops."""
+def test_a_full_disk_is_reported_and_loses_nothing(disk, tiny, finished_run, timeless, left):
+  """With little space, saves fail and logs continue; without any, the run stops."""
   directory = disk / "run"
   argv = command(tiny.flags(), directory)
   with process(argv) as running:
@@ -70,11 +70,11 @@ def test_a_run_whose_disk_fills_up_tells_and_loses_nothing(disk, tiny, finished_
     file = fill(disk, left)
     lines, _ = until(running, None)
     status = running.wait()
-  told = [
+  reported = [
     line for line in lines if "No space left on device" in line and not line.startswith((" ", "ERROR", "ValueError"))
   ]
   assert status == USAGE_STATUS, lines
-  assert any(line.startswith(("WARNING: checkpoint", "train.py: ")) for line in told), lines
+  assert any(line.startswith(("WARNING: checkpoint", "train.py: ")) for line in reported), lines
   assert not (directory / "result.json").exists()
   file.unlink()
   status, lines = to_the_end(argv)

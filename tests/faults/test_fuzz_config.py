@@ -29,7 +29,7 @@ from jedi_jax import config as config_lib
 from jedi_jax.config import Config, make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.training import memory
 from jedi_jax.training.epoch import make_epoch
 from jedi_jax.training.parallel import Devices
@@ -83,6 +83,7 @@ PLAUSIBLE = {
   "env.name": ("catch",),
   "env.action_slots": ("0", "3", "5"),
   "encoder.patch": ("1", "2", "4", "3"),
+  "encoder.learns_from": ("prediction", "reward_end", "prediction,reward_end", "reward_end,reconstruction"),
   "denoiser.conditioning_frames": ("1", "2", "4"),
   "denoiser.targets": ("1", "2"),
   "sampler.num_steps": ("1", "2", "5"),
@@ -96,8 +97,8 @@ PLAUSIBLE = {
 }
 """Texts of plausible values; what is not listed draws them by its type."""
 
-ROWS = {name: [path for path in SETTINGS if path.startswith(f"{name}.") and SETTINGS[path].type is not str and
-               str(SETTINGS[path].type).startswith("tuple")]
+ROWS = {name: [path for path in SETTINGS if path.startswith(f"{name}.") and
+               SETTINGS[path].type in (tuple[int, ...], tuple[bool, ...])]
         for name in ("encoder", "denoiser", "reward_end", "actor_critic")}  # fmt: skip
 """Settings of one value a stage, which must be equally many."""
 

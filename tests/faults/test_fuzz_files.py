@@ -356,7 +356,7 @@ def test_a_sweep_refuses_damaged_results_and_metrics_by_name(tmp_path):
     for content in contents:
       (run.workdir / name).write_bytes(content)
       try:
-        sweep.table([sweep.look(run)])
+        sweep.table([sweep.run_status(run)])
         read += 1  # A sweep takes less from the files than a report does.
       except UserError as error:
         one_line(error, run.workdir / name)

@@ -1,4 +1,4 @@
-"""A run is killed and told to stop, again and again, and ends where an undisturbed one does, bit for bit."""
+"""Runs that are killed or stopped repeatedly end bit-equal to an undisturbed run."""
 
 import json
 import os
@@ -20,11 +20,11 @@ MANY_EPOCHS = {
   "evaluation.interval_epochs": 2,
   "checkpoint.interval_epochs": 1,
 }
-"""82 epochs, each with a checkpoint and every other one with an evaluation."""
+"""82 epochs with a checkpoint each, and an evaluation every second epoch."""
 
 
 def kill(running, moment, count, seconds):
-  """Kills a process some seconds after it has been at a moment so many times; returns its lines, and whether it was."""
+  """Kills a process some seconds after a marker's nth appearance; returns its lines, and whether it was killed."""
   lines, met = until(running, moment, count) if moment else ([], True)
   time.sleep(seconds)
   running.send_signal(signal.SIGKILL)
@@ -37,7 +37,7 @@ def half_saved(directory):
 
 
 def stop(running, number, moment, count):
-  """Sends a signal at a moment; returns the seconds until the end, the status and the last line."""
+  """Sends a signal at a marker's nth appearance; returns the seconds until the end, the status and the last line."""
   _, met = until(running, moment, count)
   assert met
   start = time.monotonic()
@@ -83,7 +83,7 @@ def test_thirty_kills_change_nothing(tmp_path, tiny, undisturbed, timeless):
     moment, longest = moments[kills % len(moments)]
     with process(argv) as running:
       lines, killed = kill(running, moment, int(generator.integers(1, 5)), generator.uniform(0.0, longest))
-    assert killed, lines  # 82 epochs are enough for 30 lives of at most four moments.
+    assert killed, lines  # 82 epochs suffice for 30 kills after at most four markers each.
     assert not any("Traceback" in line for line in lines), lines
     kills += 1
     met[moment] = met.get(moment, 0) + 1

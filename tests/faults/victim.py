@@ -1,4 +1,4 @@
-"""Runs a program as its user would, and says on standard output when it is where it can be hurt.
+"""Runs a program and prints a marker when it evaluates, begins an epoch or saves.
 
 python victim.py PROGRAM [--flags]
 """
@@ -11,19 +11,19 @@ from jedi_jax.runs import checkpoint
 from jedi_jax.training import loop
 
 
-def told(name, function):
-  """The function, which says its name before it begins."""
+def marked(name, function):
+  """Wraps a function to print a marker before each call."""
 
-  def telling(*args, **settings):
+  def wrapper(*args, **settings):
     print(f"<{name}>", flush=True)
     return function(*args, **settings)
 
-  return telling
+  return wrapper
 
 
-loop.evaluate = told("evaluating", loop.evaluate)
-loop.Trainer._run_epoch = told("epoch", loop.Trainer._run_epoch)
-checkpoint.Checkpoints.save = told("saving", checkpoint.Checkpoints.save)
+loop.evaluate = marked("evaluating", loop.evaluate)
+loop.Trainer.run_epoch = marked("epoch", loop.Trainer.run_epoch)
+checkpoint.Checkpoints.save = marked("saving", checkpoint.Checkpoints.save)
 
 sys.argv = sys.argv[1:]
 sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))

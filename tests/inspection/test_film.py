@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -63,6 +65,6 @@ def test_what_cannot_be_written_is_one_line(shot, tmp_path, monkeypatch):
 
 
 def test_without_a_decoder_there_is_no_film(agent, shot):
-  blind = type(agent)(agent.model._replace(decode=None), agent.params, agent.config)
+  blind = type(agent)(dataclasses.replace(agent.model, decode=None), agent.params, agent.config)
   with pytest.raises(UserError, match="probe"):
     film.shoot(blind, jax.tree.map(lambda x: x[:1], shot[0]))

@@ -6,7 +6,7 @@ from jedi_jax.agent import Agent
 from jedi_jax.config import override
 from jedi_jax.errors import UserError
 from jedi_jax.inspection import probe
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 
 
 @pytest.fixture(scope="module")

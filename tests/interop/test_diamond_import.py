@@ -10,7 +10,7 @@ from jedi_jax import config as config_lib
 from jedi_jax.agent import load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.interop import diamond
-from jedi_jax.models.variants import build
+from jedi_jax.models.build import build
 from jedi_jax.types import EnvSpec, Segment
 
 INFERRED = (*OVERRIDES, "reward_end.depths", "reward_end.attention", "reward_end.conditioning_width")

@@ -18,7 +18,7 @@ from jedi_jax import config as config_lib
 from jedi_jax.interop import diamond
 from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
-from jedi_jax.nn.blocks import zero_lstm_state
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.ops import edm, returns, sampler
 from jedi_jax.training import updates
 

@@ -21,6 +21,7 @@ from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.nn import blocks
 from jedi_jax.nn.denoiser import InnerNetwork
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.ops import edm
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
@@ -129,7 +130,7 @@ def test_reward_end_logits(loaded):
   config, _, params = loaded
   model = make_model(loaded).reward_end
   frames, following = nhwc(REFERENCE["rew_obs"]), nhwc(REFERENCE["rew_next_obs"])
-  state = blocks.zero_lstm_state(2, config.reward_end.lstm_width)
+  state = zero_lstm_state(2, config.reward_end.lstm_width)
   rewards, ends, state = jax.jit(model.predict)(params["reward_end"], frames, actions("rew_act"), following, state)
   close(rewards, "rew_logits_rew")
   close(ends, "rew_logits_end")
@@ -140,7 +141,7 @@ def test_reward_end_logits(loaded):
 def test_actor_critic(loaded):
   config, _, params = loaded
   actor_critic = make_model(loaded).actor_critic
-  state = blocks.zero_lstm_state(2, config.actor_critic.lstm_width)
+  state = zero_lstm_state(2, config.actor_critic.lstm_width)
   logits, values, state = jax.jit(actor_critic.apply)(params["actor_critic"], nhwc(REFERENCE["ac_obs"]), state)
   close(logits, "ac_logits")
   close(values, "ac_values")

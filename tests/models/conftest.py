@@ -7,32 +7,17 @@ import numpy as np
 import pytest
 
 from jedi_jax.models import actor_critic as actor_critic_lib
-from jedi_jax.models import codecs, variants
+from jedi_jax.models import codecs
 from jedi_jax.models import dynamics as dynamics_lib
 from jedi_jax.models import reward_end as reward_end_lib
+from jedi_jax.models.base import Model, Parts
+from jedi_jax.models.compose import compose
 from jedi_jax.nn.denoiser import InnerNetwork
-from jedi_jax.types import EnvSpec, Segment
+from jedi_jax.types import Compute, EnvSpec, Segment
 
 NETWORK = InnerNetwork(3, (8,), (0,), (False,), conditioning_width=8, lowering="matmul_gradient")
-TARGETS = {
-  "conditioning_frames": 2,
-  "targets": 2,
-  "switching": "random",
-  "sigma_data": 0.5,
-  "follow_scale": False,
-}
-DIFFUSION = {
-  "target": "latent",
-  "offset_noise": 0.3,
-  "sigma_log_mean": -0.4,
-  "sigma_log_std": 1.2,
-  "sigma_min": 2e-3,
-  "sigma_max": 20.0,
-  "sampler_sigmas": (5.0, 0.5, 0.0),
-  "sampler_gammas": (0.0, 0.0),
-  "sampler_order": 1,
-  "churn_noise": 1.0,
-}
+TARGETS = {"conditioning_frames": 2, "targets": 2}
+SCHEDULE = dynamics_lib.Schedule((5.0, 0.5, 0.0))
 
 
 class World(NamedTuple):
@@ -42,7 +27,7 @@ class World(NamedTuple):
   dynamics: dynamics_lib.Dynamics
   reward_end: reward_end_lib.RewardEnd
   actor_critic: actor_critic_lib.ActorCritic
-  model: variants.Model
+  model: Model
   params: dict
 
 
@@ -68,20 +53,14 @@ def random_params():
 
 @pytest.fixture(scope="session")
 def make_dynamics():
-  """From a codec and what differs from `TARGETS` and `DIFFUSION` to diffusion."""
-  return lambda codec, **changes: dynamics_lib.diffusion(codec, NETWORK, **{**TARGETS, **DIFFUSION, **changes})
-
-
-@pytest.fixture(scope="session")
-def make_regression():
-  """From a codec and what differs from `TARGETS` to regression."""
-  return lambda codec, **changes: dynamics_lib.regression(codec, NETWORK, **{**TARGETS, **changes})
+  """From a codec and what differs from `TARGETS` and `SCHEDULE` to diffusion."""
+  return lambda codec, **changes: dynamics_lib.diffusion(codec, NETWORK, **{**TARGETS, "schedule": SCHEDULE, **changes})
 
 
 @pytest.fixture(scope="session")
 def world(random_params, make_dynamics):
   spec = EnvSpec(num_actions=3, observation_shape=(16, 16, 3))
-  common = {"lowering": "matmul_gradient", "dtype": jnp.float32}
+  common = {"compute": Compute(lowering="matmul_gradient")}
   codec = codecs.learned(
     (16, 16, 3), channels=(4, 4), downsample=(True, True), patch=1, clamp=3.0, clamp_estimate=True, chunk=0, **common
   )
@@ -103,23 +82,20 @@ def world(random_params, make_dynamics):
     channels=(),
     downsample=(),
     lstm_width=5,
-    gamma=0.9,
-    lambda_=0.8,
-    entropy_weight=0.01,
-    value_weight=0.5,
+    objective=actor_critic_lib.Objective(gamma=0.9, lambda_=0.8, entropy_weight=0.01, value_weight=0.5),
     **common,
   )
-  model = variants.compose(
-    spec,
-    codec,
-    dynamics,
-    reward_end,
-    actor_critic,
-    conditioning_frames=2,
-    targets=2,
-    horizon=3,
-    denoiser_trains=("encoder", "denoiser"),
-    reward_end_trains=("encoder", "reward_end"),
+  model = compose(
+    Parts(
+      spec=spec,
+      codec=codec,
+      dynamics=dynamics,
+      reward_end=reward_end,
+      actor_critic=actor_critic,
+      conditioning_frames=2,
+      targets=2,
+      horizon=3,
+    )
   )
   return World(codec, dynamics, reward_end, actor_critic, model, random_params(model.init))
 

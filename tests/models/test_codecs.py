@@ -23,8 +23,6 @@ def small(*, clamp=3.0, clamp_estimate=True, chunk=0):
     clamp=clamp,
     clamp_estimate=clamp_estimate,
     chunk=chunk,
-    lowering="lax",
-    dtype=jnp.float32,
   )
 
 

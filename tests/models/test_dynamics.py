@@ -1,3 +1,4 @@
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from jedi_jax.models import codecs
-from jedi_jax.models.dynamics import DenoisingNoise, SampleNoise, switch
+from jedi_jax.models.dynamics import DenoisingNoise, NoiseLevels, SampleNoise, Schedule, switch
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
 
@@ -227,7 +228,7 @@ def test_a_perfect_estimate_has_no_loss_where_estimates_are_clamped(jit, make_dy
 
 
 def test_every_element_of_a_batch_has_noise_of_its_own_key(jit, make_dynamics):
-  dynamics = make_dynamics(make_codec(), switching="always_denoiser", sigma_min=0.5, sigma_max=0.8)
+  dynamics = make_dynamics(make_codec(), switching="always_denoiser", levels=NoiseLevels(sigma_min=0.5, sigma_max=0.8))
   keys = jax.random.split(jax.random.key(0), 5)
   draw = jit(dynamics.training_noise)
   noise = draw(keys, jax.random.key(1), jnp.int32(0))
@@ -245,7 +246,7 @@ def test_every_element_of_a_batch_has_noise_of_its_own_key(jit, make_dynamics):
 
 @pytest.mark.parametrize("churn", [False, True])
 def test_noise_of_samples_has_time_first_and_churn_where_it_is_needed(jit, make_dynamics, churn):
-  dynamics = make_dynamics(make_codec(), sampler_gammas=(0.0, 0.3 if churn else 0.0))
+  dynamics = make_dynamics(make_codec(), schedule=Schedule((5.0, 0.5, 0.0), gammas=(0.0, 0.3 if churn else 0.0)))
   keys = jax.random.split(jax.random.key(0), 5)
   draw = jit(dynamics.sample_noise, static_argnums=1)
   noise = draw(keys, 3)
@@ -257,9 +258,26 @@ def test_noise_of_samples_has_time_first_and_churn_where_it_is_needed(jit, make_
 # ---- Sampling ----
 
 
+@pytest.mark.parametrize("target", ["latent", "change"])
+def test_a_sampler_of_ones_own_gives_the_same_sample(jit, make_dynamics, random_params, target):
+  dynamics = make_dynamics(make_codec(), target=target)
+  params = random_params(dynamics.init)
+  past, actions, start = normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 0]]), normal(B, *SHAPE, seed=1)
+
+  def euler(params):
+    x, sigmas = start, (5.0, 0.5, 0.0)
+    for sigma, following in itertools.pairwise(sigmas):
+      estimate = dynamics.denoise(params, x, jnp.full((B,), sigma), past, actions)
+      x = x + (x - estimate) / sigma * (following - sigma)
+    return dynamics.denormalise(params, x, past[:, -1])
+
+  expected = jit(dynamics.sample)(params, past, actions, SampleNoise(start, None))
+  np.testing.assert_allclose(jit(euler)(params), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_sampling_integrates_quantised_estimates_with_scaled_churn(jit, case, make_dynamics):
   sigmas, gammas = (2.0, 0.5, 0.0), (0.25, 0.0)
-  dynamics = make_dynamics(make_codec(), sampler_sigmas=sigmas, sampler_gammas=gammas, sampler_order=2, churn_noise=0.7)
+  dynamics = make_dynamics(make_codec(), schedule=Schedule(sigmas, 2, gammas, 0.7))
   past, actions = normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 0]])
   noise = SampleNoise(normal(B, *SHAPE, seed=1), normal(B, 2, *SHAPE, seed=2))
   actual = jit(dynamics.sample)(case.params, past, actions, noise)
@@ -276,58 +294,12 @@ def test_sampling_integrates_quantised_estimates_with_scaled_churn(jit, case, ma
 
 
 def test_a_sample_of_one_step_is_the_estimate(jit, case, make_dynamics):
-  dynamics = make_dynamics(make_codec(), sampler_sigmas=(1.5, 0.0), sampler_gammas=(0.0,))
+  dynamics = make_dynamics(make_codec(), schedule=Schedule((1.5, 0.0)))
   past, actions, start = normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 0]]), normal(B, *SHAPE, seed=1)
   actual = jit(dynamics.sample)(case.params, past, actions, SampleNoise(start, None))
   estimate, _ = case.denoise(start, jnp.full((B,), 1.5), past, actions)
   np.testing.assert_allclose(actual, quantise(estimate), rtol=1e-3, atol=1e-4)
   assert np.max(np.abs(actual)) <= SCALE
-
-
-@pytest.mark.parametrize("kind", ["diffusion", "regression"])
-def test_the_scale_of_latents_does_not_matter_where_it_is_followed(
-  jit, make_dynamics, make_regression, random_params, kind
-):
-  codec = make_codec(clamp=lambda z: z, quantise=lambda z: z)
-  make = make_dynamics if kind == "diffusion" else make_regression
-  plain, following = make(codec), make(codec, follow_scale=True)
-  params = random_params(plain.init)
-  assert set(jax.eval_shape(following.init, jax.random.key(0))) == {*params, "latent_std"}
-  batch = make_batch(True)
-  noise = batch.noise if kind == "diffusion" else batch.noise.use_estimate
-  drawn = jax.tree.map(
-    lambda x: x[0], jit(lambda keys: plain.sample_noise(keys, 1))(jax.random.split(jax.random.key(0), B))
-  )
-  past, actions = batch.inputs[:, :L], batch.actions[:, :L]
-
-  def results(dynamics, params, factor):
-    losses = dynamics.losses(params, factor * batch.inputs, factor * batch.clean, batch.actions, batch.mask, noise)
-    terms = [losses.terms[f"denoising_{i}"].values for i in range(N)]
-    return terms, dynamics.sample(params, factor * past, actions, drawn) / factor
-
-  expected = jit(lambda: results(plain, params, 1.0))()
-  for factor in (1.0, 0.2):
-    scaled = {**params, "latent_std": jnp.asarray(factor * SIGMA_DATA)}
-    got = jit(lambda scaled=scaled, factor=factor: results(following, scaled, factor))()
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-      np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
-    last = factor * past[:, -1]
-    np.testing.assert_allclose(
-      following.normalise(scaled, factor * batch.clean[:, 0], last),
-      plain.normalise(params, batch.clean[:, 0], past[:, -1]),
-      rtol=1e-4,
-      atol=1e-5,
-    )
-
-
-def test_the_clamp_acts_on_latents_not_on_their_units(jit, make_dynamics, random_params):
-  dynamics = make_dynamics(
-    make_codec(quantise=lambda z: z), follow_scale=True, sampler_sigmas=(5.0, 0.0), sampler_gammas=(0.0,)
-  )
-  params = {**random_params(dynamics.init), "latent_std": jnp.asarray(20.0)}
-  drawn = jax.tree.map(lambda x: x[0], dynamics.sample_noise(jax.random.split(jax.random.key(0), B), 1))
-  sample = jit(dynamics.sample)(params, 40 * normal(B, L, *SHAPE), jnp.zeros((B, L), jnp.int32), drawn)
-  assert SCALE * 0.8 < np.max(np.abs(sample)) <= SCALE
 
 
 def test_wrong_shapes_are_refused(case):

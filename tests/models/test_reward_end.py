@@ -3,8 +3,6 @@ import numpy as np
 import optax
 import pytest
 
-from jedi_jax.models.reward_end import confusion
-
 B, T = 2, 3
 REWARDS = jnp.asarray([[-2.5, 0.0, 7.0], [0.0, 1.0, -0.1]])
 ENDS = jnp.asarray([[False, False, True], [True, False, False]])
@@ -54,14 +52,6 @@ def test_confusion_counts_the_real_transitions(outcome):
       expected[labels[b, t], logits[b, t].argmax()] += 1
     np.testing.assert_array_equal(losses.metrics[f"{name}_confusion"], expected)
     assert expected.sum() == 4
-
-
-def test_confusion_by_hand():
-  labels = jnp.asarray([0, 0, 1, 1])
-  logits = jnp.asarray([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
-  # Of class 0 one is right, one wrong; of class 1 both are right, and one counts half.
-  counts = confusion(labels, logits, jnp.asarray([1.0, 1.0, 1.0, 0.5]))
-  np.testing.assert_array_equal(counts, [[1, 1], [0, 1.5]])
 
 
 def test_labels_of_another_shape_are_refused(world, inputs):

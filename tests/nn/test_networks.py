@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
 from jedi_jax.nn.denoiser import InnerNetwork
-from jedi_jax.nn.encoder import soft_clamp
+from jedi_jax.nn.encoder import EncoderNetwork
+from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.nn.reward_end import RewardEndNetwork
 from jedi_jax.types import LstmState
 
@@ -25,28 +25,39 @@ def normal(*shape, seed=0):
 
 
 def inner(dtype=jnp.float32):
-  network = InnerNetwork(A, (8,), (1,), (False,), conditioning_width=8, dtype=dtype)
+  network = InnerNetwork(
+    num_actions=A, channels=(8,), depths=(1,), attention=(False,), conditioning_width=8, dtype=dtype
+  )
   arguments = (normal(B, *SHAPE), normal(B), normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 3]]))
   return network, arguments
 
 
 def reward_end(dtype=jnp.float32, downsample=False):
-  network = RewardEndNetwork(A, (8, 8), (1, 0), (False, False), downsample, 8, LSTM, dtype=dtype)
+  network = RewardEndNetwork(
+    num_actions=A,
+    channels=(8, 8),
+    depths=(1, 0),
+    attention=(False, False),
+    downsample=downsample,
+    conditioning_width=8,
+    lstm_width=LSTM,
+    dtype=dtype,
+  )
   actions = jnp.asarray([[0, 1, 2], [3, 2, 1]])
   frames, following = normal(B, T, *SHAPE), normal(B, T, *SHAPE, seed=1)
   return network, (frames, actions, following, LstmState(normal(B, LSTM), normal(B, LSTM, seed=1)))
 
 
 def actor_critic(dtype=jnp.float32, channels=(), downsample=()):
-  network = ActorCriticNetwork(A, channels, downsample, LSTM, dtype=dtype)
+  network = ActorCriticNetwork(num_actions=A, channels=channels, downsample=downsample, lstm_width=LSTM, dtype=dtype)
   return network, (normal(B, T, *SHAPE), LstmState(normal(B, LSTM), normal(B, LSTM, seed=1)))
 
 
-def stack(dtype=jnp.float32):
-  return blocks.ConvStack((4, 4), (True, False), dtype=dtype), (normal(B, *SHAPE),)
+def encoder(dtype=jnp.float32):
+  return EncoderNetwork(channels=(4, 4), downsample=(True, False), dtype=dtype), (normal(B, *SHAPE),)
 
 
-NETWORKS = {"inner": inner, "reward_end": reward_end, "actor_critic": actor_critic, "stack": stack}
+NETWORKS = {"inner": inner, "reward_end": reward_end, "actor_critic": actor_critic, "encoder": encoder}
 
 
 @functools.cache
@@ -67,7 +78,7 @@ def test_bfloat16_is_for_activations_only(name):
     lambda params: network.apply(params, *arguments, capture_intermediates=True, mutable=["intermediates"]), params
   )
   # Latents are cast by the codec, everything else by its network.
-  if name != "stack":
+  if name != "encoder":
     assert {leaf.dtype for leaf in jax.tree.leaves(output)} == {jnp.dtype(jnp.float32)}
   inside = {
     jax.tree_util.keystr(path): leaf.dtype
@@ -176,7 +187,7 @@ def test_the_actor_critic_runs_step_by_step_and_forgets_on_demand():
   # Forgetting after frame 1 makes frame 2 the first.
   keep = jnp.asarray([[1.0, 0.0, 1.0]] * B)
   forgetful, _, _ = apply(params, frames, state, keep)
-  fresh, _, _ = apply(params, frames[:, 2:], blocks.zero_lstm_state(B, LSTM))
+  fresh, _, _ = apply(params, frames[:, 2:], zero_lstm_state(B, LSTM))
   np.testing.assert_allclose(forgetful[:, :2], logits[:, :2], rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(forgetful[:, 2], fresh[:, 0], rtol=1e-4, atol=1e-5)
 
@@ -200,16 +211,3 @@ def test_wrong_shapes_are_refused():
   network, (frames, state) = actor_critic()
   with pytest.raises(AssertionError):
     jax.eval_shape(network.init, key, frames[:, 0], state)
-
-
-def test_a_soft_clamp_is_odd_bounded_monotone_and_the_identity_near_zero():
-  z = jnp.linspace(-30, 30, 601)
-  clamped = np.asarray(soft_clamp(z, 3.0))
-  assert (np.abs(clamped) <= 3).all()
-  assert (np.diff(clamped) > -1e-6).all()
-  np.testing.assert_allclose(clamped, -clamped[::-1], atol=1e-5)
-  np.testing.assert_allclose(jax.grad(lambda z: soft_clamp(z, 3.0))(0.0), 1)
-  # tanh(1) at z = s; twice is not once.
-  np.testing.assert_allclose(soft_clamp(jnp.asarray(3.0), 3.0), 3 * np.tanh(1), rtol=1e-6)
-  assert soft_clamp(soft_clamp(jnp.asarray(3.0), 3.0), 3.0) < 3 * np.tanh(1)
-  np.testing.assert_array_equal(soft_clamp(z, 0.0), z)

@@ -23,7 +23,18 @@ def returns(rewards, ends=None, truncated=None, *, bootstrap, gamma, lambda_):
   ends = np.zeros_like(rewards) if ends is None else np.asarray(ends)
   truncated = np.zeros_like(rewards) if truncated is None else np.asarray(truncated)
   batch = [x[None] for x in (rewards, ends, truncated, bootstrap)]
-  return np.asarray(jitted(*batch, gamma=gamma, lambda_=lambda_))[0]
+  return with_truncations(*batch, gamma=gamma, lambda_=lambda_)[0]
+
+
+def with_truncations(rewards, ends, truncated, bootstrap, *, gamma, lambda_):
+  """Returns [B, T] of sequences that are cut after truncated steps, each part by itself."""
+  expected = []
+  for row in zip(rewards, ends, bootstrap, truncated, strict=True):
+    cuts = np.flatnonzero(row[-1][:-1]) + 1
+    parts = zip(*(np.split(x, cuts) for x in row[:-1]), strict=True)
+    parts = [jitted(*(x[None] for x in part), gamma=gamma, lambda_=lambda_)[0] for part in parts]
+    expected.append(np.concatenate(parts))
+  return np.stack(expected)
 
 
 def loop(rewards, ends, truncated, bootstrap, gamma, lambda_):
@@ -82,7 +93,7 @@ def test_an_end_outweighs_a_truncation():
 )
 def test_it_equals_a_plain_loop(rewards, bootstrap, ends, truncated, factors):
   gamma, lambda_ = factors
-  actual = jitted(rewards, ends, truncated, bootstrap, gamma=gamma, lambda_=lambda_)
+  actual = with_truncations(rewards, ends, truncated, bootstrap, gamma=gamma, lambda_=lambda_)
   np.testing.assert_allclose(actual, loop(rewards, ends, truncated, bootstrap, gamma, lambda_), rtol=1e-4, atol=1e-4)
 
 
@@ -92,10 +103,10 @@ def test_it_equals_diamond():
     ends, truncated, expected = data["lam_end"], data["lam_trunc"], data["lam_returns"]
   assert ends.any()
   assert truncated.any()
-  actual = jitted(rewards, ends, truncated, bootstrap, gamma=0.985, lambda_=0.95)
+  actual = with_truncations(rewards, ends, truncated, bootstrap, gamma=0.985, lambda_=0.95)
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
 def test_arrays_of_different_shapes_are_refused():
   with pytest.raises(AssertionError):
-    lambda_returns(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 4)), gamma=0.9, lambda_=0.9)
+    lambda_returns(np.zeros((2, 3)), np.zeros((2, 3)), np.zeros((2, 4)), gamma=0.9, lambda_=0.9)

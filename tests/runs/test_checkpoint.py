@@ -1,4 +1,6 @@
+import logging
 import shutil
+import sys
 from typing import NamedTuple
 
 import jax
@@ -20,7 +22,7 @@ def params():
 
 
 def odd():
-  """Scalars, all the dtypes of a run, tuples, named tuples, numbered entries, nothing."""
+  """Scalars, all dtypes of a run, tuples, named tuples, lists, empty nodes."""
   return {
     "scalar": np.asarray(7, np.int32),
     "double": np.asarray([1.0 + 2**-50, -np.inf]),
@@ -74,7 +76,7 @@ def test_round_trip_of_odd_trees(saved):
 
 
 @pytest.mark.parametrize("large", [1, 16])
-def test_round_trip_of_arrays_that_are_stored_by_themselves(tmp_path, monkeypatch, large):
+def test_round_trip_of_large_arrays(tmp_path, monkeypatch, large):
   monkeypatch.setattr(checkpoint, "_LARGE", large)
   checkpoints = Checkpoints(tmp_path, keep=2)
   state = {**odd(), "large/array": np.arange(1_000)}
@@ -113,7 +115,7 @@ def test_the_newest_are_kept(tmp_path):
   assert checkpoints.latest() is None
   for number in (1, 2, 5):
     checkpoints.save(number, params={"x": np.full(3, number, np.float32)})
-  checkpoints.save(5, params={"x": np.zeros(3, np.float32)})  # There already: left as it is.
+  checkpoints.save(5, params={"x": np.zeros(3, np.float32)})  # It exists: nothing is saved.
   checkpoints.wait()
   assert checkpoints.latest() == 5
   checkpoints.close()
@@ -180,7 +182,7 @@ def truncate(path):
 
 
 def flip(path):
-  """Flips a bit of what is largest: the data, which storage reads back without a complaint."""
+  """Flips a bit of the largest file, the data, which the storage layer reads without an error."""
   largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
   data = bytearray(largest.read_bytes())
   data[len(data) // 2] ^= 0x10
@@ -198,7 +200,7 @@ def empty(path):
 
 
 def replace(path):
-  """As another configuration would have written it."""
+  """Replaces a checkpoint by one of another configuration."""
   shutil.rmtree(path)
   other = Checkpoints(path.parent.with_name("other"), keep=9)
   other.save(int(path.name), params={"net": {"kernel": np.zeros((3, 3), np.float32)}}, state=odd())
@@ -214,7 +216,7 @@ def numbered_state(number):
 
 
 def numbered(directory, *numbers):
-  """Checkpoints whose states have their number, and most of whose bytes are noise."""
+  """Saves checkpoints whose states hold their number; most bytes are noise."""
   checkpoints = Checkpoints(directory, keep=9)
   for number in numbers:
     checkpoints.save(number, params=params(), state=numbered_state(number))
@@ -225,28 +227,28 @@ LIKE = {"params": shapes(params()), "state": shapes(numbered_state(0))}
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, remove_one, empty, replace])
-def test_the_newest_whole_checkpoint_is_used_and_damaged_ones_are_set_aside(tmp_path, harm):
+def test_the_newest_valid_checkpoint_is_used_and_damaged_ones_are_moved(tmp_path, harm):
   numbered(tmp_path / "latest", 2, 4, 6)
   for number in ("4", "6"):
     harm(tmp_path / "latest" / number)
-  checkpoints, said = Checkpoints(tmp_path / "latest", keep=9), []
-  restored = checkpoints.restore_newest(**LIKE, log=said.append)
+  checkpoints, logged = Checkpoints(tmp_path / "latest", keep=9), []
+  restored = checkpoints.restore_newest(**LIKE, log=logged.append)
   assert restored.number == restored.state["number"] == 2
   assert_same(restored.params, params())
-  assert [f"checkpoint {number}" in line for number, line in zip("64", said, strict=True)] == [True, True]
-  assert all("\n" not in line and "checkpoint 2 is used" in line for line in said)
+  assert [f"checkpoint {number}" in line for number, line in zip("64", logged, strict=True)] == [True, True]
+  assert all("\n" not in line and "checkpoint 2 is used" in line for line in logged)
   assert sorted(p.name for p in (tmp_path / "damaged").iterdir()) == ["latest_4", "latest_6"]
-  # The run goes on from there, and writes the same numbers again.
+  # A resumed run saves the same numbers again.
   assert checkpoints.latest() == 2
   checkpoints.save(4, params=params(), state=numbered_state(40))
   checkpoints.wait()
-  restored = checkpoints.restore_newest(**LIKE, log=said.append)
-  assert (restored.number, int(restored.state["number"]), len(said)) == (4, 40, 2)
+  restored = checkpoints.restore_newest(**LIKE, log=logged.append)
+  assert (restored.number, int(restored.state["number"]), len(logged)) == (4, 40, 2)
   checkpoints.close()
 
 
 @pytest.mark.parametrize("harm", [truncate, flip, remove_one, empty, replace])
-def test_nothing_is_changed_where_no_checkpoint_is_whole(tmp_path, harm):
+def test_nothing_is_changed_without_a_valid_checkpoint(tmp_path, harm):
   numbered(tmp_path / "latest", 2, 4)
   for number in ("2", "4"):
     harm(tmp_path / "latest" / number)
@@ -257,13 +259,13 @@ def test_nothing_is_changed_where_no_checkpoint_is_whole(tmp_path, harm):
   assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_there_is_no_newest_where_there_is_none(tmp_path):
+def test_restoring_from_an_empty_directory_returns_none(tmp_path):
   checkpoints = Checkpoints(tmp_path / "latest", keep=1)
   assert checkpoints.restore_newest(params=params(), state=odd(), log=pytest.fail) is None
   checkpoints.close()
 
 
-def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(tmp_path, caplog):
+def test_parameters_are_loaded_from_the_newest_valid_checkpoint_with_a_warning(tmp_path, caplog):
   numbered(tmp_path, 1, 2)
   shutil.rmtree(tmp_path / "2" / "params")
   assert_same(load_params(tmp_path, shapes(params())), params())
@@ -271,20 +273,30 @@ def test_parameters_are_loaded_from_the_newest_whole_checkpoint_with_a_warning(t
   assert "an older one is used" in caplog.text
 
 
-def test_a_checkpoint_from_before_arrays_were_packed_is_read(tmp_path, monkeypatch):
-  with monkeypatch.context() as patch:
-    patch.setattr(checkpoint, "_pack", lambda arrays: {**arrays, "crc32": checkpoint._checksums(arrays)})
-    numbered(tmp_path, 1)
-  assert_same(load_params(tmp_path, shapes(params())), params())
+def without_packing(arrays):
+  return {**arrays, "crc32": checkpoint._checksums(arrays)}
 
 
-def test_a_checkpoint_without_checksums_is_refused(tmp_path, monkeypatch):
-  monkeypatch.setattr(checkpoint, "_pack", dict)
+@pytest.mark.parametrize("pack", [dict, without_packing])
+def test_a_checkpoint_without_packing_or_checksums_is_refused(tmp_path, monkeypatch, pack):
+  monkeypatch.setattr(checkpoint, "_pack", pack)
   numbered(tmp_path, 1)
-  refused(lambda: load_params(tmp_path, shapes(params())), "checkpoint 1", "has no checksums")
+  refused(lambda: load_params(tmp_path, shapes(params())), "checkpoint 1", "is damaged", "checksums")
 
 
-def test_a_save_that_fails_keeps_what_there_was_and_the_next_succeeds(tmp_path, monkeypatch):
+def test_reading_logs_nothing(saved, caplog):
+  load_params(saved, shapes(params()))
+  checkpoint.read(saved, 3)
+  assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_missing_orbax_is_one_line(saved, monkeypatch):
+  monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+  refused(lambda: load_params(saved, shapes(params())), "pip install orbax-checkpoint")
+  refused(lambda: Checkpoints(saved, keep=1), "pip install orbax-checkpoint")
+
+
+def test_a_failed_save_keeps_earlier_checkpoints_and_the_next_save_succeeds(tmp_path, monkeypatch):
   numbered(tmp_path, 1)
   checkpoints = Checkpoints(tmp_path, keep=9)
 

@@ -8,33 +8,33 @@ from jedi_jax.runs.console import Console
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_a_stream_that_takes_nothing_does_not_end_a_run(live, monkeypatch):
-  stream = open("/dev/full", "w")  # noqa: SIM115 - closing fails as well.
-  progress = Console(stream, interval=0.0)
-  progress._live = live
+def test_write_errors_are_ignored(live, monkeypatch):
+  stream = open("/dev/full", "w")  # noqa: SIM115 - closing fails too.
+  console = Console(stream, interval=0.0)
+  console._live = live
   monkeypatch.setattr(os, "get_terminal_size", lambda _: os.terminal_size((80, 24)))
   for _ in range(2):
-    progress.show("task", 1, 2)
-    progress.log("text")
+    console.show("task", 1, 2)
+    console.log("text")
   with pytest.raises(OSError, match="No space left"):
     stream.close()
 
 
-def test_progress_prints_plain_lines_every_so_often(monkeypatch):
+def test_progress_prints_plain_lines_at_intervals(monkeypatch):
   now = [100.0]
   monkeypatch.setattr(time, "monotonic", lambda: now[0])
   stream = io.StringIO()
-  progress = Console(stream, interval=30.0)
+  console = Console(stream, interval=30.0)
   for i in range(70):
-    progress.show("collecting", i, 70)
+    console.show("collecting", i, 70)
     now[0] += 1.0
-  progress.log("done")
+  console.log("done")
   assert stream.getvalue().splitlines() == ["collecting 0/70", "collecting 30/70", "collecting 60/70", "done"]
   assert "\r" not in stream.getvalue()
 
 
 class Terminal(io.StringIO):
-  """A terminal's stream; `screen` plays what was written on lines of `columns`."""
+  """A terminal with lines of `columns` characters; `screen` returns its contents."""
 
   columns = 80
 
@@ -68,20 +68,20 @@ def terminal(monkeypatch, columns):
 
 def test_progress_rewrites_one_line_on_a_terminal(monkeypatch):
   stream = terminal(monkeypatch, 120)
-  progress = Console(stream)
+  console = Console(stream)
   for i in range(1001):
-    progress.show("updates", i, 1000, "(denoiser)")
+    console.show("updates", i, 1000, "(denoiser)")
   assert stream.screen() == ["[####################] updates 1,000/1,000 (denoiser)"]
-  progress.show("empty", 0, 0)
+  console.show("empty", 0, 0)
   assert stream.screen() == ["[....................] empty 0/0"]
-  progress.log("epoch 1")
+  console.log("epoch 1")
   assert stream.screen() == ["epoch 1", ""]
 
 
 @pytest.mark.parametrize("columns", [80, 200])
 def test_progress_clears_exactly_its_line(monkeypatch, columns):
   stream = terminal(monkeypatch, columns)
-  progress = Console(stream)
-  progress.show("updates", 1, 2, "x" * 150)
-  progress.log("epoch 1")
+  console = Console(stream)
+  console.show("updates", 1, 2, "x" * 150)
+  console.log("epoch 1")
   assert stream.screen() == ["epoch 1", ""]

@@ -9,9 +9,9 @@ import pytest
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.runs import sweep, workdir
-from jedi_jax.runs.sweep import RunState
+from jedi_jax.runs.sweep import RunStatus
 
-# Stands in for experiments/train.py: as many seconds as told, then the files of a run.
+# Replaces experiments/train.py: sleeps for SECONDS, then writes the files of a run.
 TRAIN = """
 import json, pathlib, sys, time
 flags = dict(text[2:].split("=", 1) for text in sys.argv[1:] if text.startswith("--"))
@@ -48,7 +48,7 @@ def make_plan(out, **changes):
   return sweep.plan(out, **{**arguments, **changes})
 
 
-def test_a_plan_has_every_game_before_the_second_seed(tmp_path):
+def test_a_plan_has_all_games_of_a_seed_before_the_next_seed(tmp_path):
   plan = make_plan(
     tmp_path, games=["Pong", "catch", "Pong"], variants=["jedi", "diamond"], overrides=["actor_critic.horizon=3"]
   )
@@ -71,7 +71,7 @@ def test_atari100k_is_its_games(tmp_path):
 @pytest.mark.parametrize("changes", [
   {"games": ["Pomg"]}, {"variants": ["jedy"]}, {"preset": "papr"}, {"games": []}, {"overrides": ["horizon=3"]},
 ])  # fmt: skip
-def test_plans_that_cannot_be_are_refused(tmp_path, changes):
+def test_invalid_plans_are_refused(tmp_path, changes):
   with pytest.raises(UserError):
     make_plan(tmp_path, **changes)
 
@@ -87,11 +87,11 @@ def test_packs_hold_games_that_can_share_a_program(tmp_path):
   assert {run.config.env.action_slots for run in plan} == {18}  # Boxing's.
   command = sweep.command(packs[0], pathlib.Path("train.py"))
   assert {"--env=atari/Pong,atari/Breakout", "--seed=0", f"--workdir={tmp_path / 'jedi'}"} < set(command)
-  # That is where the program puts them.
+  # The training program uses the same paths.
   assert [run.workdir for run in packs[0]] == [tmp_path / "jedi" / workdir.place(run.config) for run in packs[0]]
 
 
-def test_how_many_runs_fit_is_asked_of_the_program(tmp_path):
+def test_the_program_reports_how_many_runs_fit(tmp_path):
   [run] = make_plan(tmp_path, seeds=1)
   program = tmp_path / "train.py"
   program.write_text("import sys; assert '--fit' in sys.argv; print('one run: ...'); print('runs that fit: 3')")
@@ -110,64 +110,64 @@ def finish(plan, train, workers=1):
   return most
 
 
-def test_runs_are_trained_so_many_at_a_time(tmp_path, train):
+def test_workers_limit_the_runs_at_a_time(tmp_path, train):
   plan = make_plan(tmp_path / "out", seeds=3)
-  assert [sweep.look(run).name for run in plan] == ["waiting"] * 3
+  assert [sweep.run_status(run).name for run in plan] == ["waiting"] * 3
   assert finish(plan, train(), workers=2) == 2
-  states = [sweep.look(run) for run in plan]
-  assert [(state.name, state.progress, state.return_, state.seconds) for state in states] == [
+  statuses = [sweep.run_status(run) for run in plan]
+  assert [(status.name, status.progress, status.return_, status.seconds) for status in statuses] == [
     ("finished", 1.0, 0.0, 60.0), ("finished", 1.0, 1.0, 60.0), ("finished", 1.0, 2.0, 60.0)
   ]  # fmt: skip
-  assert sweep.table(states).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
+  assert sweep.table(statuses).splitlines()[-1] == "| jedi | catch | done 0 | done 1 | done 2 | - |"
 
 
-def test_a_sweep_that_is_stopped_goes_on(tmp_path, train):
+def test_a_stopped_sweep_can_be_resumed(tmp_path, train):
   plan = make_plan(tmp_path / "out")
   slow = train(seconds=100)
   pool = sweep.Pool(sweep.packs(plan, 1), slow, workers=1)
   pool.step()
-  while sweep.look(plan[0]).progress == 0:
+  while sweep.run_status(plan[0]).progress == 0:
     time.sleep(0.05)
-  states = [sweep.look(run) for run in plan]
-  assert [(state.name, state.progress, state.return_) for state in states] == [
+  statuses = [sweep.run_status(run) for run in plan]
+  assert [(status.name, status.progress, status.return_) for status in statuses] == [
     ("begun", 0.5, -1.0),
     ("waiting", 0.0, None),
   ]
-  assert sweep.table(states).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
+  assert sweep.table(statuses).splitlines()[-1] == "| jedi | catch | 50 % -1 | waiting | 0 min |"
   pool.close()
   assert not pool._running
-  finish(plan, train())  # What is there is not done again: the fake sleeps only where nothing has begun.
-  assert [sweep.look(run).name for run in plan] == ["finished", "finished"]
+  finish(plan, train())  # Begun runs are resumed: the fake program sleeps only at the start of a run.
+  assert [sweep.run_status(run).name for run in plan] == ["finished", "finished"]
 
 
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, train):
   plan = make_plan(tmp_path / "out", seeds=3)
   finish(plan, train(bad=1))
-  assert [sweep.look(run).name for run in plan] == ["finished", "begun", "finished"]
+  assert [sweep.run_status(run).name for run in plan] == ["finished", "begun", "finished"]
   assert "broken" in plan[1].log.read_text()
 
 
 def test_runs_of_another_configuration_are_refused(tmp_path, train):
   finish(make_plan(tmp_path / "out", seeds=1), train())
   with pytest.raises(UserError, match="horizon"):
-    sweep.look(make_plan(tmp_path / "out", overrides=["actor_critic.horizon=3"])[0])
+    sweep.run_status(make_plan(tmp_path / "out", overrides=["actor_critic.horizon=3"])[0])
 
 
 def test_projections_by_hand(tmp_path):
   runs = make_plan(tmp_path, seeds=4)
-  done, half, new = (lambda run: RunState(run, "finished", 1.0, 1.0, 7200.0)), 0.5, 0.0
-  states = [
+  done, half, new = (lambda run: RunStatus(run, "finished", 1.0, 1.0, 7200.0)), 0.5, 0.0
+  statuses = [
     done(runs[0]),
-    RunState(runs[1], "begun", half, None, 10.0),
-    *(RunState(r, "waiting", new, None, 0.0) for r in runs[2:]),
+    RunStatus(runs[1], "begun", half, None, 10.0),
+    *(RunStatus(r, "waiting", new, None, 0.0) for r in runs[2:]),
   ]
-  # Two hours a run: 2.5 runs of work, two at a time.
-  assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweep.projection(states, workers=2)
-  # However many at a time, the longest takes two hours.
-  assert "about 2.0 h with 8" in sweep.projection(states, workers=8)
-  assert "about 1.2 h with 2" in sweep.projection(states, workers=2, hours_per_run=1.0)
-  assert "how long is known when" in sweep.projection(states[1:], workers=1)
-  assert sweep.projection(states[:1], workers=1) == "1 runs, 1 finished, 0 left"
+  # 2.5 runs of two hours each, two at a time.
+  assert "4 runs, 1 finished, 3 left: about 2.5 h with 2 at a time" in sweep.projection(statuses, workers=2)
+  # With any number of workers, the longest run takes two hours.
+  assert "about 2.0 h with 8" in sweep.projection(statuses, workers=8)
+  assert "about 1.2 h with 2" in sweep.projection(statuses, workers=2, hours_per_run=1.0)
+  assert "the time is unknown until" in sweep.projection(statuses[1:], workers=1)
+  assert sweep.projection(statuses[:1], workers=1) == "1 runs, 1 finished, 0 left"
 
 
 def test_an_array_job(tmp_path, train):
@@ -176,12 +176,12 @@ def test_an_array_job(tmp_path, train):
   jobs = sweep.submit(sweep.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
   assert len(jobs.split(", ")) == 2
   deadline = time.monotonic() + 120
-  while any(sweep.look(run).name != "finished" for run in plan):
+  while any(sweep.run_status(run).name != "finished" for run in plan):
     assert time.monotonic() < deadline, [p.read_text() for p in (tmp_path / "slurm").glob("*.err")]
     time.sleep(0.2)
 
 
-def test_a_scheduler_that_is_not_there_is_one_line(tmp_path, train):
+def test_a_missing_scheduler_is_one_line(tmp_path, train):
   pytest.importorskip("submitit")
   with pytest.raises(UserError, match="could not be submitted"):
     sweep.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
@@ -192,7 +192,7 @@ def test_a_damaged_result_is_one_line(tmp_path, train):
   finish(plan, train())
   (plan[0].workdir / "result.json").write_text("{")
   with pytest.raises(UserError, match=r"result\.json"):
-    sweep.look(plan[0])
+    sweep.run_status(plan[0])
   assert json.loads((plan[0].workdir / "config.json").read_text())
   assert workdir.read(plan[0].workdir).config == plan[0].config
 
@@ -201,14 +201,14 @@ def test_a_damaged_result_is_one_line(tmp_path, train):
   ("result.json", "{}"), ("result.json", "3"), ("result.json", '{"mean_return": null, "seconds": 1}'),
   ("metrics.jsonl", "{}\n"), ("metrics.jsonl", "3\n3\n"), ("metrics.jsonl", '{"env_steps": []}\n'),
 ])  # fmt: skip
-def test_a_damaged_run_is_refused_by_its_file(tmp_path, name, text):
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, text):
   run = make_plan(tmp_path)[0]
   workdir.prepare(run.workdir, run.config, SPEC)
   (run.workdir / name).write_text(text)
   with pytest.raises(UserError, match=name.replace(".", r"\.")) as caught:
-    sweep.look(run)
+    sweep.run_status(run)
   assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_name_that_no_directory_can_have_is_a_waiting_run(tmp_path):
-  assert sweep.look(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"
+def test_a_run_with_an_invalid_directory_name_is_waiting(tmp_path):
+  assert sweep.run_status(make_plan(tmp_path / ("x" * 5000))[0]).name == "waiting"

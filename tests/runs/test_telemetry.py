@@ -1,6 +1,7 @@
 import json
 import math
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from jedi_jax.runs.telemetry import MetricsWriter, latent_summary, summarise
 
 
 def gram_of(latents):
-  """Sum of x x^T over positions [P, c], x with a leading 1."""
+  """Returns the sum of x x^T over positions [P, c], x being 1 and the channels."""
   x = np.concatenate([np.ones((len(latents), 1)), latents], axis=1)
   return x.T @ x
 
@@ -36,12 +37,12 @@ def test_precision_and_recall_by_hand():
       "reward_end/end_count_yes": 2,
       "reward_end/end_recall_no": 1.0,
       "reward_end/end_recall_yes": 0.0,
-      "reward_end/end_precision_no": 7 / 9,  # 'yes' was never predicted, so it has no precision.
+      "reward_end/end_precision_no": 7 / 9,  # 'yes' is never predicted and has no precision.
     }
   )
 
 
-def test_scalars_are_averaged_and_idle_phases_left_out():
+def test_scalars_are_averaged_and_idle_phases_omitted():
   sums = {"denoiser": {"loss": np.float32(6.0)}, "actor_critic": {"loss": np.float32(0.0)}}
   assert summarise(sums, {"denoiser": 4, "actor_critic": 0}) == {"denoiser/loss": 1.5}
   assert summarise({}, {"denoiser": 0}) == {}
@@ -71,7 +72,7 @@ def test_latent_rank_counts_directions():
   assert latent_summary(gram_of(np.outer(signs[:, 0], basis[0])))["latent_rank"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_latent_summary_of_the_degenerate():
+def test_latent_summary_of_degenerate_latents():
   assert latent_summary(np.zeros((4, 4))) == {}
   assert latent_summary(gram_of(np.zeros((5, 3)))) == {"latent_std": 0.0, "latent_rank": 0.0}
   broken = latent_summary(np.full((4, 4), math.nan))
@@ -87,7 +88,7 @@ def writer(tmp_path, last_epoch=0):
   return MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "tensorboard", last_epoch=last_epoch)
 
 
-def test_updates_that_were_skipped_are_counted_and_do_not_count():
+def test_skipped_updates_are_counted_and_not_averaged():
   sums = {"denoiser": {"loss": 6.0, "skipped": 2.0}, "reward_end": {"loss": 0.0, "skipped": 3.0}}
   assert summarise(sums, {"denoiser": 5, "reward_end": 3}) == {
     "denoiser/loss": 2.0,
@@ -97,7 +98,7 @@ def test_updates_that_were_skipped_are_counted_and_do_not_count():
 
 
 def events(path):
-  """Reads the events of a file: each is its length, a checksum, itself and another checksum."""
+  """Reads the events of a file. Each is stored as length, checksum, event, checksum."""
   data, found = path.read_bytes(), []
   while data:
     [length] = struct.unpack("<Q", data[:8])
@@ -106,7 +107,7 @@ def events(path):
   return found
 
 
-def test_tensorboard_has_the_figures_and_forgets_what_is_repeated(tmp_path):
+def test_tensorboard_has_the_metrics_and_drops_repeated_steps(tmp_path):
   w = writer(tmp_path, last_epoch=3)
   w.write(4, {"a": 1.5, "b": "text"})
   w.write_image(4, "i", np.full((2, 3, 3), 255, np.uint8))
@@ -118,7 +119,7 @@ def test_tensorboard_has_the_figures_and_forgets_what_is_repeated(tmp_path):
   assert (image.summary.value[0].image.height, image.summary.value[0].image.width) == (2, 3)
 
 
-def test_a_full_disk_is_one_line_and_closing_is_possible(tmp_path):
+def test_a_full_disk_is_one_line_and_closing_succeeds(tmp_path):
   w = writer(tmp_path)
   w._file.close()
   w._file = open("/dev/full", "w")  # noqa: SIM115 - the writer closes it.
@@ -126,6 +127,13 @@ def test_a_full_disk_is_one_line_and_closing_is_possible(tmp_path):
     w.write(1, {"a": 1.0})
   assert "\n" not in str(caught.value)
   w.close()
+
+
+def test_a_missing_tensorboardx_is_one_line(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "tensorboardX", None)
+  with pytest.raises(UserError, match="pip install tensorboardX"):
+    writer(tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_records_are_json_and_events_exist(tmp_path):
@@ -141,7 +149,7 @@ def test_records_are_json_and_events_exist(tmp_path):
   assert events.stat().st_size > 100
 
 
-def test_resuming_forgets_later_records_and_a_line_cut_short(tmp_path):
+def test_resuming_removes_later_records_and_an_incomplete_line(tmp_path):
   w = writer(tmp_path)
   for epoch in range(1, 6):
     w.write(epoch, {"a": float(epoch)})
@@ -157,14 +165,14 @@ def test_resuming_forgets_later_records_and_a_line_cut_short(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["{}\n", "[1]\n", "3\n", "null\n", '{"epoch": null}\n', "\n", "\x00\x00\n"])
-def test_lines_that_are_no_records_are_dropped(tmp_path, damage):
+def test_lines_without_a_record_are_removed(tmp_path, damage):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"epoch": 1}\n' + damage + '{"epoch": 2}\n')
   writer(tmp_path, last_epoch=2).close()
   assert records(path) == [{"epoch": 1}, {"epoch": 2}]
 
 
-def test_a_record_whose_newline_was_lost_stays_a_line(tmp_path):
+def test_a_record_without_its_newline_is_kept(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text('{"epoch": 1}\n{"epoch": 2}')
   w = writer(tmp_path, last_epoch=2)
@@ -173,7 +181,7 @@ def test_a_record_whose_newline_was_lost_stays_a_line(tmp_path):
   assert records(path) == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
 
 
-def test_a_line_of_broken_bytes_is_dropped(tmp_path):
+def test_a_line_with_invalid_bytes_is_removed(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_bytes(b'{"epoch": 1}\n{"epoch": 2, "\xff\xfe')
   writer(tmp_path, last_epoch=2).close()

@@ -42,14 +42,14 @@ def test_paths_may_be_relative_or_begin_with_the_home(tmp_path, monkeypatch):
   assert workdir.read("~/run").path == tmp_path / "run"
 
 
-def test_the_same_configuration_is_continued_without_writing(tmp_path, snapshot):
+def test_the_same_configuration_is_resumed_without_writing(tmp_path, snapshot):
   workdir.prepare(tmp_path, CONFIG, SPEC)
   before = snapshot(tmp_path)
   workdir.prepare(tmp_path, CONFIG, SPEC)
   assert snapshot(tmp_path) == before
 
 
-def test_another_configuration_is_refused_and_nothing_touched(tmp_path, snapshot):
+def test_another_configuration_is_refused_and_nothing_changes(tmp_path, snapshot):
   run = workdir.prepare(tmp_path, CONFIG, SPEC)
   run.metrics.write_text("precious\n")
   before = snapshot(tmp_path)
@@ -63,7 +63,7 @@ def test_another_configuration_is_refused_and_nothing_touched(tmp_path, snapshot
   assert snapshot(tmp_path) == before
 
 
-def test_overwriting_removes_what_is_ours_alone(tmp_path, snapshot):
+def test_overwriting_removes_only_the_files_of_a_run(tmp_path, snapshot):
   run = workdir.prepare(tmp_path / "run", CONFIG, SPEC)
   for file in (run.metrics, run.result, run.evaluation, run.checkpoints / "latest" / "1" / "x", run.tensorboard / "e"):
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_overwriting_removes_what_is_ours_alone(tmp_path, snapshot):
   assert (elsewhere / "kept").read_text() == "mine too"
 
 
-def test_a_foreign_directory_gains_a_configuration_and_loses_nothing(tmp_path, snapshot):
+def test_other_files_in_a_directory_are_kept(tmp_path, snapshot):
   (tmp_path / "thesis.tex").write_text("mine")
   workdir.prepare(tmp_path, CONFIG, SPEC)
   assert set(snapshot(tmp_path)) == {"config.json", "thesis.tex"}
@@ -101,7 +101,7 @@ def test_a_path_that_cannot_be_a_directory(tmp_path):
 
 
 def test_an_unwritable_directory(tmp_path, monkeypatch):
-  monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)  # Root may write anywhere.
+  monkeypatch.setattr(workdir.os, "access", lambda path, mode: False)  # Root can write to any directory.
   refused(lambda: workdir.prepare(tmp_path, CONFIG, SPEC), "not writable", str(tmp_path))
   assert not list(tmp_path.iterdir())
 
@@ -148,7 +148,7 @@ def test_a_damaged_configuration_is_refused_and_kept(tmp_path, snapshot, text):
 
 
 @pytest.mark.parametrize("config", [None, [], 3, "x"])
-def test_a_configuration_that_is_no_object_is_refused(tmp_path, snapshot, config):
+def test_a_configuration_must_be_an_object(tmp_path, snapshot, config):
   damaged(tmp_path, snapshot, json.dumps(GOOD | {"config": config}))
 
 
@@ -163,7 +163,7 @@ def test_an_unknown_setting_names_both_versions(tmp_path):
   refused(lambda: workdir.read(tmp_path), "9.9", __version__, "future")
 
 
-def test_json_files_are_written_whole(tmp_path):
+def test_json_files_are_written_atomically(tmp_path):
   path = tmp_path / "x.json"
   workdir.write_json(path, {"a": [1, 2.5, None]})
   assert workdir.read_json(path) == {"a": [1, 2.5, None]}
@@ -185,7 +185,7 @@ def test_checkpoints_without_a_configuration_are_refused_and_kept(tmp_path, snap
   assert snapshot(tmp_path) == before
 
 
-def test_the_second_who_trains_in_a_directory_is_refused(tmp_path):
+def test_a_second_training_in_a_directory_is_refused(tmp_path):
   with workdir.locked(tmp_path / "run"):
     refused(lambda: workdir.locked(tmp_path / "run").__enter__(), "is being trained by process", "--workdir")
     with workdir.locked(tmp_path / "other"):
@@ -195,7 +195,7 @@ def test_the_second_who_trains_in_a_directory_is_refused(tmp_path):
   assert (tmp_path / "run" / ".lock").read_text() == ""
 
 
-def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path):
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
   code = f"from jedi_jax.runs import workdir; lock = workdir.locked({str(tmp_path)!r}); lock.__enter__()"
   code += "; print('locked', flush=True)"
   code += "; import time; time.sleep(60)"
@@ -208,7 +208,7 @@ def test_the_lock_of_a_process_that_was_killed_is_none(tmp_path):
     pass
 
 
-def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_causes_a_warning(tmp_path, monkeypatch, caplog):
   def unable(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
@@ -218,7 +218,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog)
   assert "cannot be locked (No locks available)" in caplog.text
 
 
-def test_a_lock_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+def test_a_lock_that_fails_is_refused(tmp_path, monkeypatch):
   def forbidden(*_):
     raise OSError(errno.EACCES, "Permission denied")
 
@@ -226,8 +226,8 @@ def test_a_lock_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
   refused(lambda: workdir.locked(tmp_path).__enter__(), ".lock cannot be locked (Permission denied)")
 
 
-def test_a_full_disk_does_not_mask_what_ended_a_run(tmp_path):
-  """A limit of no bytes a file stands for the disk."""
+def test_a_full_disk_does_not_mask_the_error_of_a_run(tmp_path):
+  """A file size limit of 0 bytes simulates the full disk."""
   code = f"""
 import resource, signal
 from jedi_jax import errors
@@ -236,15 +236,15 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 try:
   with workdir.locked({str(tmp_path)!r}):
-    raise errors.UserError("what ended it")
+    raise errors.UserError("the error")
 except errors.UserError as error:
   print(error)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-  assert done.stdout == "what ended it\n", done.stderr
+  assert done.stdout == "the error\n", done.stderr
 
 
-def test_a_json_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+def test_a_failed_write_of_json_leaves_no_file(tmp_path, monkeypatch):
   def full(self, text):
     self.touch()
     raise OSError(errno.ENOSPC, "No space left on device")

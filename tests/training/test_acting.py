@@ -10,14 +10,20 @@ import jax
 import numpy as np
 import pytest
 
+import jedi_jax
+from jedi_jax import envs
 from jedi_jax.config import override
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import Interrupted, UserError
+from jedi_jax.models.build import build
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.runs.interruption import Interruption
-from jedi_jax.training import acting, loop
-from jedi_jax.training.acting import Actor, side_by_side
+from jedi_jax.training import acting
+from jedi_jax.training import train as train_lib
+from jedi_jax.training.acting import Actor, run_in_threads
 from jedi_jax.training.collector import Collector
+from jedi_jax.training.loop import Trainer
+from jedi_jax.training.parallel import Devices
 
 SOON = 60.0
 """Seconds after which what should have happened has not."""
@@ -31,13 +37,13 @@ def test_tasks_run_together_and_their_results_are_in_order():
     meeting.wait(SOON)
     return number
 
-  with side_by_side([lambda check, i=i: task(i, check) for i in range(2)]) as futures:
+  with run_in_threads([lambda check, i=i: task(i, check) for i in range(2)]) as futures:
     pass
   assert [future.result() for future in futures] == [0, 1]
 
 
 def test_nothing_to_do_is_nothing():
-  with side_by_side([]) as futures:
+  with run_in_threads([]) as futures:
     assert futures == []
 
 
@@ -51,7 +57,7 @@ def test_an_exception_in_the_context_ends_the_tasks():
     finally:
       ended.set()
 
-  with pytest.raises(KeyError), side_by_side([endless] * 10) as futures:
+  with pytest.raises(KeyError), run_in_threads([endless] * 10) as futures:
     raise KeyError
   assert ended.is_set()
   assert all(future.exception() for future in futures)
@@ -61,7 +67,7 @@ def test_an_exception_of_a_task_is_raised_with_its_result():
   def failing(check):
     raise KeyError("its own")
 
-  with side_by_side([failing, lambda check: 1]) as futures:
+  with run_in_threads([failing, lambda check: 1]) as futures:
     pass
   assert futures[1].result() == 1
   with pytest.raises(KeyError, match="its own"):
@@ -74,11 +80,12 @@ def overlapping(tiny):
 
 
 def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
-  for config, half in ((tiny.config, True), (overlapping, False)):
-    actor = Actor(override(config, {"precision.compute_dtype": "bfloat16"}), SPEC)
-    params = actor.bring(actor.pick(tiny.devices(), tiny.state().params, 0))
+  for given, half in ((tiny.config, True), (overlapping, False)):
+    config = override(given, {"precision.compute_dtype": "bfloat16"})
+    actor = Actor(config, SPEC, build(config, SPEC))
+    params = actor.to_device(actor.params(tiny.learner(), 0))
     assert set(params) == {"encoder", "actor_critic"}
-    with actor.near():
+    with actor.device_context():
       state, key = actor.model.initial_state(2), jax.random.key(0)
     observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
     traced = actor.act.trace(params, observations, state, np.ones(2, bool), key, np.uint32(0), np.float32(0))
@@ -89,9 +96,9 @@ def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch
   """Another device stands for a host beside an accelerator."""
   host = jax.local_devices()[3]
   monkeypatch.setattr(acting, "_host", lambda: host)
-  actor = Actor(overlapping, SPEC)
-  params = actor.bring(actor.pick(tiny.devices(), tiny.state().params, 0))
-  with actor.near():
+  actor = Actor(overlapping, SPEC, tiny.model)
+  params = actor.to_device(actor.params(tiny.learner(), 0))
+  with actor.device_context():
     state, key = actor.model.initial_state(2), jax.random.key(0)
   observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
   result = actor.act(params, observations, state, np.ones(2, bool), key, np.uint32(0), np.float32(0))
@@ -100,7 +107,11 @@ def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch
 
 
 def test_a_process_without_a_cpu_is_refused_before_anything(overlapping, tmp_path, quiet, monkeypatch):
-  def local_devices(*, backend):
+  devices = jax.local_devices()
+
+  def local_devices(backend=None):
+    if backend is None:
+      return devices
     raise RuntimeError(f"no {backend}")
 
   asked = jax.config.values | {"jax_platforms": "cuda"}
@@ -108,7 +119,7 @@ def test_a_process_without_a_cpu_is_refused_before_anything(overlapping, tmp_pat
     patch.setattr(acting.jax, "local_devices", local_devices)
     patch.setattr(type(jax.config), "values", asked)
     with pytest.raises(UserError, match=r"collect\.overlap needs the CPU .* JAX_PLATFORMS=cuda,cpu") as caught:
-      loop.train(overlapping, tmp_path / "run", devices=loop.Devices(jax.devices()[:1]), console=quiet)
+      jedi_jax.train(overlapping, tmp_path / "run", devices=Devices(jax.devices()[:1]), console=quiet)
   assert "\n" not in str(caught.value)
   assert not (tmp_path / "run").exists()
 
@@ -126,12 +137,12 @@ class Watched:
     self.slots, self.trained, self.acted = [], [], []
 
   def __call__(self, train):
-    update, collect = loop.Trainer._update, Collector.collect
+    update, collect = Trainer.update, Collector.collect
 
     def updated(trainer, *args, **kwargs):
-      host = trainer._devices.to_host
-      self.slots.append(int(host(trainer._replay.written).max()))
-      self.trained.append(host(trainer._state.params["actor_critic"]))
+      state, replay = trainer.learner.snapshot()
+      self.slots.append(int(replay.written.max()))
+      self.trained.append(state.params["actor_critic"])
       return update(trainer, *args, **kwargs)
 
     def collected(collector, params, *args):
@@ -139,7 +150,7 @@ class Watched:
       return collect(collector, params, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop.Trainer, "_update", updated)
+      patch.setattr(Trainer, "update", updated)
       patch.setattr(Collector, "collect", collected)
       train()
     return self
@@ -191,7 +202,7 @@ def test_an_overlapped_run_resumes_bit_for_bit(overlapped, overlapping, train_ti
 def test_steps_are_taken_while_the_device_trains(overlapping, train_tiny, tmp_path):
   """From the second epoch on, neither begins to end before the other has begun."""
   training, collecting = threading.Event(), threading.Event()
-  update, collect = loop.Trainer._update, Collector.collect
+  update, collect = Trainer.update, Collector.collect
   met = []
 
   def meet(own, other):
@@ -211,7 +222,7 @@ def test_steps_are_taken_while_the_device_trains(overlapping, train_tiny, tmp_pa
     return collect(collector, *args)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Trainer, "_update", updated)
+    patch.setattr(Trainer, "update", updated)
     patch.setattr(Collector, "collect", collected)
     train_tiny(tmp_path / "run", config=overlapping)
   assert met == [True] * 6
@@ -224,7 +235,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_environment_that_fails_ends_the_run(tiny, train_tiny, tmp_path, monkeypatch, overlap):
   closed = []
-  make = loop.envs.make
+  make = envs.make
 
   def breaking(*args, **kwargs):
     env = make(*args, **kwargs)
@@ -240,7 +251,7 @@ def test_an_environment_that_fails_ends_the_run(tiny, train_tiny, tmp_path, monk
       env.close = lambda: (closed.append(True), close())
     return env
 
-  monkeypatch.setattr(loop.envs, "make", breaking)
+  monkeypatch.setattr(envs, "make", breaking)
   with pytest.raises(Broken, match="emulator"):
     train_tiny(tmp_path / "run", config=override(tiny.config, {"collect.overlap": overlap}))
   assert closed == [True]
@@ -249,13 +260,13 @@ def test_an_environment_that_fails_ends_the_run(tiny, train_tiny, tmp_path, monk
 
 def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tmp_path, monkeypatch):
   interruption = Interruption(grace=0.0)
-  monkeypatch.setattr(loop, "Interruption", lambda: interruption)
+  monkeypatch.setattr(train_lib, "Interruption", lambda: interruption)
   step, taken = Collector._step, []
 
   def slow(collector, *args):
     taken.append(collector)
     if len(taken) == 5:
-      interruption.ask("a test")
+      interruption.request_stop("a test")
     time.sleep(0.05)
     return step(collector, *args)
 
@@ -263,7 +274,7 @@ def test_a_run_without_time_left_stops_between_steps(tiny, train_tiny, quiet, tm
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", console=quiet)
   assert 5 <= len(taken) < 15  # Of 20 of the first epoch; the loop looks every tenth of a second.
-  assert interruption.leaving
+  assert interruption.exiting
 
 
 def test_a_refused_resume_keeps_the_best_checkpoint(finished_run, train_tiny, tmp_path, monkeypatch):

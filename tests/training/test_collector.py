@@ -6,14 +6,14 @@ import pytest
 from jedi_jax import envs
 from jedi_jax.errors import UserError
 from jedi_jax.training.collector import CHUNK_SLOTS, Collector
-from jedi_jax.types import LstmState
+from jedi_jax.types import EnvSpec, EnvStep, LstmState
 
 N = 3
 MAX_CALLS = 200
 
 
 class Policy:
-  """A recurrent policy that depends on everything it is given, and remembers when it was told to restart."""
+  """A recurrent policy that depends on everything it is given, and records `restart` of every call."""
 
   def __init__(self):
     self.restarts = []
@@ -43,7 +43,7 @@ PARAMS = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
 
 
 def collect(collector, steps, check=lambda: None):
-  """The chunks' real slots joined, as a list of rows for each stream, and what was met."""
+  """The chunks' real slots joined, as a list of rows for each stream, and the statistics."""
   chunks, met = collector.collect(PARAMS, [], lambda replay, chunk: [*replay, chunk], steps, check)
   streams = [[] for _ in range(N)]
   for chunk in chunks:
@@ -56,11 +56,11 @@ def collect(collector, steps, check=lambda: None):
 
 
 def test_steps_are_counted_over_all_environments():
-  c, told = collector(), []
+  c, counts = collector(), []
   assert c.env_steps == 0
-  streams, met = collect(c, 30, lambda: told.append(c.env_steps))
+  streams, met = collect(c, 30, lambda: counts.append(c.env_steps))
   assert c.env_steps == met.steps == 30
-  assert told == list(range(3, 31, 3))
+  assert counts == list(range(3, 31, 3))
   # Ten steps each, and the final frame of the game of nine.
   assert [len(rows) for rows in streams] == [11, 11, 11]
   collect(c, 6)
@@ -120,9 +120,9 @@ def test_a_restored_collector_goes_on_identically():
   expected, expected_met = collect(straight, 90)
   jax.tree.map(np.testing.assert_array_equal, saved, frozen)  # Collecting on does not change what was saved.
 
-  resumed, told = collector(), []
-  resumed.restore(saved, lambda: told.append(resumed.env_steps))
-  assert told == list(range(3, 61, 3))
+  resumed, counts = collector(), []
+  resumed.restore(saved, lambda: counts.append(resumed.env_steps))
+  assert counts == list(range(3, 61, 3))
   assert resumed.env_steps == 60
   got, met = collect(resumed, 90)
   assert got == expected
@@ -158,3 +158,75 @@ def test_an_environment_that_does_not_repeat_itself_is_noticed():
   with pytest.raises(UserError, match="did not repeat its steps") as caught:
     collector(env_seed=77).restore(c.save())
   assert "\n" not in str(caught.value)
+
+
+class Fake:
+  """Two environments whose k-th step returns pictures of k; `wrong` replaces fields of a step."""
+
+  num_envs, frames = 2, 0
+
+  def __init__(self, num_actions, **wrong):
+    self.spec = EnvSpec(num_actions, (1, 1, 1))
+    self.wrong, self.taken = wrong, []
+
+  def pictures(self):
+    return np.full((2, 1, 1, 1), len(self.taken) % 256, np.uint8)
+
+  def reset(self):
+    return self.wrong.get("observations", self.pictures())
+
+  def step(self, actions):
+    assert actions.dtype == np.int32  # Of a resumed run too: 0 - 1 is 255 for small unsigned integers.
+    self.taken.append(actions.tolist())
+    no = np.zeros(2, bool)
+    return EnvStep(self.pictures(), self.pictures(), np.zeros(2, np.float32), no, no, no)._replace(**self.wrong)
+
+
+def fake_collector(env):
+  def act(params, observations, state, restart, key, count, epsilon):
+    return np.array([count % env.spec.num_actions, env.spec.num_actions - 1], np.int32), state
+
+  state = LstmState(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
+  return Collector(env, act, initial_state=state, seed=0, epsilon=0.0, max_calls=400)
+
+
+@pytest.mark.parametrize(
+  ("num_actions", "dtype"), [(1, np.uint8), (256, np.uint8), (257, np.uint16), (300, np.uint16), (65537, np.uint32)]
+)
+def test_the_log_holds_every_action(num_actions, dtype):
+  env, again = Fake(num_actions), Fake(num_actions)
+  c = fake_collector(env)
+  c.collect(None, None, lambda replay, chunk: None, 2 * 310)
+  saved = c.save()
+  assert saved["actions"].dtype == dtype
+  assert env.taken == [[k % num_actions, num_actions - 1] for k in range(310)]
+  fake_collector(again).restore(saved)
+  assert again.taken == env.taken
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "part"),
+  [
+    ("observations", np.zeros((2, 1, 1, 1)), "reset returned observations as float64 (2, 1, 1, 1); expected uint8"),
+    ("observations", np.zeros((1, 1, 1), np.uint8), "expected uint8 (2, 1, 1, 1)"),
+    ("observation", np.zeros((2, 1, 1, 3), np.uint8), "step returned observation as uint8 (2, 1, 1, 3); expected"),
+    ("next_observation", [0, 0], "step returned next_observation as list; expected uint8 (2, 1, 1, 1)"),
+    ("reward", np.zeros(2), "step returned reward as float64 (2,); expected float32 (2,)"),
+    ("end", np.zeros(2, np.int32), "step returned end as int32 (2,); expected bool (2,)"),
+    ("truncated", False, "step returned truncated as bool; expected bool (2,)"),
+    ("game_over", np.zeros((2, 1), bool), "expected bool (2,)"),
+  ],
+)
+def test_arrays_of_another_shape_or_type_are_refused(name, value, part):
+  with pytest.raises(UserError) as caught:
+    fake_collector(Fake(3, **{name: value})).collect(None, None, lambda replay, chunk: None, 2)
+  assert part in str(caught.value)
+  assert "\n" not in str(caught.value)
+
+
+def test_an_array_that_is_returned_twice_is_refused():
+  pictures = np.zeros((2, 1, 1, 1), np.uint8)
+  env = Fake(3, next_observation=pictures)
+  env.reset = lambda: pictures
+  with pytest.raises(UserError, match="return a new one"):
+    fake_collector(env).collect(None, None, lambda replay, chunk: None, 2)

@@ -27,7 +27,7 @@ LAST_BEFORE = 3
 DRIVER = f"""
 import runpy, sys
 import jax, jax.numpy as jnp
-from jedi_jax.training import epoch, loop, parallel
+from jedi_jax.training import learner, loop, parallel
 
 _, how, *sys.argv = sys.argv
 
@@ -41,15 +41,15 @@ def make_epoch(model, optimizers, *, batch_size, age_weights):
     return state.replace(params=jax.tree.map(lambda x: x + step, state.params), updates=updates), sums
   return run
 
-def stop(trainer, counts, number, *, split, update=loop.Trainer._update):
+def stop(trainer, counts, number, *, split, update=loop.Trainer.update):
   if number > {LAST_BEFORE}:
     raise KeyboardInterrupt
   return update(trainer, counts, number, split=split)
 
 if "toy" in how:
-  epoch.make_epoch = make_epoch
+  learner.make_epoch = make_epoch
 if "stop" in how:
-  loop.Trainer._update = stop
+  loop.Trainer.update = stop
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

@@ -5,16 +5,16 @@ import json
 import numpy as np
 import pytest
 
+import jedi_jax
 from jedi_jax.config import make_config
 from jedi_jax.inspection import diagnosis
-from jedi_jax.training import loop
 
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
   """A run of preset `catch`; returns (directory, result)."""
   directory = tmp_path_factory.mktemp("learned") / "run"
-  return directory, loop.train(make_config(preset="catch", seed=11), directory)  # None of the recorded seeds.
+  return directory, jedi_jax.train(make_config(preset="catch", seed=11), directory)  # None of the recorded seeds.
 
 
 @pytest.mark.slow

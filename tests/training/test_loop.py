@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+import jedi_jax
 from jedi_jax.config import make_config, override
 from jedi_jax.errors import Interrupted, TrainingError, UserError
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.runs.interruption import Interruption
-from jedi_jax.training import loop, seeds
+from jedi_jax.training import seeds
+from jedi_jax.training import train as train_lib
 from jedi_jax.training.loop import plan_calls
+from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
 
 PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
@@ -141,9 +144,9 @@ def test_the_best_checkpoint_is_the_first_of_the_best_evaluations(finished_run, 
 
 
 def test_a_finished_run_only_returns_its_result(finished_run, tiny, monkeypatch, snapshot, quiet):
-  monkeypatch.setattr(loop, "Trainer", None)
+  monkeypatch.setattr(train_lib, "Trainer", None)
   before, console = snapshot(finished_run), quiet
-  assert loop.train(tiny.config, finished_run, console=console, devices=tiny.devices()) == result(finished_run)
+  assert jedi_jax.train(tiny.config, finished_run, console=console, devices=tiny.devices()) == result(finished_run)
   assert snapshot(finished_run) == before
   assert len(console.lines) == 1
   assert "complete" in console.lines[0]
@@ -207,7 +210,7 @@ def test_another_configuration_is_refused_before_anything(interrupted, tiny, tra
 def test_a_batch_that_devices_cannot_share_is_refused_before_anything(tiny, tmp_path, quiet):
   config = override(tiny.config, {"training.batch_size": 6})
   with pytest.raises(UserError, match=r"training\.batch_size=6 is not divisible by 4 devices"):
-    loop.train(config, tmp_path / "run", devices=tiny.devices(4), console=quiet)
+    jedi_jax.train(config, tmp_path / "run", devices=tiny.devices(4), console=quiet)
   assert not (tmp_path / "run").exists()
 
 
@@ -235,7 +238,7 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_overwritten(tmp_pa
   )
   before = snapshot(directory)
   with pytest.raises(UserError):
-    loop.train(config, directory, overwrite=True, devices=loop.Devices.take(1), console=quiet)
+    jedi_jax.train(config, directory, overwrite=True, devices=Devices.take(1), console=quiet)
   assert snapshot(directory) == before
 
 
@@ -243,7 +246,7 @@ def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
   changes = {"actor_critic.channels": (8,) * 3, "actor_critic.downsample": (True,) * 3}  # Latents are 3 x 3.
   config = make_config(env="catch", preset="debug", overrides=changes)
   with pytest.raises(UserError, match=r"actor_critic\.downsample"):
-    loop.train(config, tmp_path / "run", devices=loop.Devices.take(1), console=quiet)
+    jedi_jax.train(config, tmp_path / "run", devices=Devices.take(1), console=quiet)
 
 
 def test_seeds_of_purposes_differ_and_never_share_games():
@@ -274,7 +277,7 @@ def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):
     },
   )
   console = quiet
-  got = loop.train(config, tmp_path / "run", devices=tiny.devices(), console=console)
+  got = jedi_jax.train(config, tmp_path / "run", devices=tiny.devices(), console=console)
   assert got == result(tmp_path / "run")
   assert got["env_steps"] == 30
   assert got["frames"] == 4 * 30
@@ -334,8 +337,8 @@ def test_a_run_that_is_told_to_stop_ends_after_its_epoch(
   tiny, train_tiny, finished_run, timeless, quiet, tmp_path, monkeypatch
 ):
   interruption = Interruption(grace=600.0)
-  monkeypatch.setattr(loop, "Interruption", lambda: interruption)
-  monkeypatch.setattr(quiet, "log", lambda text: interruption.ask("a test") if text.startswith("epoch 3") else None)
+  monkeypatch.setattr(train_lib, "Interruption", lambda: interruption)
+  monkeypatch.setattr(quiet, "log", lambda text: text.startswith("epoch 3") and interruption.request_stop("a test"))
   with pytest.raises(Interrupted, match="stopped by a test after epoch 3"):
     train_tiny(tmp_path / "run", console=quiet)
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") == 3
@@ -346,11 +349,11 @@ def test_a_run_that_is_told_to_stop_ends_after_its_epoch(
 
 def test_a_run_without_time_left_stops_where_it_is(tiny, train_tiny, quiet, tmp_path, monkeypatch):
   interruption = Interruption(grace=0.0)
-  monkeypatch.setattr(loop, "Interruption", lambda: interruption)
-  monkeypatch.setattr(quiet, "show", lambda task, *_: interruption.ask("a test") if "collecting" in task else None)
+  monkeypatch.setattr(train_lib, "Interruption", lambda: interruption)
+  monkeypatch.setattr(quiet, "show", lambda task, *_: "collecting" in task and interruption.request_stop("a test"))
   with pytest.raises(Interrupted, match="before the end of its epoch"):
     train_tiny(tmp_path / "run", console=quiet)
-  assert interruption.leaving
+  assert interruption.exiting
   assert checkpoint.newest(tmp_path / "run" / "checkpoints" / "latest") is None
 
 

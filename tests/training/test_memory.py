@@ -9,7 +9,7 @@ from jedi_jax.training import memory
 
 
 def test_what_a_run_takes(tiny):
-  found = memory.of_run(tiny.config, SPEC)
+  found = memory.measure(tiny.config, SPEC)
 
   def size(tree):
     return sum(np.asarray(x).nbytes for x in jax.tree.leaves(tree))

@@ -9,9 +9,11 @@ import jedi_jax
 from jedi_jax.config import make_config, override
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import TrainingError, UserError
-from jedi_jax.models.variants import build, with_num_actions
+from jedi_jax.models.build import build, with_num_actions
 from jedi_jax.runs import checkpoint, workdir
-from jedi_jax.training import loop
+from jedi_jax.training import train as train_lib
+from jedi_jax.training.learner import Learner
+from jedi_jax.training.loop import UnevenError
 from jedi_jax.types import EnvSpec
 
 COUNTS = {"denoiser": np.int32(4), "reward_end": np.int32(4), "actor_critic": np.int32(3), "probe": np.int32(3)}
@@ -23,7 +25,7 @@ def test_each_packed_run_is_what_it_is_alone(tiny):
   states = [tiny.init(jax.random.key(seed)) for seed in range(RUNS)]
   replay = tiny.devices().to_host(tiny.replay())
   start = [jax.device_get(state) for state in states]
-  state, sums = tiny.packed_epoch()(devices.distribute(states), devices.distribute([replay] * RUNS), COUNTS)
+  state, sums = tiny.packed_epoch()(devices.to_devices(states), devices.to_devices([replay] * RUNS), COUNTS)
   for seed in range(RUNS):
     alone, alone_sums = tiny.epoch()(tiny.state(seed), tiny.replay(), COUNTS)
     alone, alone_sums = (tiny.devices().to_host(tree) for tree in (alone, alone_sums))
@@ -48,13 +50,13 @@ def packed(tiny, tmp_path_factory):
 
 
 def _train(tiny, configs, places, console=None):
-  def shared(trainer):
-    assert trainer._devices.runs == RUNS
-    trainer._epoch = tiny.packed_epoch()
+  def shared(learner):
+    assert learner.devices.runs == RUNS
+    learner.epoch = tiny.packed_epoch()
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(loop.Trainer, "_compile", shared)
-    return loop.train_packed(configs, places, devices=tiny.devices(2), console=console)
+    patch.setattr(Learner, "compile", shared)
+    return jedi_jax.train_packed(configs, places, devices=tiny.devices(2), console=console)
 
 
 def test_every_run_has_its_own_files_and_result(packed, finished_run, timeless):
@@ -131,15 +133,15 @@ def test_packed_runs_resume_together_bit_for_bit(packed, tiny, quiet, stopped, t
 def test_runs_that_cannot_share_a_program_are_refused(tiny, tmp_path):
   config = tiny.config
   other = override(config, {"seed": 1, "collect.epsilon": 0.5})
-  with pytest.raises(UserError, match=r"differ in seed and game alone, not in collect\.epsilon"):
-    loop.train_packed([config, other], [tmp_path / "a", tmp_path / "b"])
+  with pytest.raises(UserError, match=r"differ in seed and game only, not in collect\.epsilon"):
+    jedi_jax.train_packed([config, other], [tmp_path / "a", tmp_path / "b"])
   with pytest.raises(UserError, match="same directory"):
-    loop.train_packed([config, override(config, {"seed": 1})], [tmp_path / "a", tmp_path / "a"])
+    jedi_jax.train_packed([config, override(config, {"seed": 1})], [tmp_path / "a", tmp_path / "a"])
   games = [make_config(env=name, preset="debug") for name in ("atari/Pong", "atari/Breakout")]
   with pytest.raises(UserError, match=r"env\.action_slots=6"):
-    loop.train_packed(games, [tmp_path / "a", tmp_path / "b"])
+    jedi_jax.train_packed(games, [tmp_path / "a", tmp_path / "b"])
   with pytest.raises(UserError, match="observations of one shape"):
-    loop.train_packed(
+    jedi_jax.train_packed(
       [make_config(env="catch", preset="debug"), make_config(env="atari/Breakout", preset="debug")],
       [tmp_path / "a", tmp_path / "b"],
     )
@@ -196,15 +198,18 @@ def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path
       groups.append([path.name for path in self.group])
       if len(groups) == 1:
         (places[1] / "checkpoints" / "latest" / "4").rmdir()  # As if it had been set aside.
-        raise loop._UnevenError
+        raise UnevenError
 
     def run_to_end(self):
       for path in self.group:
         workdir.write_json(path / "result.json", {})
 
-    def close(self):
+    def __enter__(self):
+      return self
+
+    def __exit__(self, *_):
       pass
 
-  monkeypatch.setattr(loop, "Trainer", Trainer)
-  loop.train_packed(configs, places, devices=tiny.devices(1), console=quiet)
+  monkeypatch.setattr(train_lib, "Trainer", Trainer)
+  jedi_jax.train_packed(configs, places, devices=tiny.devices(1), console=quiet)
   assert groups == [["0", "1", "2"], ["1"], ["0", "2"]]

@@ -25,7 +25,7 @@ def test_this_process_has_four_host_devices():
 
 
 def test_too_many_devices_are_refused():
-  with pytest.raises(UserError, match="5 devices are asked for and 4 are here"):
+  with pytest.raises(UserError, match="--devices=5, but this process has 4"):
     Devices.take(5)
 
 
@@ -37,7 +37,7 @@ def test_a_negative_number_of_devices_is_refused():
 @pytest.mark.parametrize("count", [1, 4])
 def test_distribute_pick_and_to_host(count):
   devices = Devices.take(count)
-  spread = devices.distribute([tree()])
+  spread = devices.to_devices([tree()])
   for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(tree()), strict=True):
     assert x.shape == (count, *np.shape(y))
     assert x.dtype == np.asarray(y).dtype
@@ -59,7 +59,7 @@ def test_distribute_pick_and_to_host(count):
 def test_leaves_that_alias_can_be_donated_and_host_copies_survive(count):
   devices = Devices.take(count)
   shared = np.arange(4096, dtype=np.float32)
-  spread = devices.distribute([{"a": shared, "b": shared}])
+  spread = devices.to_devices([{"a": shared, "b": shared}])
   host = devices.to_host(spread)
   double = devices.map(lambda tree: jax.tree.map(lambda x: 2.0 * x + 1.0, tree), donate=(0,))
   after = double(double(spread))
@@ -118,7 +118,7 @@ def test_collectives_between_devices():
 def test_packed_runs_lie_on_the_devices_in_order(count, runs):
   devices = Devices.take(count).with_runs(runs)
   trees = [{"a": np.arange(6.0, dtype=np.float32).reshape(2, 3) + 10 * i, "b": np.int32(i)} for i in range(runs)]
-  spread = devices.distribute(trees)
+  spread = devices.to_devices(trees)
   assert spread["a"].shape == (count, runs // count, 2, 3)
   double = devices.map(lambda tree, shared: jax.tree.map(lambda x: shared * x, tree), in_axes=(0, None), donate=(0,))
   spread = double(spread, np.int32(2))
@@ -136,7 +136,7 @@ def test_packed_runs_have_their_batch_and_their_averages_to_themselves():
   def function(x, shared):
     return {"share": parallel.local_share(shared), "mean": parallel.mean(x), "total": parallel.total(x)}
 
-  got = devices.map(function, in_axes=(0, None))(devices.distribute(list(np.arange(4.0))), np.arange(3))
+  got = devices.map(function, in_axes=(0, None))(devices.to_devices(list(np.arange(4.0))), np.arange(3))
   for i in range(4):
     own = devices.to_host(got, i)
     np.testing.assert_array_equal(own["share"], np.arange(3))
@@ -160,7 +160,7 @@ import numpy as np
 from jedi_jax.training.parallel import Devices
 for count in (1, 4):
   devices = Devices.take(count)
-  ones = devices.distribute([np.ones(3, np.float32)])
+  ones = devices.to_devices([np.ones(3, np.float32)])
   before = len(list(pathlib.Path(sys.argv[1]).iterdir()))
   jax.block_until_ready(devices.map(lambda x: x * count)(ones))
   print(len(list(pathlib.Path(sys.argv[1]).iterdir())) > before)

@@ -6,7 +6,8 @@ import optax
 import pytest
 
 from jedi_jax.config import OptimizerConfig, make_config
-from jedi_jax.models.variants import Phase, build
+from jedi_jax.models.base import Phase
+from jedi_jax.models.build import build
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import decayed, make_optimizer, make_optimizers, make_update, weighted_loss
@@ -187,7 +188,7 @@ def counting_phase():
     }
     return Losses({"a": Term(params["denoiser"]["kernel"] * noise, jnp.ones_like(noise))}, metrics)
 
-  return Phase("denoiser", ("denoiser",), 4, False, True, losses)
+  return Phase(name="denoiser", components=("denoiser",), length=4, final_frames=True, losses=losses)
 
 
 OPTIMIZER = make_optimizer(OptimizerConfig(warmup_updates=0), {})
@@ -263,7 +264,7 @@ def harmful_phase(harm, when):
   def after(params, metrics):
     return {"denoiser": {"kernel": params["denoiser"]["kernel"] + 0.0 * metrics["loss"]}}  # Not finite where it is not.
 
-  return Phase("denoiser", ("denoiser",), 4, False, True, losses, after=after)
+  return Phase(name="denoiser", components=("denoiser",), length=4, final_frames=True, losses=losses, after=after)
 
 
 @pytest.mark.parametrize("harm", [np.nan, np.inf, -np.inf, "gradient"])

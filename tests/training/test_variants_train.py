@@ -2,13 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
+import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax.agent import load_agent
 from jedi_jax.config import make_config
-from jedi_jax.training import loop
 
 # Small sizes of the networks, a short horizon and one sampling step: the compilation is what takes the time.
 SMALL = {
@@ -53,7 +54,7 @@ SWITCHES = {
 def train(tmp_path, tiny, quiet, env, variant, **overrides):
   sizes = PIXELS if variant == "diamond" else LATENT
   config = make_config(env=env, variant=variant, preset="debug", overrides={**SMALL, **sizes, **overrides})
-  result = loop.train(config, tmp_path / "run", devices=tiny.devices(), console=quiet)
+  result = jedi_jax.train(config, tmp_path / "run", devices=tiny.devices(), console=quiet)
   assert result["variant"] == variant
   assert result["env_steps"] == 30
   assert result["updates"] == {"denoiser": 6, "reward_end": 6, "actor_critic": 6}
@@ -65,8 +66,8 @@ def train(tmp_path, tiny, quiet, env, variant, **overrides):
       assert record[f"{phase}/grad_norm"] > 0
   assert ("denoiser/loss_reconstruction" in records[0]) == (variant in ("autoencoder", "decoder_gradient"))
   agent = load_agent(tmp_path / "run")
-  fresh = agent.model.init(loop.jax.random.key(0))
-  assert loop.jax.tree.structure(fresh) == loop.jax.tree.structure(agent.params)
+  fresh = agent.model.init(jax.random.key(0))
+  assert jax.tree.structure(fresh) == jax.tree.structure(agent.params)
   return result
 
 

@@ -34,27 +34,50 @@ def refused(values, *parts):
 
 def test_every_setting_has_a_known_tag_and_a_sentence():
   assert len(SETTINGS) > 80
+  descriptions = config_lib.descriptions(Config)
+  assert list(descriptions) == list(SETTINGS)
   for path, field in SETTINGS.items():
     assert field.metadata["tag"] in TAGS, path
-    assert field.metadata["doc"].endswith((".", ")")), path
-    assert field.metadata["doc"][0].isalnum() or field.metadata["doc"][0] == "'", path
+    assert descriptions[path].endswith((".", ")")), path
+    assert descriptions[path][0].isalnum() or descriptions[path][0] == "'", path
 
 
-def test_record_docstrings_list_their_settings():
-  def check(cls):
-    for field in dataclasses.fields(cls):
-      assert f"  {field.name}: " in cls.__doc__, (cls, field.name)
-      if "tag" in field.metadata:
-        assert f"{field.metadata['doc']} Default {field.default!r} [{field.metadata['tag']}]." in cls.__doc__
-      else:
-        check(type(field.default))
-
-  check(Config)
+def test_descriptions_are_the_strings_below_the_fields():
+  descriptions = config_lib.descriptions(Config)
+  assert descriptions["actor_critic.horizon"] == "Imagined steps H."
+  assert descriptions["denoiser.optimizer.epsilon"] == descriptions["probe.optimizer.epsilon"]
+  assert descriptions["encoder.chunk"].startswith("Frames encoded at a time; their activations are recomputed")
+  assert "  " not in descriptions["encoder.chunk"]
 
 
 def test_presets_only_name_settings():
   for values in (*PRESETS.values(), *VARIANTS.values(), *config_lib.VARIANT_PRESETS.values()):
     assert set(values) <= set(SETTINGS)
+
+
+def test_variants_are_settings():
+  routes = {name: make_config(variant=name).encoder.learns_from for name in VARIANTS}
+  assert routes == {
+    "jedi": ("prediction", "reward_end"),
+    "diamond": (),
+    "autoencoder": ("reconstruction",),
+    "mse": ("prediction", "reward_end"),
+    "no_diffusion_gradient": ("reward_end",),
+    "decoder_gradient": ("prediction", "reward_end", "reconstruction"),
+  }
+  assert {name for name in VARIANTS if make_config(variant=name).encoder.kind == "identity"} == {"diamond"}
+  assert {name for name in VARIANTS if make_config(variant=name).denoiser.kind == "regression"} == {"mse"}
+  assert config_lib.VARIANT_SUMMARIES.keys() == VARIANTS.keys()
+  # Composed from settings, a variant has the same model under another name.
+  composed = make_config(overrides=["denoiser.kind=regression"])
+  assert override(composed, {"variant": "mse"}) == make_config(variant="mse")
+
+
+@pytest.mark.parametrize("name", ["variant", "preset"])
+def test_names_that_determine_other_settings_are_no_overrides(name):
+  for overrides in ([f"{name}=debug"], {name: "jedi"}):
+    with pytest.raises(UserError, match=f"{name} determines other settings"):
+      make_config(overrides=overrides)
 
 
 def test_a_preset_may_choose_the_environment():
@@ -107,6 +130,8 @@ def test_defaults_are_the_paper():
     ("denoiser.channels=8", (8,)),
     ("actor_critic.channels=()", ()),
     ("replay.age_weights=0.5,0.5", (0.5, 0.5)),
+    ("encoder.learns_from=prediction, reconstruction", ("prediction", "reconstruction")),
+    ("encoder.learns_from=reward_end", ("reward_end",)),
     ("denoiser.switching=alternate", "alternate"),
     ("env.name=catch", "catch"),
   ],
@@ -158,6 +183,9 @@ def test_texts_as_json_and_as_python_agree():
     ("replay.age_weights", "0.5,nan"),
     ("env.name", 3),
     ("denoiser.switching", "sometimes"),
+    ("encoder.learns_from", "prediction,value"),
+    ("encoder.learns_from", ("prediction", 3)),
+    ("encoder.learns_from", 3),
   ],
 )
 def test_wrong_values_are_refused(path, value):
@@ -181,7 +209,9 @@ def test_bounds_are_enforced(path):
   if metadata["choices"] is not None:
     refused({path: "nonsense"}, path, *metadata["choices"])
     for choice in metadata["choices"]:
-      assert get(override(Config(), {path: choice}), path) == choice
+      value = (choice,) if isinstance(default, tuple) else choice
+      others = {"encoder.learns_from": ()} if choice == "identity" else {}
+      assert get(override(Config(), {path: value, **others}), path) == value
 
 
 @pytest.mark.parametrize(
@@ -203,6 +233,13 @@ def test_bounds_are_enforced(path):
       {"denoiser.channels": (40, 64), "denoiser.depths": (1, 1), "denoiser.attention": (False, False)},
       ["denoiser.channels", "40", "64", "104", "multiples of 32"],
     ),
+    ({"encoder.learns_from": ()}, ["encoder.learns_from", "at least one", "encoder.kind=identity"]),
+    ({"encoder.kind": "identity"}, ["encoder.kind=identity", "set encoder.learns_from=()"]),
+    (
+      {"encoder.learns_from": ("reward_end", "prediction")},
+      ["encoder.learns_from=reward_end,prediction", "write prediction,reward_end"],
+    ),
+    ({"encoder.learns_from": ("prediction", "prediction")}, ["encoder.learns_from", "write prediction"]),
     ({"denoiser.conditioning_width": 255}, ["denoiser.conditioning_width"]),
     ({"denoiser.conditioning_width": 9, "denoiser.conditioning_frames": 3}, ["denoiser.conditioning_width", "even"]),
     ({"collect.first_epoch_max_steps": 200_000}, ["collect.first_epoch_max_steps", "collect.total_steps"]),

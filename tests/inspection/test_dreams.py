@@ -2,7 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax.training import dreams, recording
+from jedi_jax.inspection import recording
+from jedi_jax.training import dreams
 
 
 @pytest.fixture(scope="module")
@@ -13,8 +14,8 @@ def segment(agent, episodes):
 def test_dreams_start_from_the_real_frame_and_take_the_real_actions(agent, segment):
   model, length = agent.model, agent.model.conditioning_frames
   keys = jax.random.split(jax.random.key(0), len(segment.mask))
-  followed = jax.jit(lambda p, s, k: dreams.follow(model, p, s, k))(agent.params, segment, keys)
-  played = jax.jit(lambda p, s, k: dreams.play(model, p, s, k))(agent.params, segment, keys)
+  followed = jax.jit(lambda p, s, k: dreams.open_loop(model, p, s, k))(agent.params, segment, keys)
+  played = jax.jit(lambda p, s, k: dreams.closed_loop(model, p, s, k))(agent.params, segment, keys)
   real = jax.jit(model.encode)(agent.params, segment.observations, segment.mask)
   for trajectory in (followed, played):
     assert trajectory.latents.shape[1] == 5

@@ -1,0 +1,199 @@
+"""The learner: everything of the runs that train together that lives on devices."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jedi_jax import replay as replay_lib
+from jedi_jax.config import Config
+from jedi_jax.models.base import Model
+from jedi_jax.models.build import build as build_model
+from jedi_jax.models.build import with_num_actions
+from jedi_jax.replay import Chunk, ReplayState
+from jedi_jax.training import dreams, hosts, seeds
+from jedi_jax.training.collector import CHUNK_SLOTS
+from jedi_jax.training.epoch import make_epoch
+from jedi_jax.training.hosts import Operation
+from jedi_jax.training.parallel import Devices
+from jedi_jax.training.seeds import Purpose
+from jedi_jax.training.state import TrainState, make_init
+from jedi_jax.training.updates import make_optimizers
+from jedi_jax.types import EnvSpec, Params
+
+Build = Callable[..., Model]
+"""(config, spec, packed=False) -> `Model`, as `models.build.build`."""
+
+
+class Learner:
+  """Model, training state, replay and compiled programs of the runs that train together.
+
+  Without an environment it trains on data of one's own:
+
+    learner = Learner(config, spec)
+    learner.start([learner.init(seed=0)], [replay.from_episodes(episodes)])
+    sums = learner.update({"denoiser": 100, "reward_end": 100})
+
+  Args:
+    config: of the runs; the seed and the game do not matter.
+    spec: of their environments.
+    devices: the devices and the number of runs; all devices for one run if None.
+    build: builds the model.
+    leader: announces each operation to the other processes; none if None.
+
+  Attributes:
+    model: of all runs; with several runs its functions are mapped over them.
+    optimizers: by phase.
+    epoch: (distributed state, distributed replay, counts as `traced` returns them) -> (state, sums); donates the state.
+    state: distributed `TrainState`; None before `start`.
+    replay: distributed `ReplayState`; None before `start`.
+
+  Raises:
+    UserError: if sizes do not fit the environment or the devices.
+  """
+
+  def __init__(
+    self,
+    config: Config,
+    spec: EnvSpec,
+    devices: Devices | None = None,
+    *,
+    build: Build = build_model,
+    leader: hosts.Leader | None = None,
+  ):
+    self.config, self.spec, self.devices = config, spec, devices or Devices()
+    self.devices.check_batch(config.training.batch_size)
+    self.model = build(config, spec, packed=self.devices.packed)
+    self.optimizers = make_optimizers(config, self.model.phases)
+    epoch = make_epoch(
+      self.model, self.optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
+    )
+    # Counts are shared by all devices.
+    self.epoch: Any = self.devices.map(epoch, in_axes=(0, 0, None), donate=(0,))
+    self.state: Any = None
+    self.replay: Any = None
+    self._leader = leader or hosts.Leader(self.devices)
+    self._add = self.devices.map(replay_lib.add, donate=(0,))
+    self._strips = self._make_strips()
+    self._init = make_init(self.model, self.optimizers)
+
+  @property
+  def phases(self) -> tuple[str, ...]:
+    """Names of the phases, in order."""
+    return tuple(phase.name for phase in self.model.phases)
+
+  @property
+  def has_strips(self) -> bool:
+    """Whether `strips` can be called: the model decodes and `probe.strips` is positive."""
+    return self._strips is not None
+
+  def init(self, seed: int, num_actions: int | None = None) -> TrainState:
+    """Returns a fresh state on the host.
+
+    Args:
+      seed: of the run.
+      num_actions: of the run's environment, where `env.action_slots` has room for more; the spec's if None.
+    """
+    state = jax.device_get(jax.jit(self._init)(jax.random.key(seeds.derive(seed, Purpose.TRAINING))))
+    return state.replace(params=with_num_actions(state.params, num_actions or self.spec.num_actions))
+
+  def shapes(self) -> tuple[TrainState, ReplayState]:
+    """Returns state and replay of one run with `jax.ShapeDtypeStruct` leaves."""
+    state = jax.eval_shape(self._init, jax.random.key(0))
+    return state, jax.eval_shape(lambda: empty_replay(self.config, self.spec))
+
+  def lower(self) -> jax.stages.Lowered:
+    """Lowers the epoch without arrays."""
+    shapes = self.devices.shapes(self.shapes())
+    counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in self.phases}
+    return self.epoch.lower(*shapes, counts)
+
+  def compile(self) -> None:
+    """Compiles the epoch."""
+    self.epoch = self.lower().compile()
+
+  def start(self, states: Sequence[TrainState], replays: Sequence[ReplayState]) -> None:
+    """Copies state and replay of each run to its device."""
+    with self._leader.announce(Operation.START):
+      self.state = self.devices.to_devices(states)
+      self.replay = self.devices.to_devices(replays)
+
+  def add(self, chunks: Sequence[Chunk | None]) -> None:
+    """Adds a chunk of steps to the replay of each run; None adds nothing."""
+    like = next(chunk for chunk in chunks if chunk is not None)
+    nothing = jax.tree.map(np.zeros_like, like)
+    with self._leader.announce(Operation.ADD):
+      distributed = self.devices.to_devices([chunk or nothing for chunk in chunks])
+      self.replay = self._add(self.replay, distributed)
+
+  def update(self, counts: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Runs updates, phase by phase.
+
+    Args:
+      counts: updates by phase; a phase that is missing has none.
+
+    Returns:
+      For each run, by phase, the sums of its metrics over its updates; NumPy arrays.
+    """
+    counts = {name: counts.get(name, 0) for name in self.phases}
+    with self._leader.announce(Operation.UPDATE, counts):
+      self.state, sums = self.epoch(self.state, self.replay, traced(counts))
+      return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]
+
+  def strips(self, keys: Sequence[Any]) -> list[np.ndarray]:
+    """Imagines from replay with the real actions; see `dreams.make_strips`.
+
+    Args:
+      keys: data of a random key for each run.
+    """
+    with self._leader.announce(Operation.STRIPS):
+      strips = self._strips(self.state.params, self.replay, self.devices.to_devices(keys))
+      return [self.devices.to_host(strips, run) for run in range(self.devices.runs)]
+
+  def params(self, run: int = 0, names: Sequence[str] | None = None) -> dict[str, Params]:
+    """Copies the parameters of a run on its device; those of all components if `names` is None."""
+    params = self.state.params
+    return self.devices.pick(params if names is None else {name: params[name] for name in names}, run)
+
+  def snapshot(self, run: int = 0) -> tuple[TrainState, ReplayState]:
+    """Copies state and replay of a run to NumPy arrays."""
+    return self.devices.to_host(self.state, run), self.devices.to_host(self.replay, run)
+
+  def updates(self, run: int = 0) -> dict[str, int]:
+    """Number of updates of a run so far, by phase."""
+    return _integers(self.devices.to_host(self.state.updates, run))
+
+  def skipped(self, run: int = 0) -> dict[str, int]:
+    """How many of the newest updates of a run in a row were skipped, by phase."""
+    return _integers(self.devices.to_host(self.state.skipped, run))
+
+  def block_until_ready(self) -> None:
+    """Waits for the devices."""
+    jax.block_until_ready((self.state, self.replay))
+
+  def _make_strips(self) -> Any:
+    count, steps = self.config.probe.strips, self.config.actor_critic.horizon
+    if self.model.decode is None or not count:
+      return None
+    strips = dreams.make_strips(self.model, count=count, steps=steps)
+    return self.devices.map(lambda params, replay, key: strips(params, replay, jax.random.wrap_key_data(key)))
+
+
+def empty_replay(config: Config, spec: EnvSpec) -> ReplayState:
+  """Returns the replay of a run before its first step."""
+  slots = -(-(config.replay.capacity + config.replay.final_frames) // config.env.num_envs)
+  return replay_lib.init(
+    num_streams=config.env.num_envs,
+    slots_per_stream=max(slots, CHUNK_SLOTS),
+    observation_shape=spec.observation_shape,
+  )
+
+
+def traced(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
+  """Returns numbers of updates as data of the epoch, so that one compilation serves all numbers."""
+  return {name: np.asarray(count, np.int32) for name, count in counts.items()}
+
+
+def _integers(counts: Mapping[str, np.ndarray]) -> dict[str, int]:
+  return {name: int(count) for name, count in counts.items()}

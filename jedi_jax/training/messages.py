@@ -1,0 +1,78 @@
+"""The lines that training prints."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jedi_jax.models.build import count_parameters
+from jedi_jax.training.learner import Learner
+from jedi_jax.training.run import Run
+
+
+def header(runs: Sequence[Run], learner: Learner) -> list[str]:
+  """Describes the runs and their model."""
+  c, devices = runs[0].config, learner.devices
+  what = f"{c.env.name}, variant {c.variant}, preset {c.preset}, seed {c.seed}"
+  if devices.packed:
+    games = dict.fromkeys(run.config.env.name for run in runs)
+    what = f"{len(runs)} runs of {', '.join(games)}, variant {c.variant}, preset {c.preset}"
+  where = os.path.commonpath([run.workdir.path for run in runs]) if devices.packed else runs[0].workdir.path
+  counts = count_parameters(jax.eval_shape(learner.model.init, jax.random.key(0)))
+  shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+  return [
+    f"{what}, {devices.count} {devices.devices[0].platform} device(s), in {where}",
+    f"parameters: {shares}, in all {sum(counts.values()):,}; latent {learner.model.latent_shape}",
+  ]
+
+
+def epoch(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> str:
+  """Describes an epoch; with several runs, by the means of their metrics."""
+  p = runs[0].progress
+  total = max(run.progress.total_epochs for run in runs)
+  steps, frames = (sum(one[name] for one in values) for name in ("env_steps", "frames"))
+  parts = [f"epoch {p.epoch}/{total}", f"{steps:,} steps ({frames:,} frames)"]
+  if len(runs) > 1:
+    parts.insert(1, f"{len(runs)} runs")
+  for label, name in (
+    ("return", "collect/return"),
+    ("evaluated", "evaluation/return"),
+    ("denoiser", "denoiser/loss"),
+    ("reward/end", "reward_end/loss"),
+    ("imagined return", "actor_critic/imagined_return"),
+    ("entropy", "actor_critic/policy_entropy"),
+  ):
+    found = [one[name] for one in values if name in one]
+    if found:
+      parts.append(f"{label} {np.mean(found):.3g}")
+  parts.append(f"{values[0]['time/updates_per_second'] * len(runs):.1f} updates/s")
+  if p.epoch > 1:
+    parts.append(f"{(total - p.epoch) * values[0]['time/epoch_seconds'] / 60:.0f} min left")
+  return ", ".join(parts)
+
+
+def collapse(run: Run, values: Mapping[str, Any]) -> str | None:
+  """Reports when the latents of a run collapse or recover, and sets `Run.collapsed`; None if nothing changed."""
+  bounds = run.config.training
+  std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
+  if std is None or rank is None:
+    return None
+  # NaN counts as collapsed.
+  collapsed = not (std >= bounds.collapse_std and rank >= bounds.collapse_rank)
+  if collapsed == run.collapsed:
+    return None
+  run.collapsed = collapsed
+  what = "WARNING: the latents have collapsed" if collapsed else "the latents have recovered"
+  return f"{what}: standard deviation {std:.3g}, effective rank {rank:.3g}"
+
+
+def not_finite(run: Run, phase: str, count: int) -> str:
+  """Explains why a run cannot continue after `count` skipped updates of a phase."""
+  saved = "no checkpoint" if run.saved is None else f"checkpoint {run.saved}"
+  return (
+    f"{run.workdir.path}: the loss or gradient of {phase} was not finite in {count} updates in a row, in epoch "
+    f"{run.progress.epoch + 1}; {saved} was saved before: the same command tries again from there; else start "
+    f"over (--overwrite) with a lower {phase}.optimizer.learning_rate or max_grad_norm"
+  )

@@ -1,0 +1,72 @@
+"""Configurations written before a variant was settings: `data/old_configs.json` holds one of each variant."""
+
+import copy
+import json
+import pathlib
+
+import pytest
+
+from jedi_jax.config import VARIANTS, from_dict, make_config, to_dict
+from jedi_jax.errors import UserError
+
+OLD = json.loads((pathlib.Path(__file__).parents[1] / "data" / "old_configs.json").read_text())
+
+
+def changed(variant, path, value):
+  tree = copy.deepcopy(OLD[variant])
+  record, name = path.split(".")
+  assert name in tree[record]
+  tree[record][name] = value
+  return tree
+
+
+def test_the_files_are_old_and_cover_every_variant():
+  assert OLD.keys() == VARIANTS.keys()
+  for tree in OLD.values():
+    assert not {"kind", "learns_from"} & tree["encoder"].keys()
+    assert "kind" not in tree["denoiser"]
+
+
+@pytest.mark.parametrize("variant", OLD)
+def test_a_file_gives_the_configuration_that_the_variant_has_now(variant):
+  config = from_dict(OLD[variant])
+  assert config == make_config(env="catch", variant=variant, preset="debug")
+  assert from_dict(to_dict(config)) == config
+
+
+@pytest.mark.parametrize(
+  ("variant", "learns_from"),
+  [
+    ("jedi", ("prediction",)),
+    ("mse", ("prediction",)),
+    ("decoder_gradient", ("prediction", "reconstruction")),
+    ("autoencoder", ("reconstruction",)),
+    ("diamond", ()),
+  ],
+)
+def test_without_the_reward_gradient_the_encoder_does_not_learn_from_rewards(variant, learns_from):
+  config = from_dict(changed(variant, "encoder.reward_gradient", False))
+  assert config.encoder.learns_from == learns_from
+  overrides = {"encoder.learns_from": learns_from}
+  assert config == make_config(env="catch", variant=variant, preset="debug", overrides=overrides)
+
+
+@pytest.mark.parametrize(
+  ("variant", "path", "value"),
+  [
+    ("jedi", "denoiser.follow_scale", True),
+    ("jedi", "encoder.reward_gradient", 3),
+    ("no_diffusion_gradient", "encoder.reward_gradient", False),
+  ],
+)
+def test_what_no_longer_exists_is_refused_in_one_line(variant, path, value):
+  with pytest.raises(UserError) as caught:
+    from_dict(changed(variant, path, value))
+  assert "\n" not in str(caught.value)
+  assert path in str(caught.value) or "encoder.learns_from is empty" in str(caught.value)
+
+
+@pytest.mark.parametrize("variant", [None, 3, ["jedi"], "nonsense"])
+def test_a_file_with_a_wrong_variant_is_refused(variant):
+  with pytest.raises(UserError, match="variant"):
+    from_dict({**OLD["jedi"], "variant": variant})

@@ -1,0 +1,98 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_layers import normal, random_params, sigmoid
+
+from jedi_jax.nn.lstm import Lstm, zero_lstm_state
+from jedi_jax.types import LstmState
+
+
+def lstm(inputs, state, keep, params):
+  """PyTorch's LSTM: gates input, forget, cell, output; the state is multiplied by `keep` after each step."""
+  (kernel_ih, kernel_hh, bias_ih, bias_hh), outputs = (
+    (np.asarray(params[name], np.float64) for name in ("kernel_ih", "kernel_hh", "bias_ih", "bias_hh")),
+    [],
+  )
+  hidden, cell = (np.asarray(x, np.float64) for x in state)
+  for t in range(inputs.shape[1]):
+    gates = np.asarray(inputs[:, t]) @ kernel_ih + bias_ih + hidden @ kernel_hh + bias_hh
+    i, f, g, o = np.split(gates, 4, axis=-1)
+    cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(g)
+    hidden = sigmoid(o) * np.tanh(cell)
+    outputs.append(hidden)
+    hidden, cell = hidden * keep[:, t, None], cell * keep[:, t, None]
+  return np.stack(outputs, axis=1), hidden, cell
+
+
+@pytest.fixture(scope="module")
+def lstm_case():
+  inputs = normal((2, 4, 3))
+  state = LstmState(normal((2, 5), seed=1), normal((2, 5), seed=2))
+  module = Lstm(5)
+  params = random_params(module, inputs, state)
+  return module, params, inputs, state
+
+
+def test_the_lstm_equals_a_plain_loop(lstm_case):
+  module, params, inputs, state = lstm_case
+  outputs, after = module.apply({"params": params}, inputs, state)
+  expected = lstm(inputs, state, np.ones((2, 4)), params)
+  for actual, value in zip((outputs, *after), expected, strict=True):
+    np.testing.assert_allclose(actual, value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_lstm_forgets_where_keep_is_zero(lstm_case):
+  module, params, inputs, state = lstm_case
+  keep = jnp.asarray([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
+  outputs, after = module.apply({"params": params}, inputs, state, keep)
+  expected = lstm(inputs, state, np.asarray(keep), params)
+  for actual, value in zip((outputs, *after), expected, strict=True):
+    np.testing.assert_allclose(actual, value, rtol=1e-4, atol=1e-5)
+  # The first sequence starts afresh after step 1, the second ends empty.
+  fresh, _ = module.apply({"params": params}, inputs[:, 2:], zero_lstm_state(2, 5))
+  np.testing.assert_allclose(outputs[0, 2:], fresh[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(after.hidden[1], 0)
+  np.testing.assert_array_equal(after.cell[1], 0)
+
+
+def test_the_lstm_falls_back_on_a_given_state(lstm_case):
+  module, params, inputs, state = lstm_case
+  keep = jnp.asarray([[1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+  fallback = LstmState(normal((2, 5), seed=3), normal((2, 5), seed=4))
+  outputs, after = module.apply({"params": params}, inputs, state, keep, fallback)
+  plain, _ = module.apply({"params": params}, inputs, state)
+  np.testing.assert_allclose(outputs[0, :2], plain[0, :2], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(outputs[1], plain[1], rtol=1e-5, atol=1e-6)
+  fresh, fresh_after = module.apply({"params": params}, inputs[:, 2:], fallback)
+  np.testing.assert_allclose(outputs[0, 2:], fresh[0], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(after.cell[0], fresh_after.cell[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("with_keep", [False, True])
+def test_single_steps_and_the_scan_give_the_same(lstm_case, with_keep):
+  module, params, inputs, state = lstm_case
+  keep = jnp.asarray([[1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 1.0, 1.0]]) if with_keep else None
+  outputs, after = module.apply({"params": params}, inputs, state, keep)
+  for t in range(4):
+    step_keep = None if keep is None else keep[:, t : t + 1]
+    output, state = module.apply({"params": params}, inputs[:, t : t + 1], state, step_keep)
+    np.testing.assert_allclose(output[:, 0], outputs[:, t], rtol=1e-5, atol=1e-6)
+  for actual, expected in zip(state, after, strict=True):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_lstm_starts_with_open_forget_gates_and_an_orthogonal_recurrence():
+  module = Lstm(4)
+  params = module.init(jax.random.key(0), jnp.zeros((1, 1, 3)), zero_lstm_state(1, 4))["params"]
+  np.testing.assert_array_equal(params["bias_ih"], np.repeat([0, 1, 0, 0], 4))
+  np.testing.assert_array_equal(params["bias_hh"], 0)
+  np.testing.assert_allclose(params["kernel_hh"] @ params["kernel_hh"].T, np.eye(4), atol=1e-5)
+
+
+def test_the_lstm_keeps_a_float32_state_under_bfloat16(lstm_case):
+  _, params, inputs, state = lstm_case
+  outputs, after = Lstm(5, dtype=jnp.bfloat16).apply({"params": params}, inputs, state)
+  assert {x.dtype for x in (outputs, *after)} == {jnp.dtype(jnp.float32)}
+  expected, _, _ = lstm(inputs, state, np.ones((2, 4)), params)
+  np.testing.assert_allclose(outputs, expected, atol=3e-2)

@@ -1,0 +1,52 @@
+"""The recipes of docs/extending.md run as they stand, each in a process of its own."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
+
+
+# Compilation takes most of the time: one device, and few passes of the compiler.
+ENVIRONMENT = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def run(name, directory):
+  done = subprocess.run(
+    [sys.executable, "-c", RECIPES[name]],
+    cwd=directory,
+    env={**os.environ, **ENVIRONMENT},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def test_there_are_four_recipes_and_no_other_code():
+  assert len(RECIPES) == 4
+  assert PAGE.count("```python") == 4
+
+
+@pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
+def test_a_recipe_trains(name, tmp_path):
+  output = run(name, tmp_path)
+  assert re.search(r"^mean return -?[\d.]+$", output, re.MULTILINE)
+  assert len(list(tmp_path.glob("runs/*/result.json"))) == 1
+
+
+def test_the_denoiser_learns_and_samples_alone(tmp_path):
+  loss, error = (float(line.split()[1]) for line in run("The denoiser and the sampler alone", tmp_path).splitlines())
+  assert loss < 0.6
+  assert error < 0.3  # Copying the last latent has about 1.
+
+
+def test_an_environment_takes_some_twenty_lines():
+  code = re.search(r"^class Corridor:\n.*?(?=^\S)", RECIPES["An environment of your own"], re.DOTALL | re.MULTILINE)
+  assert len([line for line in code[0].splitlines() if line.strip()]) <= 20
