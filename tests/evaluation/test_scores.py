@@ -73,7 +73,7 @@ def test_what_is_published_agrees_with_what_its_scores_give(published):
     for key, printed in method.published.items():
       name = {"og": "optimality_gap"}.get(key, key)
       if name == "iqm" and not method.per_run and method.name in ("CURL", "SPR"):
-        continue  # Printed over runs that are not at hand.
+        continue  # Printed over runs that are not published.
       assert metrics[name].value == pytest.approx(printed, abs=6e-4), (method.name, name)
 
 

@@ -38,7 +38,7 @@ def test_an_agent_without_configuration_is_refused(agent):
 
 
 def numbered(steps, first):
-  """An episode whose frames, actions and rewards can be told apart."""
+  """An episode whose frames, actions and rewards are all different."""
   return Episode(
     observations=np.arange(first, first + steps + 1, dtype=np.uint8).reshape(-1, 1, 1, 1),
     actions=np.arange(first, first + steps, dtype=np.int32),

@@ -17,8 +17,8 @@ import pytest
 
 from jedi_jax import config as config_lib
 from jedi_jax.interop import diamond
-from jedi_jax.models import codecs, variants
 from jedi_jax.models import dynamics as dynamics_lib
+from jedi_jax.models.build import build
 from jedi_jax.nn import blocks
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.nn.lstm import zero_lstm_state
@@ -54,7 +54,7 @@ def loaded():
 def make_model(loaded, **changes):
   config, spec, _ = loaded
   precision = {"precision.compute_dtype": "float32", "precision.convolution": "lax"}
-  return variants.build(config_lib.override(config, precision | changes), spec)
+  return build(config_lib.override(config, precision | changes), spec)
 
 
 def nhwc(x):
@@ -87,15 +87,15 @@ def test_configuration_is_inferred(loaded):
   assert (r.channels, r.depths, r.attention) == ((8, 16, 16), (1, 2, 1), (False, True, False))
   assert (r.conditioning_width, r.lstm_width) == (20, 24)
   assert (a.channels, a.downsample, a.lstm_width) == ((8, 16), (True, False), 20)
-  ours = jax.eval_shape(variants.build(config, spec).init, jax.random.key(0))
+  ours = jax.eval_shape(build(config, spec).init, jax.random.key(0))
   assert jax.tree.map(lambda x: x.shape, ours) == jax.tree.map(lambda x: x.shape, params)
 
 
-def test_inner_network_and_denoiser(loaded):
+def test_inner_network_and_denoiser(loaded, monkeypatch):
   config, spec, params = loaded
   c = config.denoiser
-  past, noisy = nhwc(REFERENCE["den_obs"]), nhwc(REFERENCE["den_noisy"])
-  coefficients = edm.precondition(jnp.asarray(REFERENCE["den_sigma"]), sigma_data=0.5, offset_noise=0.3)
+  past, noisy, sigma = nhwc(REFERENCE["den_obs"]), nhwc(REFERENCE["den_noisy"]), jnp.asarray(REFERENCE["den_sigma"])
+  coefficients = edm.precondition(sigma, sigma_data=0.5, offset_noise=0.3)
   network = InnerNetwork(
     spec.num_actions,
     c.channels,
@@ -105,11 +105,18 @@ def test_inner_network_and_denoiser(loaded):
     lowering="lax",
     dtype=jnp.dtype("float32"),
   )
-  c_in, c_out, c_skip = (x[:, None, None, None] for x in coefficients[:3])
-  output = APPLY(network, params["denoiser"], c_in * noisy, coefficients.c_noise, past / 0.5, actions("den_act"))
+  output = APPLY(
+    network,
+    params["denoiser"],
+    coefficients.c_in[:, None, None, None] * noisy,
+    coefficients.c_noise,
+    past / 0.5,
+    actions("den_act"),
+  )
   close(jnp.moveaxis(output, -1, 1), "den_model_output")
-  codec = codecs.identity(spec.observation_shape)
-  close_quantised(codec.quantise(c_skip * noisy + c_out * output), "den_denoised")
+  monkeypatch.setattr(dynamics_lib.blocks, "apply", APPLY)
+  denoised = make_model(loaded).dynamics.denoise(params["denoiser"], noisy, sigma, past, actions("den_act"))
+  close_quantised(denoised, "den_denoised")
 
 
 @pytest.mark.parametrize(
