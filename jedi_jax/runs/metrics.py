@@ -18,7 +18,7 @@ SECTIONS = (
   ),
   (
     "Collection",
-    "training/loop.py",
+    "training/run.py",
     "Absent in epochs without steps; return and length are absent without finished episodes.",
     {
       "collect/steps": ("steps", "Environment steps."),
