@@ -66,7 +66,7 @@ SECTIONS = (
   ),
   (
     "Latents",
-    "models/phases.py",
+    "ops/statistics.py",
     "Of the frames in the denoiser's batches.",
     {
       "denoiser/latent_std": ("latent", "Standard deviation: the root of the channels' mean variance."),
@@ -78,10 +78,6 @@ SECTIONS = (
       "denoiser/latent_clamped": (
         "fraction",
         "Latent values beyond 0.9 times `encoder.clamp`; absent without a clamp.",
-      ),
-      "denoiser/loss_reconstruction": (
-        "pixel²",
-        "Squared error of the decoded latents, pixels in [-1, 1]; only where a reconstruction trains the encoder.",
       ),
     },
   ),
@@ -128,10 +124,19 @@ SECTIONS = (
     },
   ),
   (
-    "Probe",
+    "Reconstruction",
     "models/phases.py",
-    "Present if the configuration has updates of the probe.",
-    {"probe/loss_reconstruction": ("pixel²", "Squared error of the decoded latents, pixels in [-1, 1].")},
+    "",
+    {
+      "denoiser/loss_reconstruction": (
+        "pixel²",
+        "Squared error of the decoded latents, pixels in [-1, 1]; only where a reconstruction trains the encoder.",
+      ),
+      "probe/loss_reconstruction": (
+        "pixel²",
+        "The same of the probe, on detached latents; only if the configuration has updates of the probe.",
+      ),
+    },
   ),
   (
     "Evaluation",
