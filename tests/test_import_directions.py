@@ -20,7 +20,7 @@ ALLOWED = {
   # Configuration stops at the builder: the other models take plain arguments.
   "models": {"types", "ops", "nn", "models"},
   "models/variants.py": {"types", "errors", "config", "ops", "nn", "models"},
-  "replay.py": {"types"},
+  "replay.py": {"types", "errors"},
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
   "evaluation/report.py": {"errors", "evaluation", "runs"},
