@@ -1,14 +1,16 @@
-"""Replay on the device: a ring of uint8 frames a stream, a table of episodes, and the sampler of segments.
+"""Replay on the device: a ring buffer of uint8 frames per stream, a table of episodes, and the sampler of segments.
 
 An episode of n steps takes n + 1 slots of its stream: the frames that actions were taken on, then the true final
-frame. Frames of one stream follow one another without gaps, so a segment is a run of slots. When the ring is full the
-oldest frames go, and an episode that loses its head stays with what is left of it.
+frame. Frames of one stream are contiguous, so a segment is a range of slots. A full ring overwrites its oldest frames;
+an episode that loses its first frames keeps the others.
 
-The table lists the surviving episodes of all streams in order of age. Adding costs time in proportion to the chunk and
-the table; sampling looks at single entries of the table and costs the same however much is stored.
+The table lists the stored episodes of all streams, oldest first. The cost of adding is proportional to the size of the
+chunk and the table; the cost of sampling does not depend on how much is stored.
 """
 
 import math
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import flax.struct
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jedi_jax.errors import UserError
 from jedi_jax.types import Array, Segment
 
 
@@ -23,18 +26,18 @@ class ReplayState(flax.struct.PyTreeNode):
   """S streams of C slots each, and a table of up to E episodes.
 
   Attributes:
-    frames: [S, C, H * W * channels] uint8. Flat, because TPUs gather rows of one dimension where they lie; of images
-      they first copy the whole ring to another layout.
+    frames: [S, C, H * W * channels] uint8. Flat, because TPUs gather flat rows in place, while for images they first
+      copy the whole ring to another layout.
     actions: [S, C] int32; 0 in the slot of a final frame.
     rewards: [S, C] float32, raw; 0 in the slot of a final frame.
-    ends: [S, C] bool; the step ended its episode.
-    written: [S] int32; slots ever written. The ring position of slot number i is i modulo C.
-    open_episode: [S] int32; the table's entry that the stream is writing to, -1 for none.
+    ends: [S, C] bool; whether the step ended its episode.
+    written: [S] int32; number of slots ever written. Slot number i is at ring position i modulo C.
+    open_episode: [S] int32; table entry of the stream's unfinished episode, -1 if there is none.
     episode_stream: [E] int32.
-    episode_start: [E] int32; slot number of the first surviving frame.
-    episode_steps: [E] int32; surviving steps (the final frame is not one).
+    episode_start: [E] int32; slot number of the first stored frame.
+    episode_steps: [E] int32; stored steps, the final frame not counted.
     episode_closed: [E] bool; whether the final frame is stored.
-    num_episodes: [] int32; entries in use, oldest first.
+    num_episodes: [] int32; number of entries in use, which are the first ones, oldest first.
     observation_shape: (H, W, channels).
   """
 
@@ -58,15 +61,15 @@ class ReplayState(flax.struct.PyTreeNode):
 
 
 class Chunk(flax.struct.PyTreeNode):
-  """K slots to write to each of S streams, of which the first `count` are real.
+  """K slots to write to each of S streams, of which the first `count` are valid.
 
   Attributes:
     frames: [S, K, H, W, channels] uint8.
     actions: [S, K] int32.
     rewards: [S, K] float32.
     ends: [S, K] bool.
-    first: [S, K] bool; the slot begins an episode.
-    final: [S, K] bool; the slot holds a true final frame, on which no action was taken.
+    first: [S, K] bool; whether the slot begins an episode.
+    final: [S, K] bool; whether the slot holds a true final frame, on which no action was taken.
     count: [S] int32.
   """
 
@@ -80,7 +83,7 @@ class Chunk(flax.struct.PyTreeNode):
 
 
 def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[int, int, int]) -> ReplayState:
-  """Makes an empty replay, all of its memory allocated.
+  """Returns an empty replay with all of its memory allocated.
 
   Args:
     num_streams: S.
@@ -88,7 +91,7 @@ def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[in
     observation_shape: (H, W, channels).
   """
   ring = (num_streams, slots_per_stream)
-  # A closed episode takes two slots at least, and a stream has one open episode.
+  # A closed episode takes at least two slots, and each stream has at most one open episode.
   entries = num_streams * (slots_per_stream // 2 + 2)
   return ReplayState(
     frames=jnp.zeros((*ring, math.prod(observation_shape)), jnp.uint8),
@@ -107,7 +110,7 @@ def init(*, num_streams: int, slots_per_stream: int, observation_shape: tuple[in
 
 
 def add(state: ReplayState, chunk: Chunk) -> ReplayState:
-  """Appends a chunk to every stream. Donate `state`: the ring is then written in place.
+  """Appends a chunk to every stream. With `state` donated the ring is written in place.
 
   Raises:
     ValueError: if the chunk is longer than the ring.
@@ -120,8 +123,8 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
     raise ValueError(f"a chunk of {length} slots does not fit a ring of {slots}")
   state = _forget(state, state.written + chunk.count - slots)
 
-  # Entries of the table that the slots belong to. Episodes that begin are numbered in order of time, then stream; time
-  # counts steps, not slots, of which final frames take extra ones.
+  # Table entries of the slots. New episodes are numbered by time, then stream. Time counts steps; it differs from the
+  # slot, since final frames take slots of their own.
   offsets = jnp.arange(length)
   real = offsets[None] < chunk.count[:, None]
   first, final = chunk.first & real, chunk.final & real
@@ -135,7 +138,7 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
   step = real & ~chunk.final
   number = state.written[:, None] + offsets[None]
   opened = jnp.where(first, entry, nowhere)
-  position = jnp.where(real, number % slots, slots)  # Padding falls outside and is dropped.
+  position = jnp.where(real, number % slots, slots)  # Padding is out of range and dropped.
 
   def write(ring: Array, values: Array | np.ndarray) -> Array:
     return ring.at[stream, position].set(values, mode="drop")
@@ -166,7 +169,7 @@ def add(state: ReplayState, chunk: Chunk) -> ReplayState:
 
 
 def _forget(state: ReplayState, oldest: Array) -> ReplayState:
-  """Drops from the table what lies before slot numbers `oldest` [S], and closes the gaps."""
+  """Removes frames before slot numbers `oldest` [S] from the table and compacts it."""
   entries = state.episode_steps.shape[0]
   index = jnp.arange(entries)
   used = index < state.num_episodes
@@ -202,22 +205,22 @@ def sample(
   beyond_end: bool,
   final_frames: bool,
 ) -> Segment:
-  """Draws one segment for each key.
+  """Draws one segment per key.
 
-  An episode is drawn, then uniformly a time in it, then uniformly where in the segment that time lies. Segments may
-  begin before their episode.
+  Draws an episode, then a time in it, then the position of that time in the segment; the latter two are uniform.
+  Segments may begin before their episode.
 
   Args:
     state: a replay with at least one step.
     keys: [B] random keys, consumed.
-    length: T, frames of a segment.
-    age_weights: probabilities of equal groups of episodes, oldest first (the last group takes the remainder). While
-      there are fewer episodes than groups, episodes are drawn in proportion to their steps.
-    beyond_end: whether segments may run past the end of their episode; otherwise they stop at it.
-    final_frames: whether the time drawn may be the true final frame's.
+    length: T, frames per segment.
+    age_weights: probabilities of groups of equally many episodes, oldest first; the last group takes the remainder.
+      While there are fewer episodes than groups, an episode's probability is proportional to its steps.
+    beyond_end: whether segments may extend past the end of their episode.
+    final_frames: whether the drawn time may be that of the true final frame.
 
   Returns:
-    `Segment` of shapes [B, T, ...]; what lies outside the episode is masked. A final frame inside is real.
+    `Segment` of shapes [B, T, ...]. Frames outside the episode are masked; a final frame is not.
   """
   slots = state.actions.shape[1]
   groups = len(age_weights)
@@ -226,7 +229,7 @@ def sample(
     group_key, member_key, time_key, place_key = jax.random.split(key, 4)
     episode = _draw_episode(state, group_key, member_key, age_weights, groups)
     steps = state.episode_steps[episode]
-    stored = steps + state.episode_closed[episode]  # Frames, the final one included.
+    stored = steps + state.episode_closed[episode]  # Frames, including the final one.
     drawable = stored if final_frames else steps
     time = jax.random.randint(time_key, (), 0, drawable)
     place = jax.random.randint(place_key, (), 0, length)
@@ -249,7 +252,7 @@ def sample(
 def _draw_episode(
   state: ReplayState, group_key: Array, member_key: Array, age_weights: tuple[float, ...], groups: int
 ) -> Array:
-  """Returns the index of one episode; see `sample`."""
+  """Draws the table entry of an episode; see `sample`."""
   count = state.num_episodes
   size = count // groups
   group = jax.random.choice(group_key, groups, p=jnp.asarray(age_weights))
@@ -267,9 +270,12 @@ class ChunkWriter:
 
   Args:
     num_streams: S.
-    size: K, slots of a chunk.
+    size: K, slots of a chunk, at least 2.
     observation_shape: (H, W, channels).
-    starts: [S] bool; which streams begin an episode with their next step (all, at first).
+    starts: [S] bool; whether the next step of each stream begins an episode. All do if None.
+
+  Attributes:
+    starts: as above.
   """
 
   def __init__(
@@ -281,7 +287,7 @@ class ChunkWriter:
     starts: np.ndarray | None = None,
   ):
     if size < 2:
-      raise ValueError("a chunk needs room for a step and a final frame")
+      raise ValueError(f"a chunk of {size} slots has no room for a step and a final frame: use at least 2")
     self._size = size
     self._shape = (num_streams, size)
     self._observation_shape = observation_shape
@@ -301,7 +307,7 @@ class ChunkWriter:
 
   @property
   def is_full(self) -> bool:
-    """Whether the next step might not fit, so that `flush` is due."""
+    """Whether the next step may not fit, so that `flush` must be called."""
     return bool(np.max(self._chunk.count) > self._size - 2)
 
   def add(
@@ -313,15 +319,15 @@ class ChunkWriter:
     truncated: np.ndarray,
     next_observations: np.ndarray,
   ) -> None:
-    """Adds one step of every environment; where an episode is over, its final frame as well.
+    """Adds one step of every environment, and the final frames of episodes that it finishes.
 
     Args:
-      observations: [S, H, W, channels] uint8, what the actions were chosen on.
+      observations: [S, H, W, channels] uint8, on which the actions were taken.
       actions: [S] integers.
       rewards: [S] float32, raw.
-      ends: [S] bool.
-      truncated: [S] bool.
-      next_observations: [S, H, W, channels] uint8, what the actions led to.
+      ends: [S] bool; whether the episode terminated with this step.
+      truncated: [S] bool; whether the episode was truncated after this step.
+      next_observations: [S, H, W, channels] uint8, after the step.
     """
     chunk, streams, at = self._chunk, np.arange(self._shape[0]), self._chunk.count
     chunk.frames[streams, at] = observations
@@ -337,6 +343,85 @@ class ChunkWriter:
     at[over] += 1
 
   def flush(self) -> Chunk:
-    """Returns what was added since the last flush, and starts a new chunk."""
+    """Returns the steps since the last flush and begins a new chunk."""
     chunk, self._chunk = self._chunk, self._empty()
     return chunk
+
+
+class Episode(NamedTuple):
+  """T steps of one episode, on the host.
+
+  Attributes:
+    observations: [T + 1, H, W, channels] uint8; observations[t] precedes action t, the last one is the final frame.
+    actions: [T] integers.
+    rewards: [T], raw.
+    ends: whether the last step terminated the episode (otherwise it was truncated), as one bool or as [T] bool.
+  """
+
+  observations: np.ndarray
+  actions: np.ndarray
+  rewards: np.ndarray
+  ends: bool | np.ndarray
+
+
+def from_episodes(episodes: Iterable[Any], *, capacity: int | None = None) -> ReplayState:
+  """Returns a replay of one stream with recorded episodes.
+
+  Args:
+    episodes: `Episode`s, or mappings or other named tuples with its fields; oldest first.
+    capacity: slots of the ring; an episode of T steps takes T + 1. If the episodes take more, the oldest frames are
+      dropped. If None, the ring is as large as the episodes.
+
+  Raises:
+    UserError: if there are no episodes or one has wrong shapes or dtypes.
+  """
+  checked = [_check_episode(index, episode) for index, episode in enumerate(episodes)]
+  if not checked:
+    raise UserError("there are no episodes: give at least one")
+  if capacity is not None and capacity < 2:
+    raise UserError(f"capacity={capacity} has no room for a step and a final frame: give at least 2")
+  shape = checked[0].observations.shape[1:]
+  for index, episode in enumerate(checked):
+    if episode.observations.shape[1:] != shape:
+      raise UserError(
+        f"episode {index} has frames of shape {episode.observations.shape[1:]} and episode 0 of {shape}: resize them"
+      )
+  slots = capacity or sum(len(episode.observations) for episode in checked)
+  state = init(num_streams=1, slots_per_stream=slots, observation_shape=shape)
+  writer = ChunkWriter(num_streams=1, size=min(slots, _CHUNK_SLOTS), observation_shape=shape)
+  append = jax.jit(add, donate_argnums=0)
+  for frames, actions, rewards, ends in checked:
+    for t, action in enumerate(actions):
+      last = np.asarray([t == len(actions) - 1])
+      writer.add(frames[t], action, rewards[t], last & ends, last & np.logical_not(ends), frames[t + 1][None])
+      if writer.is_full:
+        state = append(state, writer.flush())
+  return append(state, writer.flush())
+
+
+_CHUNK_SLOTS = 1024
+
+
+def _check_episode(index: int, episode: Any) -> Episode:
+  """Returns the episode as arrays, with `ends` as a bool."""
+  fields = episode if isinstance(episode, Mapping) else episode._asdict()
+  missing = [name for name in Episode._fields if name not in fields]
+  if missing:
+    raise UserError(f"episode {index} lacks {', '.join(missing)}: give {', '.join(Episode._fields)}")
+  observations, actions, rewards, ends = (np.asarray(fields[name]) for name in Episode._fields)
+  if observations.dtype != np.uint8 or observations.ndim != 4:
+    raise UserError(
+      f"episode {index} has observations of {observations.dtype} {observations.shape}: "
+      "give uint8 of shape (T + 1, height, width, channels)"
+    )
+  steps = len(observations) - 1
+  if steps < 1 or actions.shape != (steps,) or not np.issubdtype(actions.dtype, np.integer):
+    raise UserError(
+      f"episode {index} has {len(observations)} observations and actions of {actions.dtype} {actions.shape}: "
+      "give T integer actions and T + 1 observations, the final frame included"
+    )
+  if rewards.shape != (steps,) or rewards.dtype.kind not in "iuf" or not np.all(np.isfinite(rewards)):
+    raise UserError(f"episode {index} has rewards of {rewards.dtype} {rewards.shape}: give {steps} finite numbers")
+  if ends.dtype != bool or ends.shape not in ((), (steps,)) or np.any(ends.reshape(-1)[:-1]):
+    raise UserError(f"episode {index} has ends of {ends.dtype} {ends.shape}: give whether its last step terminated it")
+  return Episode(observations, actions, rewards, bool(ends.reshape(-1)[-1]))

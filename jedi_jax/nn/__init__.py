@@ -1,1 +1,1 @@
-"""Flax modules: networks without losses. Images and latents are NHWC."""
+"""Flax modules: networks without losses. Images and latents are [B, H, W, C]."""

@@ -1,1 +1,1 @@
-"""Pure mathematics on arrays: no parameters, no state."""
+"""Pure functions of arrays, without parameters or state."""

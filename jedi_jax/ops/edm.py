@@ -1,7 +1,7 @@
 """Preconditioning and noise levels of EDM (Karras et al. 2022, arXiv:2206.00364, table 1), with offset noise.
 
-Offset noise (one draw a channel, shared by all positions) is part of the corruption, so it adds in quadrature to the
-noise level that the preconditioning sees, as in DIAMOND (arXiv:2405.12399).
+Offset noise is one draw per channel, shared by all positions. It is part of the corruption, so the preconditioning adds
+its variance to that of the noise level, as in DIAMOND (arXiv:2405.12399).
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 class Preconditioning(NamedTuple):
-  """Coefficients of D(x) = c_skip x + c_out F(c_in x, c_noise); each of sigma's shape, float32."""
+  """Coefficients of D(x) = c_skip x + c_out F(c_in x, c_noise), float32, each with the shape of sigma."""
 
   c_in: Array
   c_out: Array
@@ -23,7 +23,7 @@ class Preconditioning(NamedTuple):
 
 
 def precondition(sigma: Array, *, sigma_data: float, offset_noise: float) -> Preconditioning:
-  """Computes the coefficients for noise levels `sigma`.
+  """Computes the preconditioning of noise levels `sigma`.
 
   Args:
     sigma: [...] float32, positive noise levels.
@@ -37,12 +37,12 @@ def precondition(sigma: Array, *, sigma_data: float, offset_noise: float) -> Pre
     c_in=jax.lax.rsqrt(total),
     c_out=jnp.sqrt(variance * c_skip),
     c_skip=c_skip,
-    c_noise=jnp.log(variance) / 8,  # A quarter of the logarithm of the standard deviation.
+    c_noise=jnp.log(variance) / 8,  # ln(standard deviation) / 4.
   )
 
 
 def training_sigma(normal: Array, *, log_mean: float, log_std: float, sigma_min: float, sigma_max: float) -> Array:
-  """Turns standard normal draws [...] into log-normal noise levels [...], clipped to [sigma_min, sigma_max]."""
+  """Maps standard normal draws [...] to log-normal noise levels [...], clipped to [sigma_min, sigma_max]."""
   return jnp.clip(jnp.exp(log_mean + log_std * normal), sigma_min, sigma_max)
 
 
@@ -50,11 +50,14 @@ def corrupt(x: Array, sigma: Array, noise: Array, offset: Array, *, offset_noise
   """Adds noise of level `sigma` and offset noise to clean data.
 
   Args:
-    x: [B, H, W, C] float32, clean.
+    x: [B, H, W, C] float32, clean data.
     sigma: [B] noise levels.
-    noise: [B, H, W, C] standard normal.
-    offset: [B, 1, 1, C] standard normal.
+    noise: [B, H, W, C] standard normal draws.
+    offset: [B, 1, 1, C] standard normal draws.
     offset_noise: standard deviation of the offset noise.
+
+  Returns:
+    [B, H, W, C] float32.
   """
   chex.assert_equal_shape([x, noise])
   chex.assert_shape(offset, (x.shape[0], 1, 1, x.shape[3]))

@@ -1,4 +1,4 @@
-"""Sampling of the reverse process (arXiv:2206.00364, alg. 2): Karras schedule, Euler's and Heun's methods, churn."""
+"""Sampling of a diffusion model (arXiv:2206.00364, alg. 2): Karras schedule, Euler's and Heun's methods, churn."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,7 +10,7 @@ Array = jax.Array
 
 
 def karras_sigmas(num_steps: int, *, sigma_min: float, sigma_max: float, rho: float) -> tuple[float, ...]:
-  """Returns `num_steps` decreasing noise levels from sigma_max to sigma_min, and a final 0 (eq. 5).
+  """Returns `num_steps` noise levels decreasing from sigma_max to sigma_min, and a final 0 (eq. 5).
 
   With one step the schedule is (sigma_max, 0).
   """
@@ -20,7 +20,14 @@ def karras_sigmas(num_steps: int, *, sigma_min: float, sigma_max: float, rho: fl
 
 
 def churn_gammas(sigmas: Sequence[float], *, churn: float, churn_min: float, churn_max: float) -> tuple[float, ...]:
-  """Returns by which share each of the positive levels is raised before its step."""
+  """Returns for each positive noise level by which fraction churn raises it before its step.
+
+  Args:
+    sigmas: decreasing noise levels with a final 0.
+    churn: total amount, shared equally by all steps; a step raises its level by at most sqrt(2) - 1.
+    churn_min: least noise level that is raised.
+    churn_max: largest noise level that is raised.
+  """
   most = min(churn / (len(sigmas) - 1), 2**0.5 - 1)
   return tuple(most if churn_min <= sigma <= churn_max else 0.0 for sigma in sigmas[:-1])
 
@@ -34,21 +41,24 @@ def sample(
   gammas: Sequence[float] | None = None,
   churn_noise: Array | None = None,
 ) -> Array:
-  """Integrates the reverse process from `noise` down to the last level.
+  """Integrates the reverse process from `noise` down to noise level 0.
 
-  The few steps are unrolled: on an accelerator a loop around them would wait for launches.
+  The steps are unrolled; on an accelerator a loop would wait for kernel launches.
 
   Args:
-    denoise: maps ([B, ...] noisy, [B] sigma) to the estimate [B, ...] of the clean data.
-    noise: [B, ...] the starting point, of unit variance; as in DIAMOND it is not multiplied by the first level.
-    sigmas: decreasing levels with a final 0, as `karras_sigmas` makes them.
-    order: 1 for Euler's method, 2 for Heun's (whose last step, to 0, is Euler's).
-    gammas: by which share each level is raised, as `churn_gammas` makes them; None for no churn.
-    churn_noise: [len(sigmas) - 1, B, ...] noise that churn adds, of its own standard deviation; needed only where a
-      gamma is positive.
+    denoise: maps noisy data [B, ...] and noise levels [B] to an estimate [B, ...] of the clean data.
+    noise: [B, ...] start of unit variance. As in DIAMOND it is not multiplied by the first noise level.
+    sigmas: decreasing noise levels with a final 0, see `karras_sigmas`.
+    order: 1 for Euler's method, 2 for Heun's, which takes an Euler step to level 0.
+    gammas: fraction by which each positive noise level is raised, see `churn_gammas`; None for no churn.
+    churn_noise: [len(sigmas) - 1, B, ...] noise that churn adds, scaled to its standard
+      deviation; required if any gamma is positive.
 
   Returns:
-    [B, ...] the sample.
+    [B, ...] sample.
+
+  Raises:
+    ValueError: if `churn_noise` is required and None.
   """
   gammas = (0.0,) * (len(sigmas) - 1) if gammas is None else gammas
   batch = noise.shape[0]
@@ -59,10 +69,10 @@ def sample(
       if churn_noise is None:
         raise ValueError("churn needs churn_noise")
       x = x + churn_noise[step] * (raised**2 - sigma**2) ** 0.5
-    # DIAMOND tells the denoiser the level before churn; its public samples depend on it.
+    # As in DIAMOND the denoiser gets the noise level before churn; its published samples depend on it.
     estimate = denoise(x, jnp.full((batch,), sigma, x.dtype))
     if next_sigma == 0:
-      x = estimate  # What a step of Euler to level 0 comes to, without its rounding.
+      x = estimate  # An Euler step to level 0 without its rounding errors.
       continue
     slope = (x - estimate) / raised
     change = next_sigma - raised
