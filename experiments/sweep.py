@@ -17,7 +17,8 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax.runs import program, sweep
+from jedi_jax import sweep
+from jedi_jax.runs import program
 from jedi_jax.runs.interruption import on_signals
 
 _GAMES = flags.DEFINE_list(

@@ -18,7 +18,7 @@ LAYERS = (
   ("runs",),
   ("agent.py",),
   ("evaluation", "interop"),
-  ("training", "runs/sweep.py"),
+  ("training", "sweep.py"),
   ("inspection",),
   ("__init__.py",),
 )
@@ -41,7 +41,7 @@ ALLOWED = {
   "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
   "evaluation/report.py": {"errors", "evaluation", "runs"},
   "runs": {"types", "errors", "version", "config", "runs"},
-  "runs/sweep.py": {"errors", "config", "envs", "evaluation", "runs"},
+  "sweep.py": {"errors", "config", "envs", "evaluation", "runs"},
   "agent.py": {"types", "errors", "config", "models", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
   "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
@@ -85,7 +85,7 @@ READERS = {
     "training/loop.py",
     "training/messages.py",
     "inspection/diagnosis.py",
-    "runs/sweep.py",
+    "sweep.py",
   },
 }
 

@@ -9,19 +9,13 @@ import contextlib
 import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from jedi_jax.config import Updates
-from jedi_jax.replay import ChunkWriter
 from jedi_jax.training import parallel
-from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.parallel import Devices
-
-if TYPE_CHECKING:
-  from jedi_jax.training.learner import Learner
 
 _PHASES = tuple(field.name for field in dataclasses.fields(Updates))
 
@@ -81,30 +75,7 @@ class Leader:
       parallel.broadcast(np.asarray([operation, *(counts.get(name, 0) for name in _PHASES)], np.int32))
 
 
-def follow(learner: "Learner") -> None:
-  """Launches, in a process that does not lead, what the leader announces, until it stops.
-
-  Args:
-    learner: of the same configuration as the leader's. The arrays that it is given here only have the right shapes.
-  """
-  state, replay = learner.shapes()
-  config, spec = learner.config, learner.spec
-  while True:
-    operation, *numbers = parallel.broadcast(np.zeros(1 + len(_PHASES), np.int32)).tolist()
-    if operation == Operation.STOP:
-      return
-    if operation == Operation.START:
-      learner.start([_zeros(state)], [_zeros(replay)])
-      learner.compile()
-    elif operation == Operation.ADD:
-      writer = ChunkWriter(num_streams=config.env.num_envs, size=CHUNK_SLOTS, observation_shape=spec.observation_shape)
-      learner.add([writer.flush()])
-    elif operation == Operation.UPDATE:
-      learner.update(dict(zip(_PHASES, numbers, strict=True)))
-    else:
-      learner.strips([_zeros(jax.eval_shape(jax.random.key_data, jax.random.key(0)))])
-    learner.block_until_ready()  # Collectives of two programs must not overlap.
-
-
-def _zeros(shapes: Any) -> Any:
-  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+def receive() -> tuple[Operation, dict[str, int]]:
+  """Waits, in a process that does not lead, for the next operation of the leader, and its counts by phase."""
+  operation, *numbers = parallel.broadcast(np.zeros(1 + len(_PHASES), np.int32)).tolist()
+  return Operation(operation), dict(zip(_PHASES, numbers, strict=True))

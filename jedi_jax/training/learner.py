@@ -168,9 +168,28 @@ class Learner:
     """How many of the newest updates of a run in a row were skipped, by phase."""
     return _integers(self.devices.to_host(self.state.skipped, run))
 
-  def block_until_ready(self) -> None:
-    """Waits for the devices."""
-    jax.block_until_ready((self.state, self.replay))
+  def follow(self) -> None:
+    """Launches, in a process that does not lead, what the leader announces, until it stops.
+
+    The arrays come from the leader. Those passed here only have the right shapes.
+    """
+    state, replay = _zeros(self.shapes())
+    while True:
+      operation, counts = hosts.receive()
+      if operation == Operation.STOP:
+        return
+      if operation == Operation.START:
+        self.start([state], [replay])
+        self.compile()
+      elif operation == Operation.ADD:
+        streams, shape = self.config.env.num_envs, self.spec.observation_shape
+        self.add([replay_lib.ChunkWriter(num_streams=streams, size=CHUNK_SLOTS, observation_shape=shape).flush()])
+      elif operation == Operation.UPDATE:
+        self.update(counts)
+      else:
+        self.strips([_zeros(jax.eval_shape(jax.random.key_data, jax.random.key(0)))])
+      # Collectives of two programs must not overlap.
+      jax.block_until_ready((self.state, self.replay))
 
   def _make_strips(self) -> Any:
     count, steps = self.config.probe.strips, self.config.actor_critic.horizon
@@ -193,6 +212,10 @@ def empty_replay(config: Config, spec: EnvSpec) -> ReplayState:
 def traced(counts: Mapping[str, int]) -> dict[str, np.ndarray]:
   """Returns numbers of updates as data of the epoch, so that one compilation serves all numbers."""
   return {name: np.asarray(count, np.int32) for name, count in counts.items()}
+
+
+def _zeros(shapes: Any) -> Any:
+  return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
 def _integers(counts: Mapping[str, np.ndarray]) -> dict[str, int]:

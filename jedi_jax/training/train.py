@@ -121,7 +121,7 @@ def train_packed(
   if devices.processes > 1 and jax.process_index() > 0:
     # The leader decides when to stop.
     interruption.margin = _FOLLOWERS_MARGIN
-    hosts.follow(learner)
+    learner.follow()
     if interruption.stop_requested:
       raise interruption.begin_exit("with the first process")
     return [{}]

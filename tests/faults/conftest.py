@@ -15,7 +15,7 @@ LIMIT = 30
 
 DRIVER = """
 import json, os, runpy, signal, sys, time, traceback
-import jedi_jax.training.loop, jedi_jax.runs.sweep, jedi_jax.evaluation.report
+import jedi_jax.training.loop, jedi_jax.sweep, jedi_jax.evaluation.report
 import jedi_jax.interop.diamond, jedi_jax.inspection.film, orbax.checkpoint
 programs, limit, results, cases = json.load(sys.stdin)
 outcomes = []

@@ -178,9 +178,10 @@ def choose(count):
 
 def furnish(home):
   """Directories and files that lines speak of."""
+  from jedi_jax import sweep
   from jedi_jax.config import make_config
   from jedi_jax.envs.catch import SPEC
-  from jedi_jax.runs import sweep, workdir
+  from jedi_jax.runs import workdir
 
   noise = random.Random(1).randbytes(3000)
   config = make_config(env="catch", preset="debug", seed=7)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 from small_diamond import SPEC, make_config, random_params
 
+from jedi_jax import sweep
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.interop import diamond
-from jedi_jax.runs import sweep
 
 SECONDS = 20
 MEMORY = 1 << 30

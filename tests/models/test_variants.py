@@ -6,7 +6,6 @@ import pytest
 from jedi_jax.config import make_config
 from jedi_jax.models.build import build, count_parameters
 from jedi_jax.models.dynamics import switch
-from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.types import EnvSpec
 
 B, L, N, H = 2, 2, 2, 3
@@ -239,16 +238,3 @@ def test_the_papers_model_has_the_papers_size(num_actions):
 def test_fixed_frequencies_are_not_counted():
   params = {"denoiser": {"noise_embedding": {"frequencies": np.zeros((1, 8))}, "conv": {"bias": np.zeros(3)}}}
   assert count_parameters(params) == {"denoiser": 3}
-
-
-def test_latent_statistics_are_sums_over_real_positions():
-  latents = jnp.asarray([[1.0, 2.0], [3.0, 2.95], [9.0, 9.0]]).reshape(1, 3, 1, 1, 2)
-  mask = jnp.asarray([[True, True, False]])
-  statistics = latent_statistics(latents, mask, 3.0)
-  # Rows (1, 1, 2) and (1, 3, 2.95): their outer products add up; the third frame is padding.
-  rows = np.array([[1, 1, 2], [1, 3, 2.95]])
-  np.testing.assert_allclose(statistics["latent_gram"], rows.T @ rows, rtol=1e-5)
-  # Of four numbers 3 and 2.95 exceed 0.9 * 3.
-  values, weights = statistics["latent_clamped"]
-  assert float(jnp.sum(values * weights) / jnp.sum(weights)) == pytest.approx(0.5)
-  assert set(latent_statistics(latents, mask, None)) == {"latent_gram"}

@@ -6,10 +6,11 @@ import time
 
 import pytest
 
+from jedi_jax import sweep
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.runs import sweep, workdir
-from jedi_jax.runs.sweep import RunStatus
+from jedi_jax.runs import workdir
+from jedi_jax.sweep import RunStatus
 
 # Replaces experiments/train.py: sleeps for SECONDS, then writes the files of a run.
 TRAIN = """

@@ -124,7 +124,7 @@ def plan(
 
 
 def _env_name(game: str) -> str:
-  return game if "/" in game or game == "catch" else f"atari/{game}"
+  return game if "/" in game or game in envs.names() else f"atari/{game}"
 
 
 def run_status(run: PlannedRun) -> RunStatus:
