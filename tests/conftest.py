@@ -109,7 +109,7 @@ class Tiny:
     self.config = config_lib.make_config(env="catch", preset="debug", overrides={**_TINY, **changes})
     learner = Learner(self.config, SPEC, self.devices())
     self.model, self.optimizers = learner.model, learner.optimizers
-    self.init = jax.jit(make_init(self.model, self.optimizers))
+    self.init = make_init(self.model, self.optimizers)
     self._epochs = {}
 
   def learner(self, devices=1):

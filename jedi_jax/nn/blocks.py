@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.interpreters import partial_eval
 
 from jedi_jax.ops import images
 from jedi_jax.types import Params
@@ -34,21 +33,17 @@ def apply(network: nn.Module, params: Params, *args: Any) -> Any:
 
 
 def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
-  """Initialises a network.
+  """Initialises a network without evaluating it.
 
-  Returns what `network.init` returns, but runs only the operations that the parameters depend on. Called outside of
-  `jit` these are small programs that many parameters share, and they compile several times faster than one program.
+  Called outside of `jit` it runs small programs that many parameters share, which compile several times faster than one
+  program of all.
 
   Args:
     network: the network.
     key: random key, consumed.
     *args: example arguments; only shapes and dtypes matter.
   """
-  init = jax.make_jaxpr(lambda key, *args: network.init(key, *args)["params"], return_shape=True)
-  closed, shapes = init(key, *args)
-  jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-  inputs = [x for x, is_used in zip(jax.tree.leaves((key, args)), used, strict=True) if is_used]
-  return jax.tree.unflatten(jax.tree.structure(shapes), jax.core.eval_jaxpr(jaxpr, closed.consts, *inputs))
+  return network.lazy_init(key, *jax.eval_shape(lambda: args))["params"]
 
 
 def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:

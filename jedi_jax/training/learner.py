@@ -89,13 +89,13 @@ class Learner:
     return self._strips is not None
 
   def init(self, seed: int, num_actions: int | None = None) -> TrainState:
-    """Returns a fresh state on the host.
+    """Returns a fresh state on the host. Not compiled as a whole, which would take longer than its small programs.
 
     Args:
       seed: of the run.
       num_actions: of the run's environment, where `env.action_slots` has room for more; the spec's if None.
     """
-    state = jax.device_get(jax.jit(self._init)(jax.random.key(seeds.derive(seed, Purpose.TRAINING))))
+    state = jax.device_get(self._init(jax.random.key(seeds.derive(seed, Purpose.TRAINING))))
     return state.replace(params=with_num_actions(state.params, num_actions or self.spec.num_actions))
 
   def shapes(self) -> tuple[TrainState, ReplayState]:
