@@ -103,7 +103,7 @@ class Diamond:
 
   def _load(self, config: Config, spec: EnvSpec) -> None:
     """Loads our initial parameters, with an end model changed to predict no ends."""
-    params = jax.device_get(jax.jit(build(config, spec).init)(jax.random.key(0)))
+    params = jax.device_get(build(config, spec).init(jax.random.key(0)))
     arrays = diamond.export_state_dict(params, config, spec)
     try:
       self._agent.load_state_dict({name: self._torch.tensor(array) for name, array in arrays.items()})

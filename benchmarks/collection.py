@@ -84,7 +84,7 @@ def _parts(config: config_lib.Config) -> dict[str, list[float]]:
   try:
     steps = config.collect.steps_per_epoch
     actor = Actor(config, env.spec, jedi_jax.build(config, env.spec))
-    params = jax.jit(actor.model.init)(jax.random.key(0))
+    params = actor.model.init(jax.random.key(0))
     actions = np.random.default_rng(0).integers(env.spec.num_actions, size=(steps // c.num_envs, c.num_envs))
     observations, state = env.reset(), actor.model.initial_state(c.num_envs)
     restart, key = np.zeros(c.num_envs, bool), jax.random.key(0)

@@ -51,7 +51,7 @@ def main() -> None:
   spec = envs.spec(_FLAGS.env)
   config = throughput.make_config("jedi")
   model = build(config, spec)
-  params = jax.jit(model.init)(jax.random.key(0))
+  params = model.init(jax.random.key(0))
   pieces = [
     _lstm(params, config),
     _encoder(model, params, config),

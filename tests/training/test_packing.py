@@ -152,7 +152,7 @@ def test_actions_that_a_game_does_not_have_are_never_chosen(tiny):
   config = override(tiny.config, {"env.action_slots": 7})
   model = build(config, SPEC)
   assert model.spec.num_actions == 7
-  params = with_num_actions(jax.jit(model.init)(jax.random.key(0)), 2)  # As of a game with two actions.
+  params = with_num_actions(model.init(jax.random.key(0)), 2)  # As of a game with two actions.
   own = params["actor_critic"]
   own["actor"]["bias"] = np.arange(7.0, dtype=np.float32)
   observations = np.random.default_rng(0).integers(256, size=(64, *SPEC.observation_shape), dtype=np.uint8)
