@@ -17,7 +17,7 @@ import jax
 import jaxlib
 import numpy as np
 
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 

@@ -22,7 +22,7 @@ from jedi_jax.errors import nearest
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program, workdir
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 _ENV = flags.DEFINE_string("env", None, "Environment of all runs; the preset's by default.")
 _PRESET = flags.DEFINE_string("preset", "catch", "Preset of all runs.")

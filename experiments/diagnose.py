@@ -18,7 +18,7 @@ import jedi_jax
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")

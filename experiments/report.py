@@ -17,7 +17,7 @@ import jedi_jax
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.runs import program, workdir
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 _RESULTS = flags.DEFINE_multi_string("results", [], "Pattern of result.json files, ** for any depth; may be repeated.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the report; required with --results and --latex.")

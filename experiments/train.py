@@ -93,7 +93,7 @@ def main() -> None:
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")
   out = pathlib.Path(_WORKDIR.value)
-  places = [out] if len(configs) == 1 else [out / workdir.place(config) for config in configs]
+  places = [out] if len(configs) == 1 else [out / workdir.relative_path(config) for config in configs]
   program.enable_compilation_cache()
   if len(configs) == 1:
     processes.connect()

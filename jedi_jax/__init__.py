@@ -9,7 +9,24 @@ from typing import TYPE_CHECKING, Any
 from jedi_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-  from jedi_jax import config, envs, replay, training
+  from jedi_jax import (
+    agent,
+    config,
+    envs,
+    errors,
+    evaluation,
+    inspection,
+    interop,
+    models,
+    nn,
+    ops,
+    replay,
+    runs,
+    sweep,
+    tables,
+    training,
+    types,
+  )
   from jedi_jax.agent import Agent, load_agent
   from jedi_jax.config import Config, make_config
   from jedi_jax.errors import Interrupted, TrainingError, UserError
@@ -46,7 +63,24 @@ _MODULES = {
 }
 """Module of each public name."""
 
-_SUBMODULES = ("config", "envs", "replay", "training")
+_SUBMODULES = (
+  "agent",
+  "config",
+  "envs",
+  "errors",
+  "evaluation",
+  "inspection",
+  "interop",
+  "models",
+  "nn",
+  "ops",
+  "replay",
+  "runs",
+  "sweep",
+  "tables",
+  "training",
+  "types",
+)
 
 __all__ = [*_MODULES, *_SUBMODULES, "__version__"]
 

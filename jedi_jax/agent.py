@@ -11,7 +11,7 @@ import numpy as np
 
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.models.base import Model
+from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.types import Array, LstmState, Policy
@@ -134,9 +134,7 @@ class Agent:
     return play
 
 
-def load_agent(
-  directory: str | os.PathLike[str], which: str = "latest", *, build: Callable[..., Model] = build_model
-) -> Agent:
+def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, build: Build = build_model) -> Agent:
   """Loads the agent of a run. Reads the parameters of a checkpoint but not its training state.
 
   Args:

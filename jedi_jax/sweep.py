@@ -17,7 +17,7 @@ from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import scores
 from jedi_jax.runs import workdir
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,7 @@ def plan(
     for variant in dict.fromkeys(variants):
       for name in names:
         config = config_lib.make_config(env=name, variant=variant, preset=preset, seed=seed, overrides=overrides)
-        place = pathlib.Path(variant) / workdir.place(config)
+        place = pathlib.Path(variant) / workdir.relative_path(config)
         log = out / "logs" / f"{'-'.join(place.parts)}.log"
         runs.append(PlannedRun(out.absolute() / place, config, tuple(overrides), log))
   return runs

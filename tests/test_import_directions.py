@@ -10,7 +10,7 @@ ANYTHING = None
 
 # From bottom to top. A module imports from the layers below its own, and from its own entry.
 LAYERS = (
-  ("version.py", "errors.py"),
+  ("version.py", "errors.py", "tables.py"),
   ("types.py",),
   ("envs", "ops", "replay.py"),
   ("config", "nn"),
@@ -28,8 +28,9 @@ ALLOWED = {
   "__init__.py": ANYTHING,
   "version.py": set(),
   "errors.py": set(),
+  "tables.py": set(),
   "types.py": set(),
-  "config": {"errors", "envs", "config"},  # The names of environments.
+  "config": {"errors", "tables", "envs", "config"},  # The names of environments.
   "ops": {"types", "ops"},
   "nn": {"types", "ops", "nn"},
   # Configuration stops at the builder: the other models take plain arguments.
@@ -39,9 +40,9 @@ ALLOWED = {
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
   "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
-  "evaluation/report.py": {"errors", "evaluation", "runs"},
-  "runs": {"types", "errors", "version", "config", "runs"},
-  "sweep.py": {"errors", "config", "envs", "evaluation", "runs"},
+  "evaluation/report.py": {"tables", "errors", "evaluation", "runs"},
+  "runs": {"tables", "types", "errors", "version", "config", "runs"},
+  "sweep.py": {"tables", "errors", "config", "envs", "evaluation", "runs"},
   "agent.py": {"types", "errors", "config", "models", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
   "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
@@ -52,7 +53,7 @@ ALLOWED = {
   "training/parallel.py": {"types", "errors"},
   "training/state.py": {"types", "models", "training"},
   "training/epoch.py": {"types", "models", "replay", "training"},
-  "training/updates.py": {"types", "config", "models", "replay", "training"},
+  "training/updates.py": {"types", "errors", "config", "models", "replay", "training"},
   "training/collector.py": {"types", "errors", "replay"},
   "training/seeds.py": set(),
   "training/dreams.py": {"types", "models", "replay"},

@@ -56,7 +56,7 @@ def test_a_complete_run_is_reported(run, tiny_flags, snapshot):
   before = snapshot(directory)
   done = command(TRAIN, *tiny_flags, f"--workdir={directory}")
   assert done.returncode == 0
-  assert done.stdout.splitlines() == [f"{directory} is complete; --overwrite starts it anew"]
+  assert done.stdout.splitlines() == [f"{directory} is complete; --overwrite starts it over"]
   assert snapshot(directory) == before
 
 

@@ -6,7 +6,9 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path for folder in ("jedi_jax", "experiments", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(
+  path for folder in ("jedi_jax", "experiments", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
+)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -89,7 +89,9 @@ def test_packs_hold_games_that_can_share_a_program(tmp_path):
   command = sweep.command(packs[0], pathlib.Path("train.py"))
   assert {"--env=atari/Pong,atari/Breakout", "--seed=0", f"--workdir={tmp_path / 'jedi'}"} < set(command)
   # The training program uses the same paths.
-  assert [run.workdir for run in packs[0]] == [tmp_path / "jedi" / workdir.place(run.config) for run in packs[0]]
+  assert [run.workdir for run in packs[0]] == [
+    tmp_path / "jedi" / workdir.relative_path(run.config) for run in packs[0]
+  ]
 
 
 def test_the_program_reports_how_many_runs_fit(tmp_path):

@@ -20,6 +20,7 @@ from jedi_jax.config.records import Config, EncoderConfig, EnvConfig
 from jedi_jax.config.records import OptimizerConfig as OptimizerConfig
 from jedi_jax.config.records import Updates as Updates
 from jedi_jax.errors import UserError, nearest
+from jedi_jax.tables import markdown_table
 
 
 def make_config(
@@ -137,20 +138,19 @@ def describe(config: Config) -> str:
   """Lists every setting as a Markdown table; values that differ from preset `paper` are bold."""
   values, paper = flatten(to_dict(config)), flatten(to_dict(Config()))
   texts = descriptions(type(config))
-  lines = [
+  head = [
     "# Settings",
     "",
     "The tag is the source of the default: " + "; ".join(f"{tag} {meaning}" for tag, meaning in TAGS.items()) + ".",
     f"Variant `{config.variant}`, preset `{config.preset}`; values that differ from preset `paper` are bold.",
     "",
-    "| setting | value | tag | description |",
-    "|---|---|---|---|",
   ]
+  rows = [("setting", "value", "tag", "description")]
   for path, field in settings(type(config)).items():
     value = json.dumps(values[path])
     value = value if values[path] == paper[path] else f"**{value}**"
-    lines.append(f"| `{path}` | {value} | {field.metadata['tag']} | {texts[path]} |")
-  return "\n".join(lines)
+    rows.append((f"`{path}`", value, field.metadata["tag"], texts[path]))
+  return "\n".join([*head, markdown_table(rows)])
 
 
 def room_for(names: Sequence[str]) -> int:

@@ -7,6 +7,17 @@ first needs it.
 from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.envs.batch import BatchEnv
 from jedi_jax.envs.catch import CatchEnv
-from jedi_jax.envs.registry import is_stochastic, make, names, register, spec, validate
+from jedi_jax.envs.registry import check_installed, is_stochastic, make, names, register, spec, validate
 
-__all__ = ["AtariEnv", "BatchEnv", "CatchEnv", "is_stochastic", "make", "names", "register", "spec", "validate"]
+__all__ = [
+  "AtariEnv",
+  "BatchEnv",
+  "CatchEnv",
+  "check_installed",
+  "is_stochastic",
+  "make",
+  "names",
+  "register",
+  "spec",
+  "validate",
+]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jedi_jax.envs import atari, catch, skipping
+from jedi_jax.envs.pooled import import_envpool
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.types import EnvSpec, VectorEnv
 
@@ -27,11 +28,13 @@ class _Entry(NamedTuple):
     spec: returns its spec.
     make: takes the keyword arguments of `jedi_jax.envs.make`.
     takes_skip: whether `make` takes `skip` as well.
+    needs_envpool: whether `make` needs EnvPool.
   """
 
   spec: Callable[[], EnvSpec]
   make: Callable[..., VectorEnv]
   takes_skip: bool = False
+  needs_envpool: bool = False
 
 
 _entries: dict[str, _Entry] = {}
@@ -94,6 +97,16 @@ def validate(name: str) -> None:
   _parse(name)
 
 
+def check_installed(name: str) -> None:
+  """Checks that the packages that an environment needs are installed.
+
+  Raises:
+    UserError: there is no such environment, or EnvPool is needed and not installed.
+  """
+  if _parse(name)[0].needs_envpool:
+    import_envpool()
+
+
 def spec(name: str) -> EnvSpec:
   """Returns the number of actions and the observation shape of an environment; no game is started.
 
@@ -149,6 +162,7 @@ def make(
     raise UserError(f"environment {name!r}: make returned a {type(env).__name__} without {', '.join(missing)}")
   for member, found, expected in (("num_envs", env.num_envs, num_envs), ("spec", env.spec, entry.spec())):
     if found != expected:
+      env.close()
       raise UserError(f"environment {name!r}: make returned environments with {member} {found}, not {expected}")
   return env
 
@@ -192,7 +206,8 @@ def _find(name: str) -> _Entry | None:
   game, games = name.removeprefix(_ATARI), atari.games()
   if games is not None and game not in games:
     return None
-  return _Entry(functools.partial(atari.game_spec, game), functools.partial(atari.AtariEnv, game), takes_skip=True)
+  spec, make = functools.partial(atari.game_spec, game), functools.partial(atari.AtariEnv, game)
+  return _Entry(spec, make, takes_skip=True, needs_envpool=True)
 
 
 def _checked_spec(name: str, spec: Any) -> EnvSpec:
@@ -215,4 +230,4 @@ def _make_catch(*, life_loss_ends: bool, **options: Any) -> VectorEnv:
   return catch.CatchEnv(**options)
 
 
-register("catch", catch.SPEC, _make_catch)
+_entries["catch"] = _Entry(lambda: catch.SPEC, _make_catch, needs_envpool=True)

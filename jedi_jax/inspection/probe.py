@@ -1,15 +1,17 @@
 """Fits a probe decoder on recorded frames after training, for runs without a decoder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from jedi_jax.agent import Agent
-from jedi_jax.config import override
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode
-from jedi_jax.models.build import build
+from jedi_jax.models.build import build_decoder
+from jedi_jax.models.compose import compose
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import Array, Params, Segment
 
@@ -35,10 +37,11 @@ def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -
     raise UserError("the agent has no configuration: load it from a run's directory")
   if not episodes:
     raise UserError("there is no episode to fit the probe to: record more steps")
-  config = override(agent.config, {"training.updates.probe": 1})
-  model = build(config, agent.model.spec)
+  shape = agent.model.spec.observation_shape
+  decoder = build_decoder(agent.config, agent.model.parts.codec, shape)
+  model = compose(dataclasses.replace(agent.model.parts, probe=decoder))
   (phase,) = (phase for phase in model.phases if phase.name == "probe")
-  optimizer = make_optimizers(config, [phase])["probe"]
+  optimizer = make_optimizers(agent.config, [phase])["probe"]
   key = jax.random.key(seed)
   probe = model.init(key)["probe"]
   frames = jnp.asarray(np.concatenate([episode.observations for episode in episodes]))
@@ -62,4 +65,4 @@ def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -
   carry = ({"probe": probe}, optimizer.init({"probe": probe}))
   for call in range(-(-updates // _PER_CALL)):
     carry, _ = run(carry, jax.random.split(jax.random.fold_in(key, call), _PER_CALL))
-  return Agent(model, {**agent.params, **carry[0]}, config)
+  return Agent(model, {**agent.params, **carry[0]}, agent.config)

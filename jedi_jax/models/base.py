@@ -137,3 +137,7 @@ class Model:
   def initial_state(self, batch: int) -> LstmState:
     """State of the policy at the start of `batch` episodes."""
     return self.parts.actor_critic.initial_state(batch)
+
+
+Build = Callable[..., Model]
+"""(config, spec, packed=False) -> `Model`, as `models.build.build`; its phases are named as the fields of `Updates`."""

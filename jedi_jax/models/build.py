@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax.config import VARIANTS, Config, make_config
+from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.models import actor_critic, codecs, dynamics, reward_end
 from jedi_jax.models.base import Model, Parts
@@ -38,16 +38,17 @@ def build(
     build_dynamics: codec -> dynamics; replaces the denoiser that the configuration describes.
 
   Raises:
-    UserError: if sizes do not fit the environment. Configurations check all other sizes themselves.
+    UserError: if sizes do not fit the environment (configurations check all other sizes themselves), or `codec` is
+      given with encoder.kind=identity.
   """
   slots = config.env.action_slots
   if slots and slots < spec.num_actions:
     raise UserError(f"env.action_slots={slots} is too small for the {spec.num_actions} actions of {config.env.name}")
   num_slots = slots or spec.num_actions
-  compute = Compute(
-    jnp.dtype(config.precision.compute_dtype), resolve_convolution(config.precision.convolution, packed=packed)
-  )
+  compute = _compute(config, packed=packed)
   learned = config.encoder.kind == "learned"
+  if codec is not None and not learned:
+    raise UserError("encoder.kind=identity trains no encoder, so `codec` cannot be given: use encoder.kind=learned")
   if codec is None:
     shape = spec.observation_shape
     codec = _encoder(config, shape, compute) if learned else codecs.identity(shape)
@@ -55,7 +56,7 @@ def build(
   learns_from = config.encoder.learns_from if learned else ()
   decodes = "reconstruction" in learns_from
   wants_probe = config.training.first_updates.probe or config.training.updates.probe
-  decoder = _decoder(config, codec, spec.observation_shape, compute)
+  decoder = build_decoder(config, codec, spec.observation_shape, packed=packed)
   network = _inner_network(config, num_slots, compute)
   return compose(
     Parts(
@@ -77,6 +78,11 @@ def build(
       unroll=config.actor_critic.unroll,
     )
   )
+
+
+def _compute(config: Config, *, packed: bool) -> Compute:
+  lowering = resolve_convolution(config.precision.convolution, packed=packed)
+  return Compute(jnp.dtype(config.precision.compute_dtype), lowering)
 
 
 def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: Compute) -> codecs.Codec:
@@ -102,9 +108,10 @@ def _check_pooling(name: str, downsample: Sequence[bool], shape: tuple[int, int]
     raise UserError(f"{name} halves {shape[0]} x {shape[1]} {sum(downsample)} times: halve less often")
 
 
-def _decoder(
-  config: Config, codec: codecs.Codec, observation_shape: tuple[int, int, int], compute: Compute
+def build_decoder(
+  config: Config, codec: codecs.Codec, observation_shape: tuple[int, int, int], *, packed: bool = False
 ) -> codecs.Decoder:
+  """Builds the decoder that a configuration describes, for the latents of a codec; `packed` as in `build`."""
   c = config.encoder
   return codecs.decoder(
     codec.latent_shape,
@@ -112,7 +119,7 @@ def _decoder(
     channels=c.channels,
     downsample=c.downsample,
     patch=c.patch,
-    compute=compute,
+    compute=_compute(config, packed=packed),
   )
 
 
@@ -197,19 +204,3 @@ def count_parameters(params: dict[str, Params]) -> dict[str, int]:
     return sum(leaf.size for path, leaf in leaves if str(path[-1].key) not in untrained)
 
   return {name: size(tree) for name, tree in params.items()}
-
-
-def variants_table(spec: EnvSpec, *, env: str, preset: str) -> str:
-  """Lists the variants as a Markdown table, with the parameters of each component for an environment and preset."""
-  components = ("encoder", "decoder", "denoiser", "reward_end", "actor_critic")
-  lines = [
-    "| command | encoder learns from | " + " | ".join((*components, "all")) + " |",
-    "|" + "---|" * (len(components) + 3),
-  ]
-  for name in VARIANTS:
-    config = make_config(env=env, variant=name, preset=preset)
-    counts = count_parameters(jax.eval_shape(build(config, spec).init, jax.random.key(0)))
-    numbers = (f"{counts[component]:,}" if counts.get(component) else "-" for component in components)
-    routes = ", ".join(config.encoder.learns_from) if config.encoder.kind == "learned" else "-"
-    lines.append(f"| `--variant={name}` | {routes} | " + " | ".join((*numbers, f"{sum(counts.values()):,}")) + " |")
-  return "\n".join(lines)

@@ -99,8 +99,9 @@ class Dynamics(NamedTuple):
     sample: (parameters, past [B, L, h, w, c], actions [B, L], noise) -> next latent [B, h, w, c].
     normalise: (parameters, latents [B, h, w, c], last latents [B, h, w, c]) -> what the network learns to predict.
     denormalise: the inverse of `normalise`.
-    denoise: D(x, sigma): (parameters, x [B, h, w, c], sigma [B], past [B, L, h, w, c], actions [B, L]) -> estimate
-      [B, h, w, c] of the clean x, both as `normalise` returns them; None without diffusion.
+    denoise: D(x, sigma) as samplers use it: (parameters, x [B, h, w, c], sigma [B], past [B, L, h, w, c], actions
+      [B, L]) -> estimate [B, h, w, c] of the clean x, clamped and quantised by the codec; x and the estimate are as
+      `normalise` returns them. None without diffusion.
   """
 
   init: Callable[[Array], Params]

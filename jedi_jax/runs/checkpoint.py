@@ -63,7 +63,7 @@ class Checkpoints:
     self._open()
 
   def _open(self) -> None:
-    ocp = _orbax()
+    ocp = import_orbax()
     options = ocp.CheckpointManagerOptions(
       max_to_keep=self._keep, create=False, cleanup_tmp_directories=True, multiprocessing_options=_this_process(ocp)
     )
@@ -84,7 +84,7 @@ class Checkpoints:
     Raises:
       SaveError: if the save cannot start, or the previous one failed (then this one does not start).
     """
-    ocp = _orbax()
+    ocp = import_orbax()
     self.wait()
     if number in self._manager.all_steps():
       return
@@ -207,7 +207,7 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   numbers = _numbers(path)
   if not numbers:
     raise UserError(f"there is no checkpoint in {path}")
-  _orbax()  # Raises outside of the loop, which takes errors for damage.
+  import_orbax()  # Raises outside of the loop, which takes errors for damage.
   for number in reversed(numbers):
     try:
       return _restore(path, number, _PARAMS, target)
@@ -233,8 +233,12 @@ def read(directory: str | os.PathLike[str], number: int) -> dict[str, np.ndarray
   return {f"{item}/{name}": array for item, arrays in items.items() for name, array in arrays.items()}
 
 
-def _orbax() -> Any:
-  """Imports Orbax, which takes about a second and which a program without checkpoints does not need."""
+def import_orbax() -> Any:
+  """Imports Orbax, which takes about a second and which a program without checkpoints does not need.
+
+  Raises:
+    UserError: if it is not installed.
+  """
   try:
     import orbax.checkpoint as ocp
   except ImportError:
@@ -250,7 +254,7 @@ def _this_process(ocp: Any) -> Any:
 
 def _read(directory: pathlib.Path, number: int, item: str) -> dict[str, np.ndarray]:
   """Reads the arrays of one item of a checkpoint."""
-  ocp = _orbax()
+  ocp = import_orbax()
   options = {"multiprocessing_options": _this_process(ocp)}
   try:
     with ocp.Checkpointer(ocp.StandardCheckpointHandler(**options), **options) as reader:

@@ -1,6 +1,6 @@
 """Descriptions of all metrics in metrics.jsonl. `python -m jedi_jax.runs.metrics` prints docs/metrics.md."""
 
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
 
@@ -11,9 +11,16 @@ SECTIONS = (
     "",
     {
       "epoch": ("-", "Epoch, from 1."),
+      "updates/<phase>": ("updates", "Updates of the phase since the start of the run, skipped updates included."),
+    },
+  ),
+  (
+    "Environment",
+    "training/run.py",
+    "",
+    {
       "env_steps": ("steps", "Environment steps since the start of the run, over all environments."),
       "frames": ("frames", "Emulator frames since the start of the run, skipped frames included."),
-      "updates/<phase>": ("updates", "Updates of the phase since the start of the run, skipped updates included."),
     },
   ),
   (
@@ -38,10 +45,7 @@ SECTIONS = (
     {
       "<phase>/loss": ("-", "Loss: the sum of all `loss_` metrics of the phase."),
       "<phase>/grad_norm": ("-", "Global norm of the gradient before clipping."),
-      "<phase>/skipped": (
-        "updates",
-        "Updates in this epoch that are skipped: their loss or gradient is not finite.",
-      ),
+      "<phase>/skipped": ("updates", "Updates in this epoch that are skipped: their loss or gradient is not finite."),
     },
   ),
   (
@@ -65,16 +69,23 @@ SECTIONS = (
     },
   ),
   (
-    "Latents",
-    "ops/statistics.py",
+    "Scale of the latents",
+    "runs/telemetry.py",
     "Of the frames in the denoiser's batches.",
     {
       "denoiser/latent_std": ("latent", "Standard deviation: the root of the channels' mean variance."),
       "denoiser/latent_rank": (
         "-",
-        "Effective rank of the channels' covariance, from 1 to the number of channels (Roy and Vetterli 2007). A small "
-        "rank or standard deviation shows that the latents collapse.",
+        "Effective rank of the channels' covariance, from 1 to the number of channels (Roy and Vetterli "
+        "2007). A small rank or standard deviation shows that the latents collapse.",
       ),
+    },
+  ),
+  (
+    "Clamp",
+    "ops/statistics.py",
+    "",
+    {
       "denoiser/latent_clamped": (
         "fraction",
         "Latent values beyond 0.9 times `encoder.clamp`; absent without a clamp.",
@@ -84,17 +95,21 @@ SECTIONS = (
   (
     "Reward / end model",
     "models/reward_end.py",
-    "A recall is absent without examples of its class, a precision without predictions of it.",
+    "",
     {
       "reward_end/loss_reward": ("nats", "Cross-entropy of the reward's sign."),
       "reward_end/loss_end": ("nats", "Cross-entropy of the end of the episode."),
+    },
+  ),
+  (
+    "Rewards and ends, by class",
+    "runs/telemetry.py",
+    "A recall is absent without examples of its class, a precision without predictions of it.",
+    {
       "reward_end/reward_count_<sign>": ("examples", "Transitions in this epoch's batches whose reward has the sign."),
       "reward_end/reward_recall_<sign>": ("fraction", "Transitions with the sign that are predicted to have it."),
       "reward_end/reward_precision_<sign>": ("fraction", "Transitions predicted to have the sign that have it."),
-      "reward_end/end_count_<end>": (
-        "examples",
-        "Transitions in this epoch's batches with this end.",
-      ),
+      "reward_end/end_count_<end>": ("examples", "Transitions in this epoch's batches with this end."),
       "reward_end/end_recall_<end>": ("fraction", "Transitions with this end that are predicted to have it."),
       "reward_end/end_precision_<end>": ("fraction", "Transitions predicted to have this end that have it."),
     },

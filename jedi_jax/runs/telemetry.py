@@ -31,7 +31,7 @@ class MetricsWriter:
 
   def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
     self._path = jsonl
-    self._tensorboardx = _tensorboardx()
+    self._tensorboardx = import_tensorboardx()
     with self._write_errors():
       if jsonl.exists():
         lines = jsonl.read_text(errors="replace").splitlines()
@@ -61,8 +61,8 @@ class MetricsWriter:
     event = self._tensorboardx.proto.event_pb2.Event(wall_time=time.time(), step=epoch, **content)
     self._events.write_event(event)
 
-  def write(self, epoch: int, values: Mapping[str, Any]) -> None:
-    """Writes a record; numbers also go to TensorBoard, with the epoch as the step. JSON has null for NaN and inf."""
+  def write(self, epoch: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a record and returns it, with None for NaN and infinity; numbers also go to TensorBoard."""
     record = {"epoch": epoch} | {
       name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
@@ -73,6 +73,7 @@ class MetricsWriter:
         if isinstance(value, int | float):
           self._add(epoch, summary=self._tensorboardx.summary.scalar(name, value))
       self._events.flush()
+    return record
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
     """Writes an image [H, W, 3] uint8 to TensorBoard."""
@@ -87,7 +88,12 @@ class MetricsWriter:
         file.close()
 
 
-def _tensorboardx() -> Any:
+def import_tensorboardx() -> Any:
+  """Imports tensorboardX.
+
+  Raises:
+    UserError: if it is not installed.
+  """
   try:
     import tensorboardX
     import tensorboardX.event_file_writer

@@ -76,7 +76,7 @@ class Workdir:
     return self.path / "evaluation.json"
 
 
-def place(config: Config) -> pathlib.Path:
+def relative_path(config: Config) -> pathlib.Path:
   """Returns the path of one of several runs in their common directory: <game>/seed_<n>."""
   return pathlib.Path(config.env.name.removeprefix("atari/").replace("/", "_")) / f"seed_{config.seed}"
 

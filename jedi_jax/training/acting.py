@@ -12,9 +12,9 @@ from jedi_jax import config as config_lib
 from jedi_jax.agent import make_act
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
-from jedi_jax.models.base import Model
+from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
-from jedi_jax.training.learner import Build, Learner
+from jedi_jax.training.learner import Learner
 from jedi_jax.types import EnvSpec
 
 T = TypeVar("T")
@@ -42,16 +42,16 @@ class Actor:
   """
 
   def __init__(self, config: Config, spec: EnvSpec, model: Model, *, build: Build = build_model):
-    self._host = _host() if config.collect.overlap else None
+    self._cpu_device = _cpu() if config.collect.overlap else None
     self.model = model
-    if self._host is not None:
+    if self._cpu_device is not None:
       settings = {"precision.compute_dtype": "float32", "precision.convolution": "lax"}
       self.model = build(config_lib.override(config, settings), spec)
     self.act = jax.jit(make_act(self.model))
 
   def device_context(self) -> contextlib.AbstractContextManager[Any]:
     """A context whose new arrays are on the device that evaluates the policy."""
-    return contextlib.nullcontext() if self._host is None else jax.default_device(self._host)
+    return contextlib.nullcontext() if self._cpu_device is None else jax.default_device(self._cpu_device)
 
   def params(self, learner: Learner, run: int) -> Any:
     """Copies the parameters of a run's policy, on the run's device."""
@@ -59,10 +59,10 @@ class Actor:
 
   def to_device(self, params: Any) -> Any:
     """Moves what `params` returned to the device that evaluates the policy; may wait for it."""
-    return params if self._host is None else jax.device_put(params, self._host)
+    return params if self._cpu_device is None else jax.device_put(params, self._cpu_device)
 
 
-def _host() -> jax.Device:
+def _cpu() -> jax.Device:
   """Returns the CPU device of this process.
 
   Raises:

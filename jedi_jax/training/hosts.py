@@ -52,7 +52,7 @@ class Leader:
   """
 
   def __init__(self, devices: Devices):
-    self._alone = devices.processes == 1 or jax.process_index() > 0
+    self._silent = devices.processes == 1 or jax.process_index() > 0
     self._between_operations = True
 
   def __enter__(self) -> "Leader":
@@ -71,7 +71,7 @@ class Leader:
     self._between_operations = True
 
   def _send(self, operation: Operation, counts: Mapping[str, int]) -> None:
-    if not self._alone:
+    if not self._silent:
       parallel.broadcast(np.asarray([operation, *(counts.get(name, 0) for name in _PHASES)], np.int32))
 
 

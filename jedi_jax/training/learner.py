@@ -1,6 +1,7 @@
 """The learner: everything of the runs that train together that lives on devices."""
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
-from jedi_jax.models.base import Model
+from jedi_jax.errors import UserError, nearest
+from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
 from jedi_jax.models.build import with_num_actions
 from jedi_jax.replay import Chunk, ReplayState
@@ -21,9 +23,6 @@ from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import TrainState, make_init
 from jedi_jax.training.updates import make_optimizers
 from jedi_jax.types import EnvSpec, Params
-
-Build = Callable[..., Model]
-"""(config, spec, packed=False) -> `Model`, as `models.build.build`."""
 
 
 class Learner:
@@ -40,12 +39,13 @@ class Learner:
     spec: of their environments.
     devices: the devices and the number of runs; all devices for one run if None.
     build: builds the model.
-    leader: announces each operation to the other processes; none if None.
+    leader: announces each operation to the other processes; None for no announcements.
 
   Attributes:
     model: of all runs; with several runs its functions are mapped over them.
     optimizers: by phase.
     epoch: (distributed state, distributed replay, counts as `traced` returns them) -> (state, sums); donates the state.
+      Compiled for one set of shapes after `compile`.
     state: distributed `TrainState`; None before `start`.
     replay: distributed `ReplayState`; None before `start`.
 
@@ -70,10 +70,11 @@ class Learner:
       self.model, self.optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
     )
     # Counts are shared by all devices.
-    self.epoch: Any = self.devices.map(epoch, in_axes=(0, 0, None), donate=(0,))
+    self._epoch = self.devices.map(epoch, in_axes=(0, 0, None), donate=(0,))
+    self.epoch: Any = self._epoch
     self.state: Any = None
     self.replay: Any = None
-    self._leader = leader or hosts.Leader(self.devices)
+    self._announce = (lambda *_: contextlib.nullcontext()) if leader is None else leader.announce
     self._add = self.devices.map(replay_lib.add, donate=(0,))
     self._strips = self._make_strips()
     self._init = make_init(self.model, self.optimizers)
@@ -104,10 +105,10 @@ class Learner:
     return state, jax.eval_shape(lambda: empty_replay(self.config, self.spec))
 
   def lower(self) -> jax.stages.Lowered:
-    """Lowers the epoch without arrays."""
-    shapes = self.devices.shapes(self.shapes())
+    """Lowers the epoch for the state and replay at hand or, before `start`, for those of the configuration."""
+    arrays = self.devices.shapes(self.shapes()) if self.state is None else (self.state, self.replay)
     counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in self.phases}
-    return self.epoch.lower(*shapes, counts)
+    return self._epoch.lower(*arrays, counts)
 
   def compile(self) -> None:
     """Compiles the epoch."""
@@ -115,15 +116,17 @@ class Learner:
 
   def start(self, states: Sequence[TrainState], replays: Sequence[ReplayState]) -> None:
     """Copies state and replay of each run to its device."""
-    with self._leader.announce(Operation.START):
+    with self._announce(Operation.START):
       self.state = self.devices.to_devices(states)
       self.replay = self.devices.to_devices(replays)
 
   def add(self, chunks: Sequence[Chunk | None]) -> None:
     """Adds a chunk of steps to the replay of each run; None adds nothing."""
-    like = next(chunk for chunk in chunks if chunk is not None)
-    nothing = jax.tree.map(np.zeros_like, like)
-    with self._leader.announce(Operation.ADD):
+    given = [chunk for chunk in chunks if chunk is not None]
+    if not given:
+      return
+    nothing = jax.tree.map(np.zeros_like, given[0])
+    with self._announce(Operation.ADD):
       distributed = self.devices.to_devices([chunk or nothing for chunk in chunks])
       self.replay = self._add(self.replay, distributed)
 
@@ -135,9 +138,15 @@ class Learner:
 
     Returns:
       For each run, by phase, the sums of its metrics over its updates; NumPy arrays.
+
+    Raises:
+      UserError: for an unknown phase.
     """
+    for name in counts:
+      if name not in self.phases:
+        raise UserError(f"unknown phase {name!r}{nearest(name, self.phases)}")
     counts = {name: counts.get(name, 0) for name in self.phases}
-    with self._leader.announce(Operation.UPDATE, counts):
+    with self._announce(Operation.UPDATE, counts):
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))
       return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]
 
@@ -147,7 +156,7 @@ class Learner:
     Args:
       keys: data of a random key for each run.
     """
-    with self._leader.announce(Operation.STRIPS):
+    with self._announce(Operation.STRIPS):
       strips = self._strips(self.state.params, self.replay, self.devices.to_devices(keys))
       return [self.devices.to_host(strips, run) for run in range(self.devices.runs)]
 
@@ -173,19 +182,19 @@ class Learner:
 
     The arrays come from the leader. Those passed here only have the right shapes.
     """
-    state, replay = _zeros(self.shapes())
     while True:
       operation, counts = hosts.receive()
       if operation == Operation.STOP:
         return
       if operation == Operation.START:
+        state, replay = _zeros(self.shapes())
         self.start([state], [replay])
         self.compile()
       elif operation == Operation.ADD:
         streams, shape = self.config.env.num_envs, self.spec.observation_shape
         self.add([replay_lib.ChunkWriter(num_streams=streams, size=CHUNK_SLOTS, observation_shape=shape).flush()])
       elif operation == Operation.UPDATE:
-        self.update(counts)
+        self.update({name: counts[name] for name in self.phases})
       else:
         self.strips([_zeros(jax.eval_shape(jax.random.key_data, jax.random.key(0)))])
       # Collectives of two programs must not overlap.

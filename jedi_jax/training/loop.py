@@ -40,7 +40,7 @@ class Trainer:
   """Runs that train together in this process. As a context it finishes pending writes and frees the environments.
 
   Args:
-    directories: of the runs, all at the same epoch; their configurations differ in the seed and the game only.
+    workdirs: of the runs, all at the same epoch; their configurations differ in the seed and the game only.
     learner: trains them.
     actor: chooses their actions.
     model: of one run, which is evaluated.
@@ -55,7 +55,8 @@ class Trainer:
 
   def __init__(
     self,
-    directories: Sequence[workdir.Workdir],
+    workdirs: Sequence[workdir.Workdir],
+    *,
     learner: Learner,
     actor: Actor,
     model: Model,
@@ -66,12 +67,12 @@ class Trainer:
     self.learner, self._actor, self._console, self._interruption = learner, actor, console, interruption
     self._on_epoch = on_epoch
     # Its seed and game are the first run's.
-    self._config = directories[0].config
+    self._config = workdirs[0].config
     self._evaluator = Agent(model, {}, self._config)
     self.runs: list[Run] = []
     try:
-      for directory in directories:
-        self.runs.append(Run(directory, actor))
+      for own in workdirs:
+        self.runs.append(Run(own, actor))
       self._start()
     except BaseException:
       self.close()
@@ -172,18 +173,17 @@ class Trainer:
 
   def _log(self, going: Sequence[int], values: Sequence[dict[str, Any]], seconds: float) -> None:
     """Writes the records of an epoch and prints its line."""
-    runs = [self.runs[index] for index in going]
+    runs, records = [self.runs[index] for index in going], []
     for index, run in zip(going, runs, strict=True):
       run.progress = run.progress._replace(seconds=run.progress.seconds + seconds)
       values[index]["time/total_seconds"] = run.progress.seconds
-      run.metrics.write(run.progress.epoch, values[index])
+      records.append(run.metrics.write(run.progress.epoch, values[index]))
     self._console.log(messages.epoch(runs, [values[index] for index in going]))
-    for index, run in zip(going, runs, strict=True):
-      warning = messages.collapse(run, values[index])
-      if warning:
-        self._console.log(f"{run.workdir.path}: {warning}" if self.learner.devices.packed else warning)
+    for index, run, record in zip(going, runs, records, strict=True):
+      if run.check_collapse(values[index]):
+        self._console.log(messages.collapse(run, values[index], packed=self.learner.devices.packed))
       if self._on_epoch is not None:
-        self._on_epoch(run.workdir.path, {"epoch": run.progress.epoch, **values[index]})
+        self._on_epoch(run.workdir.path, record)
 
   def _collect_and_update(self) -> list[dict[str, Any]]:
     """Collects and trains; returns the epoch's metrics of each run."""

@@ -53,19 +53,12 @@ def epoch(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> str:
   return ", ".join(parts)
 
 
-def collapse(run: Run, values: Mapping[str, Any]) -> str | None:
-  """Reports when the latents of a run collapse or recover, and sets `Run.collapsed`; None if nothing changed."""
-  bounds = run.config.training
-  std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
-  if std is None or rank is None:
-    return None
-  # NaN counts as collapsed.
-  collapsed = not (std >= bounds.collapse_std and rank >= bounds.collapse_rank)
-  if collapsed == run.collapsed:
-    return None
-  run.collapsed = collapsed
-  what = "WARNING: the latents have collapsed" if collapsed else "the latents have recovered"
-  return f"{what}: standard deviation {std:.3g}, effective rank {rank:.3g}"
+def collapse(run: Run, values: Mapping[str, Any], *, packed: bool) -> str:
+  """Reports that the latents of a run have collapsed or recovered."""
+  what = "WARNING: the latents have collapsed" if run.collapsed else "the latents have recovered"
+  std, rank = values["denoiser/latent_std"], values["denoiser/latent_rank"]
+  place = f"{run.workdir.path}: " if packed else ""
+  return f"{place}{what}: standard deviation {std:.3g}, effective rank {rank:.3g}"
 
 
 def not_finite(run: Run, phase: str, count: int) -> str:

@@ -2,14 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jedi_jax import envs
 from jedi_jax.replay import Chunk
-from jedi_jax.runs import checkpoint, telemetry, workdir
+from jedi_jax.runs import checkpoint, telemetry
+from jedi_jax.runs.workdir import Workdir
 from jedi_jax.training import seeds
 from jedi_jax.training.acting import Actor
 from jedi_jax.training.collector import Collected, Collector
@@ -50,7 +51,7 @@ class Run:
   """One run on the host.
 
   Args:
-    directory: its files and configuration.
+    workdir: its files and configuration.
     actor: chooses its actions; shared by all runs.
 
   Attributes:
@@ -60,9 +61,9 @@ class Run:
     collapsed: whether its latents have collapsed.
   """
 
-  def __init__(self, directory: workdir.Workdir, actor: Actor):
-    config = directory.config
-    self.workdir, self.config, self.spec, self._actor = directory, config, directory.spec, actor
+  def __init__(self, workdir: Workdir, actor: Actor):
+    config = workdir.config
+    self.workdir, self.config, self.spec, self._actor = workdir, config, workdir.spec, actor
     self.env = envs.make(
       config.env.name,
       num_envs=config.env.num_envs,
@@ -70,17 +71,21 @@ class Run:
       life_loss_ends=config.env.life_loss_ends,
       max_episode_steps=config.env.max_episode_steps,
     )
-    with actor.device_context():
-      self.collector = Collector(
-        self.env,
-        actor.act,
-        initial_state=actor.model.initial_state(self.env.num_envs),
-        seed=seeds.derive(config.seed, Purpose.COLLECTION),
-        epsilon=config.collect.epsilon,
-        max_calls=config.collect.total_steps // self.env.num_envs,
-      )
-    self.latest = checkpoint.Checkpoints(directory.checkpoints / "latest", keep=config.checkpoint.keep)
-    self.best = checkpoint.Checkpoints(directory.checkpoints / "best", keep=1)
+    try:
+      with actor.device_context():
+        self.collector = Collector(
+          self.env,
+          actor.act,
+          initial_state=actor.model.initial_state(self.env.num_envs),
+          seed=seeds.derive(config.seed, Purpose.COLLECTION),
+          epsilon=config.collect.epsilon,
+          max_calls=config.collect.total_steps // self.env.num_envs,
+        )
+    except BaseException:
+      self.env.close()
+      raise
+    self.latest = checkpoint.Checkpoints(workdir.checkpoints / "latest", keep=config.checkpoint.keep)
+    self.best = checkpoint.Checkpoints(workdir.checkpoints / "best", keep=1)
     self.progress = Progress()
     self.failure = ""
     self.saved: int | None = None
@@ -156,6 +161,15 @@ class Run:
     left = c.collect.total_steps - self.collector.env_steps
     total = 1 + math.ceil(left / c.collect.steps_per_epoch) + c.training.final_epochs
     self.progress = self.progress._replace(total_epochs=total)
+
+  def check_collapse(self, values: Mapping[str, Any]) -> bool:
+    """Sets `collapsed` by the metrics of an epoch; returns whether it changed."""
+    bounds, before = self.config.training, self.collapsed
+    std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
+    if std is not None and rank is not None:
+      # NaN counts as collapsed.
+      self.collapsed = not (std >= bounds.collapse_std and rank >= bounds.collapse_rank)
+    return self.collapsed != before
 
   def collection_metrics(self, steps: Steps) -> dict[str, Any]:
     """Returns the epoch's metrics of environment steps."""

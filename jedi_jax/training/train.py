@@ -11,13 +11,14 @@ from jedi_jax import config as config_lib
 from jedi_jax import envs
 from jedi_jax.config import Config
 from jedi_jax.errors import TrainingError, UserError
+from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
-from jedi_jax.runs import checkpoint, workdir
+from jedi_jax.runs import checkpoint, telemetry, workdir
 from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import hosts
 from jedi_jax.training.acting import Actor
-from jedi_jax.training.learner import Build, Learner
+from jedi_jax.training.learner import Learner
 from jedi_jax.training.loop import OnEpoch, Trainer, UnevenError
 from jedi_jax.training.memory import check_replay
 from jedi_jax.training.parallel import Devices
@@ -48,7 +49,8 @@ def train(
     console: where progress is printed; standard output if None.
     interruption: can stop the run; nothing does if None.
     build: (config, spec, packed=False) -> `Model`; builds a model of one's own.
-    on_epoch: called after each epoch, before the checkpoint; its exception ends the run.
+    on_epoch: called after each epoch, before its checkpoint; an exception ends the run. A resumed run repeats the
+      epochs after its last checkpoint.
 
   Returns:
     The contents of result.json; an empty dictionary in a process that is not the first.
@@ -95,7 +97,7 @@ def train_packed(
     console: where progress is printed; standard output if None.
     interruption: can stop the runs; nothing does if None.
     build: as in `train`.
-    on_epoch: as in `train`, called for each run.
+    on_epoch: as in `train`, called for each run in turn; an exception ends all runs.
 
   Returns:
     The contents of each result.json.
@@ -112,6 +114,9 @@ def train_packed(
   _check_pack(configs, directories, specs, devices)
   for config, spec in zip(configs, specs, strict=True):
     check_replay(config, spec)
+    envs.check_installed(config.env.name)
+  checkpoint.import_orbax()
+  telemetry.import_tensorboardx()
   leader = hosts.Leader(devices)
   # Built before anything is written, since it refuses sizes that do not fit.
   learner = Learner(configs[0], specs[0], devices.with_runs(len(configs)), build=build, leader=leader)
@@ -133,40 +138,48 @@ def train_packed(
         # Before the file of the lock is written.
         workdir.check(directory, config, spec)
       stack.enter_context(workdir.locked(directory))
-    runs = [
+    workdirs = [
       workdir.prepare(directory, config, spec, overwrite=overwrite)
       for directory, config, spec in zip(directories, configs, specs, strict=True)
     ]
-    left = [run for run in runs if not _is_complete(run, console)]
+    left = [own for own in workdirs if not _is_complete(own, console)]
     failures: list[str] = []
     while left:
       group = _least_advanced(left)
       if len(group) != learner.devices.runs:
         learner = Learner(configs[0], specs[0], devices.with_runs(len(group)), build=build, leader=leader)
       try:
-        with Trainer(group, learner, actor, model, console, interruption, on_epoch) as trainer:
+        with Trainer(
+          group,
+          learner=learner,
+          actor=actor,
+          model=model,
+          console=console,
+          interruption=interruption,
+          on_epoch=on_epoch,
+        ) as trainer:
           trainer.run_to_end()
       except UnevenError:
         continue
       except TrainingError as error:
         failures.append(str(error))
-      left = [run for run in left if run not in group]
+      left = [own for own in left if own not in group]
   if failures:
     raise TrainingError("; ".join(failures))
-  return [workdir.read_json(run.result) for run in runs]
+  return [workdir.read_json(own.result) for own in workdirs]
 
 
-def _is_complete(run: workdir.Workdir, console: Console) -> bool:
-  if run.result.exists():
-    console.log(f"{run.path} is complete; --overwrite starts it over")
+def _is_complete(own: workdir.Workdir, console: Console) -> bool:
+  if own.result.exists():
+    console.log(f"{own.path} is complete; --overwrite starts it over")
     return True
   return False
 
 
-def _least_advanced(runs: Sequence[workdir.Workdir]) -> list[workdir.Workdir]:
-  """Returns the runs whose newest checkpoints have the lowest number."""
-  numbers = [checkpoint.newest(run.checkpoints / "latest") or 0 for run in runs]
-  return [run for run, number in zip(runs, numbers, strict=True) if number == min(numbers)]
+def _least_advanced(workdirs: Sequence[workdir.Workdir]) -> list[workdir.Workdir]:
+  """Returns the directories whose newest checkpoints have the lowest number."""
+  numbers = [checkpoint.newest(own.checkpoints / "latest") or 0 for own in workdirs]
+  return [own for own, number in zip(workdirs, numbers, strict=True) if number == min(numbers)]
 
 
 def _check_pack(

@@ -11,6 +11,7 @@ from jax.flatten_util import ravel_pytree
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config, OptimizerConfig
+from jedi_jax.errors import UserError
 from jedi_jax.models.base import Phase
 from jedi_jax.training import parallel
 from jedi_jax.training.state import TrainState
@@ -20,7 +21,11 @@ Update = Callable[[TrainState, replay_lib.ReplayState], tuple[TrainState, Metric
 
 
 def make_optimizers(config: Config, phases: Sequence[Phase]) -> dict[str, optax.GradientTransformation]:
-  """Builds the optimiser of every phase."""
+  """Builds the optimiser of every phase.
+
+  Raises:
+    UserError: if a phase has another name than the fields of `config.Updates`.
+  """
   factors = {"encoder": config.encoder.learning_rate_factor}
   settings = {
     "denoiser": config.denoiser.optimizer,
@@ -28,6 +33,9 @@ def make_optimizers(config: Config, phases: Sequence[Phase]) -> dict[str, optax.
     "actor_critic": config.actor_critic.optimizer,
     "probe": config.probe.optimizer,
   }
+  for phase in phases:
+    if phase.name not in settings:
+      raise UserError(f"phase {phase.name!r} has no optimizer and no number of updates: name it {', '.join(settings)}")
   return {phase.name: make_optimizer(settings[phase.name], factors, phase.clipped_apart) for phase in phases}
 
 

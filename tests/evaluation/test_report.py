@@ -7,7 +7,7 @@ import pytest
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import report
 from jedi_jax.evaluation import scores as scores_lib
-from jedi_jax.runs.tables import markdown_table
+from jedi_jax.tables import markdown_table
 
 
 def write(directory, *, env="atari/Pong", variant="jedi", preset="paper", seed=0, score=1.0, **changes):

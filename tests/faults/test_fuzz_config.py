@@ -29,11 +29,11 @@ from jedi_jax import config as config_lib
 from jedi_jax.config import Config, make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
-from jedi_jax.models.build import build
 from jedi_jax.training import memory
 from jedi_jax.training.epoch import make_epoch
+from jedi_jax.training.learner import Learner
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.updates import make_optimizers, make_update
+from jedi_jax.training.updates import make_update
 
 SETTINGS = dict(config_lib.settings(Config))
 
@@ -238,14 +238,13 @@ def program(config):
 
 def trace(config):
   """Traces the update of every phase on the shapes of a run; returns the bytes of the run's state and replay."""
-  model = build(config, SPEC)
-  optimizers = make_optimizers(config, model.phases)
-  state, replay = memory.shapes(config, SPEC, model, optimizers)
-  for index, phase in enumerate(model.phases):
+  learner = Learner(config, SPEC, Devices.take(1))
+  state, replay = learner.shapes()
+  for index, phase in enumerate(learner.model.phases):
     update = make_update(
       phase,
       index,
-      optimizers[phase.name],
+      learner.optimizers[phase.name],
       batch_size=config.training.batch_size,
       age_weights=config.replay.age_weights,
     )
@@ -272,22 +271,18 @@ class Found(NamedTuple):
 
 def weigh(config):
   """Returns the bytes of a run's state and replay."""
-  model = build(config, SPEC)
-  return memory.size(memory.shapes(config, SPEC, model, make_optimizers(config, model.phases)))
+  return memory.size(Learner(config, SPEC, Devices.take(1)).shapes())
 
 
 def step(config):
   """Compiles the epoch and runs one update of each phase, on small random parameters and an empty replay."""
-  model = build(config, SPEC)
-  optimizers = make_optimizers(config, model.phases)
+  learner = Learner(config, SPEC, Devices.take(1))
   batch, ages = config.training.batch_size, config.replay.age_weights
-  epoch = make_epoch(model, optimizers, batch_size=batch, age_weights=ages)
+  epoch = make_epoch(learner.model, learner.optimizers, batch_size=batch, age_weights=ages)
   generator = np.random.default_rng(0)
-  state, replay = (
-    jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in memory.shapes(config, SPEC, model, optimizers)
-  )
+  state, replay = (jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in learner.shapes())
   params = jax.tree.map(lambda x: (0.02 * generator.normal(size=x.shape)).astype(x.dtype), state.params)
-  counts = {phase.name: np.int32(1) for phase in model.phases}
+  counts = {name: np.int32(1) for name in learner.phases}
   after, sums = jax.device_get(jax.jit(epoch)(state.replace(params=params), replay, counts))
   jax.clear_caches()
   assert after.updates == counts

@@ -95,7 +95,7 @@ def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
 def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch):
   """Another device stands for a host beside an accelerator."""
   host = jax.local_devices()[3]
-  monkeypatch.setattr(acting, "_host", lambda: host)
+  monkeypatch.setattr(acting, "_cpu", lambda: host)
   actor = Actor(overlapping, SPEC, tiny.model)
   params = actor.to_device(actor.params(tiny.learner(), 0))
   with actor.device_context():

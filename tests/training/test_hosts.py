@@ -152,7 +152,7 @@ def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
       start("toy", *toy_flags, *own, "--runs=2", "--devices=1", f"--workdir={tmp_path}", devices=2)
     )
     assert status == 0, err
-    directory = tmp_path / workdir.place(override(tiny.config, {"seed": index}))
+    directory = tmp_path / workdir.relative_path(override(tiny.config, {"seed": index}))
     assert f"in {directory}" in out
     result = json.loads((directory / "result.json").read_text())
     assert (result["seed"], result["runs_together"], result["env_steps"]) == (index, 1, 70)

@@ -45,7 +45,7 @@ def packed(tiny, tmp_path_factory):
   """Four seeds trained together to their end; returns (configurations, directories, results)."""
   out = tmp_path_factory.mktemp("packed")
   configs = [override(tiny.config, {"seed": seed}) for seed in range(RUNS)]
-  places = [out / workdir.place(config) for config in configs]
+  places = [out / workdir.relative_path(config) for config in configs]
   return configs, places, _train(tiny, configs, places)
 
 
@@ -193,7 +193,7 @@ def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path
   groups = []
 
   class Trainer:
-    def __init__(self, group, *_):
+    def __init__(self, group, **_):
       self.group = [run.path for run in group]
       groups.append([path.name for path in self.group])
       if len(groups) == 1:
