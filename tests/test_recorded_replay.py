@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from replay_reference import SHAPE, SLOTS, Reference, check, single
+from replay_reference import END, SHAPE, SLOTS, TRUNCATE, Reference, check, single
 
 from jedi_jax import replay
 from jedi_jax.errors import UserError

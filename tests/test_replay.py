@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 from replay_reference import (
+  END,
+  GO_ON,
   SHAPE,
   SLOTS,
+  TRUNCATE,
   WEIGHTS,
   Reference,
   add,
