@@ -59,6 +59,7 @@ def main() -> None:
     preset=_PRESET.value,
     overrides=_SET.value,
     packed=_PACK.value != 1,
+    imports=flags.FLAGS["import"].value,
   )
   statuses = [sweep.run_status(run) for run in plan]
   print(sweep.table(statuses))

@@ -404,6 +404,8 @@ _CHUNK_SLOTS = 1024
 
 def _check_episode(index: int, episode: Any) -> Episode:
   """Returns the episode as arrays, with `ends` as a bool."""
+  if not isinstance(episode, Mapping) and not hasattr(episode, "_asdict"):
+    raise UserError(f"episode {index} is a {type(episode).__name__}: give a list of `Episode`s or mappings")
   fields = episode if isinstance(episode, Mapping) else episode._asdict()
   missing = [name for name in Episode._fields if name not in fields]
   if missing:

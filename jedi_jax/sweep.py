@@ -29,12 +29,14 @@ class PlannedRun:
     config: configuration of the run.
     overrides: 'path=value' strings that the configuration was made with.
     log: file of the run's output.
+    imports: modules that the training program imports first.
   """
 
   workdir: pathlib.Path
   config: Config
   overrides: tuple[str, ...]
   log: pathlib.Path
+  imports: tuple[str, ...] = ()
 
 
 def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
@@ -49,6 +51,7 @@ def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
     str(train),
     *(f"--{name}={value}" for name, value in flags.items()),
     *(f"--set={text}" for text in first.overrides),
+    *(f"--import={name}" for name in first.imports),
   ]
 
 
@@ -89,6 +92,7 @@ def plan(
   preset: str,
   overrides: Sequence[str],
   packed: bool = False,
+  imports: Sequence[str] = (),
 ) -> list[PlannedRun]:
   """Lists the runs of a sweep, seeds outermost, so that an incomplete sweep covers every game.
 
@@ -100,6 +104,7 @@ def plan(
     preset: preset of all runs.
     overrides: 'path=value' strings for all runs.
     packed: whether all games get the same number of action slots, so that they can share a program.
+    imports: modules that the training program imports first, to register environments.
 
   Raises:
     UserError: for unknown names, invalid settings, or no runs at all.
@@ -119,7 +124,7 @@ def plan(
         config = config_lib.make_config(env=name, variant=variant, preset=preset, seed=seed, overrides=overrides)
         place = pathlib.Path(variant) / workdir.relative_path(config)
         log = out / "logs" / f"{'-'.join(place.parts)}.log"
-        runs.append(PlannedRun(out.absolute() / place, config, tuple(overrides), log))
+        runs.append(PlannedRun(out.absolute() / place, config, tuple(overrides), log, tuple(imports)))
   return runs
 
 

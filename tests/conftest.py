@@ -205,13 +205,14 @@ def train_tiny(tiny):
   test_programs) and the one on Atari compile theirs.
   """
 
-  def run(directory, devices=1, config=None, console=None):
+  def run(directory, devices=1, config=None, console=None, **options):
     def shared(learner):
       learner.epoch = tiny.epoch(devices)
 
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(Learner, "compile", shared)
-      return jedi_jax.train(config or tiny.config, directory, devices=tiny.devices(devices), console=console or Quiet())
+      options |= {"devices": tiny.devices(devices), "console": console or Quiet()}
+      return jedi_jax.train(config or tiny.config, directory, **options)
 
   return run
 

@@ -60,6 +60,30 @@ def test_a_complete_run_is_reported(run, tiny_flags, snapshot):
   assert snapshot(directory) == before
 
 
+def test_a_program_imports_environments_of_ones_own(tmp_path):
+  game = """
+    import functools
+    import numpy as np
+    import jedi_jax
+
+    SPEC = jedi_jax.EnvSpec(num_actions=2, observation_shape=(8, 8, 1))
+
+    class Coin:
+      def reset(self, *, seed=None):
+        return np.zeros((8, 8, 1), np.uint8), {}
+
+      def step(self, action):
+        return np.full((8, 8, 1), 255, np.uint8), 7.0, True, False, {}
+
+    jedi_jax.envs.register("coin", SPEC, functools.partial(jedi_jax.envs.BatchEnv, Coin, SPEC))
+  """
+  (tmp_path / "coins.py").write_text(textwrap.dedent(game))
+  words = ["--import=coins", "--random", "--env=coin", "--episodes=3", "--out=out.json"]
+  done = command(EVALUATE, *words, cwd=tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert json.loads((tmp_path / "out.json").read_text())["episode_returns"] == [7.0] * 3
+
+
 def test_evaluate(run, snapshot):
   directory, _ = run
   before = snapshot(directory)
@@ -188,7 +212,7 @@ MISTAKES = {
   "unknown flag": ([TRAIN, *FINE, "--horizon=3"], ["horizon"]),
   "flag of a wrong type": ([TRAIN, *FINE, "--seed=many"], ["seed", "many"]),
   "stray argument": ([TRAIN, *FINE, "atari/Pong"], ["atari/Pong", "--name=value"]),
-  "too many devices": ([TRAIN, *FINE, "--devices=64"], ["64 devices", "4 are here"]),
+  "too many devices": ([TRAIN, *FINE, "--devices=64"], ["--devices=64", "has 4"]),
   "no place among processes": ([TRAIN, *FINE, "--coordinator=host:1", "--num_processes=2"], ["--process_id"]),
   "no cluster": ([TRAIN, *FINE, "--distributed"], ["--distributed", "--coordinator"]),
   "an unequal share": (
@@ -201,6 +225,7 @@ MISTAKES = {
   "evaluate no games": ([EVALUATE, "--workdir=taken", "--episodes=0"], ["--episodes"]),
   "random without an environment": ([EVALUATE, "--random", "--out=x.json"], ["--env"]),
   "random in a run": ([EVALUATE, "--random", "--env=catch", "--out=x.json", "--workdir=taken"], ["--workdir"]),
+  "no module to import": ([EVALUATE, "--random", "--env=catch", "--out=x.json", "--import=no_games"], ["no_games"]),
   "random elsewhere": ([EVALUATE, "--random", "--env=cach", "--out=x.json"], ["cach", "catch"]),
   "diagnose nothing": ([DIAGNOSE], ["--workdir"]),
   "diagnose no checkpoint": ([DIAGNOSE, "--workdir=taken"], ["no checkpoint"]),

@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jedi_jax.envs.pooled import check_numbers
+from jedi_jax.envs.pooled import check_actions, check_numbers
+from jedi_jax.errors import UserError
 from jedi_jax.types import EnvSpec, EnvStep
 
 
@@ -67,7 +68,13 @@ class BatchEnv:
 
   def step(self, actions: np.ndarray) -> EnvStep:
     """Takes one step in every environment and restarts finished games; actions [N] integers."""
+    actions = check_actions(actions, self.num_envs, self.spec.num_actions)
     results = [game.step(int(action)) for game, action in zip(self._games, actions, strict=True)]
+    if any(len(result) != 5 for result in results):
+      raise UserError(
+        f"{type(self._games[0]).__name__}.step returned {len(results[0])} values: "
+        "return observation, reward, terminated, truncated, info"
+      )
     observations, rewards, terminated, truncated, _ = zip(*results, strict=True)
     self.frames += self.num_envs
     self._lengths += 1

@@ -178,7 +178,9 @@ class PooledEnv(abc.ABC):
       UserError: the actions have another shape, are not integers, or are out of range (EnvPool does not check them).
       RuntimeError: the environment is closed.
     """
-    raw, reward, terminated, truncated, info = self._open_pool().step(self._checked(actions))
+    raw, reward, terminated, truncated, info = self._open_pool().step(
+      check_actions(actions, self._num_envs, self._spec.num_actions)
+    )
     order, info = _by_env(info)
     self._frames += int(info["frames"].sum()) if "frames" in info else self._num_envs * self.frames_per_step
     next_observation = self._images(raw[order], np.arange(self._num_envs))
@@ -221,17 +223,23 @@ class PooledEnv(abc.ABC):
     self._begin(env_ids, info)
     return self._images(raw[order], env_ids)
 
-  def _checked(self, actions: np.ndarray) -> np.ndarray:
-    actions = np.asarray(actions)
-    if actions.shape != (self._num_envs,):
-      raise UserError(f"actions have shape {actions.shape}; expected ({self._num_envs},), one for each environment")
-    if not np.issubdtype(actions.dtype, np.integer):
-      raise UserError(f"actions have dtype {actions.dtype}; they must be integers")
-    wrong = (actions < 0) | (actions >= self._spec.num_actions)
-    if wrong.any():
-      env = int(np.argmax(wrong))
-      raise UserError(f"action {actions[env]} of environment {env} must lie in 0..{self._spec.num_actions - 1}")
-    return actions.astype(np.int32)
+
+def check_actions(actions: Any, num_envs: int, num_actions: int) -> np.ndarray:
+  """Returns actions [N] as int32.
+
+  Raises:
+    UserError: they have another shape, are no integers or are out of range.
+  """
+  actions = np.asarray(actions)
+  if actions.shape != (num_envs,):
+    raise UserError(f"actions have shape {actions.shape}; expected ({num_envs},), one for each environment")
+  if not np.issubdtype(actions.dtype, np.integer):
+    raise UserError(f"actions have dtype {actions.dtype}; they must be integers")
+  wrong = (actions < 0) | (actions >= num_actions)
+  if wrong.any():
+    env = int(np.argmax(wrong))
+    raise UserError(f"action {actions[env]} of environment {env} must lie in 0..{num_actions - 1}")
+  return actions.astype(np.int32)
 
 
 def _by_env(info: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

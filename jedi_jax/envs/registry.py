@@ -124,7 +124,7 @@ def make(
   *,
   num_envs: int,
   seed: int,
-  life_loss_ends: bool,
+  life_loss_ends: bool = False,
   max_episode_steps: int | None = None,
   num_threads: int = 0,
 ) -> VectorEnv:

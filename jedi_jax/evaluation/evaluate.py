@@ -41,7 +41,7 @@ def evaluate(
     One `EpisodeResult` a game, ordered by environment, then by time; see `run_episodes`.
 
   Raises:
-    UserError: if there is no such environment, or a number is out of its range.
+    UserError: if there is no such environment, a number is out of its range, or the agent has other actions.
   """
   if episodes < 1:
     raise UserError(f"episodes is {episodes}; it must be at least 1")
@@ -58,6 +58,9 @@ def evaluate(
     if policy is None:
       policy = random_policy(vector_env.spec.num_actions, seed)
     elif isinstance(policy, Agent):
+      own, found = int(policy.model.num_actions(policy.params)), vector_env.spec.num_actions
+      if own != found:
+        raise UserError(f"{env} has {found} actions, but the agent was trained with {own}")
       policy = policy.player(num_envs, seed)
     play = policy
 

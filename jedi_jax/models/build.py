@@ -52,6 +52,8 @@ def build(
   if codec is None:
     shape = spec.observation_shape
     codec = _encoder(config, shape, compute) if learned else codecs.identity(shape)
+  else:
+    _check_codec(codec, spec)
   _check_pooling("actor_critic.downsample", config.actor_critic.downsample, codec.latent_shape[:2])
   learns_from = config.encoder.learns_from if learned else ()
   decodes = "reconstruction" in learns_from
@@ -101,6 +103,13 @@ def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: C
     chunk=c.chunk,
     compute=compute,
   )
+
+
+def _check_codec(codec: codecs.Codec, spec: EnvSpec) -> None:
+  images = jax.ShapeDtypeStruct((1, *spec.observation_shape), jnp.float32)
+  found = jax.eval_shape(lambda images: codec.encode(codec.init(jax.random.key(0)), images), images)
+  if (found.shape[1:], found.dtype) != (codec.latent_shape, jnp.float32):
+    raise UserError(f"encode returns {found.dtype} {found.shape[1:]}; expected float32 {codec.latent_shape}")
 
 
 def _check_pooling(name: str, downsample: Sequence[bool], shape: tuple[int, int]) -> None:
@@ -201,6 +210,6 @@ def count_parameters(params: dict[str, Params]) -> dict[str, int]:
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return sum(leaf.size for path, leaf in leaves if str(path[-1].key) not in untrained)
+    return sum(leaf.size for path, leaf in leaves if jax.tree_util.keystr(path[-1:], simple=True) not in untrained)
 
   return {name: size(tree) for name, tree in params.items()}

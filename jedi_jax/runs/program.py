@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import math
 import os
 import pathlib
@@ -16,6 +17,8 @@ from jedi_jax.errors import Interrupted, TrainingError, UserError
 from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 
 T = TypeVar("T")
+
+_IMPORT = flags.DEFINE_multi_string("import", [], "Module to import first, to register environments; may be repeated.")
 
 USAGE_STATUS = 2
 """Exit status of a `UserError` or a wrong flag."""
@@ -125,7 +128,10 @@ def run(main: Callable[[], None], description: str) -> None:
   def parse(argv: Sequence[str]) -> list[str]:
     if any(word in ("-h", "-help", "--help", "--helpfull") for word in argv[1:]):
       # absl's own help exits with status 1.
-      print(f"{description.strip()}\n\nFlags:\n{flags.FLAGS.module_help(sys.modules['__main__'])}")
+      print(f"{description.strip()}\n\nFlags:")
+      for name in flags.FLAGS.flags_by_module_dict():
+        if not name.startswith("absl."):
+          print(flags.FLAGS.module_help(name))
       sys.exit(0)
     try:
       rest = flags.FLAGS(argv, known_only=False)
@@ -143,6 +149,7 @@ def run(main: Callable[[], None], description: str) -> None:
   def guarded(argv: Sequence[str]) -> None:
     del argv
     try:
+      _import(_IMPORT.value)
       main()
     except UserError as error:
       _exit(str(error))
@@ -154,6 +161,18 @@ def run(main: Callable[[], None], description: str) -> None:
       _flush()
 
   app.run(guarded, flags_parser=parse)
+
+
+def _import(names: Sequence[str]) -> None:
+  """Imports modules, which are found from the current folder, too."""
+  for name in names:
+    try:
+      sys.path.insert(0, os.getcwd())
+      importlib.import_module(name)
+    except ImportError as error:
+      raise UserError(f"--import={name}: {error}") from None
+    finally:
+      sys.path.pop(0)
 
 
 def _flush() -> None:

@@ -166,7 +166,7 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
     if old.spec != spec:
       raise UserError(
         f"{path} holds a run of {config.env.name} with {old.spec}, but here it has {spec}: "
-        "use the EnvPool version that it was started with, or restart with --overwrite"
+        "use the version of the environment that it was started with, or restart with --overwrite"
       )
     return old
   if (path / "checkpoints").exists():
@@ -232,9 +232,8 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     return Workdir(path, config_lib.from_dict(tree), spec)
   except UserError as error:
     version = data.get("version")
-    raise UserError(
-      f"{file} was written by version {version} and does not fit version {__version__}: {error}"
-    ) from None
+    written = "" if version == __version__ else f" was written by version {version} of jedi_jax, this is {__version__}:"
+    raise UserError(f"{file}{written or ' is not valid here:'} {error}") from None
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -115,6 +115,8 @@ class Collector:
       actions = np.asarray(chosen)
       observations = self._observations
       step = self._step(actions, returns, lengths)
+      if not np.isfinite(step.reward).all():
+        raise UserError("the environment's step returned a reward that is not finite: return finite numbers")
       signs += np.bincount(np.sign(step.reward).astype(np.int64) + 1, minlength=3)
       writer.add(observations, actions, step.reward, step.end, step.truncated, step.next_observation)
       if writer.is_full:
@@ -180,6 +182,6 @@ class Collector:
     if not np.array_equal(self._observations, saved["observations"]):
       raise UserError(
         "the environment did not repeat its steps, so this run cannot be continued here: "
-        "use the environment or EnvPool version that it was started with"
+        "use the version of the environment that it was started with, and draw all of its randomness from its seed"
       )
     self._state = LstmState(*saved["state"])

@@ -1,6 +1,7 @@
 """The learner: everything of the runs that train together that lives on devices."""
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -115,7 +116,17 @@ class Learner:
     self.epoch = self.lower().compile()
 
   def start(self, states: Sequence[TrainState], replays: Sequence[ReplayState]) -> None:
-    """Copies state and replay of each run to its device."""
+    """Copies state and replay of each run to its device.
+
+    Raises:
+      UserError: if a replay has frames of another size or actions that the model does not have.
+    """
+    for replay in replays:
+      size, num_actions = math.prod(self.spec.observation_shape), self.model.spec.num_actions
+      if replay.frames.shape[-1] != size:
+        raise UserError(f"the replay has frames of {replay.frames.shape[-1]} numbers, the environment of {size}")
+      if (largest := int(np.max(replay.actions))) >= num_actions:
+        raise UserError(f"action {largest} in the replay must lie in 0..{num_actions - 1}")
     with self._announce(Operation.START):
       self.state = self.devices.to_devices(states)
       self.replay = self.devices.to_devices(replays)
@@ -140,11 +151,15 @@ class Learner:
       For each run, by phase, the sums of its metrics over its updates; NumPy arrays.
 
     Raises:
-      UserError: for an unknown phase.
+      UserError: for an unknown phase, a negative number, or before `start`.
     """
-    for name in counts:
+    for name, count in counts.items():
       if name not in self.phases:
         raise UserError(f"unknown phase {name!r}{nearest(name, self.phases)}")
+      if count < 0:
+        raise UserError(f"{count} updates of {name}: give 0 or more")
+    if self.state is None:
+      raise UserError("the learner has no state and no replay: call start first")
     counts = {name: counts.get(name, 0) for name in self.phases}
     with self._announce(Operation.UPDATE, counts):
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))

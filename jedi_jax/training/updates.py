@@ -76,7 +76,9 @@ def make_optimizer(
 
 def decayed(params: Any) -> Any:
   """Marks the parameters that decay: kernels, not biases, gains, embeddings and frequencies."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key).startswith("kernel"), params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path[-1:], simple=True).startswith("kernel"), params
+  )
 
 
 def weighted_loss(terms: Mapping[str, Term]) -> tuple[Array, Metrics]:

@@ -167,11 +167,14 @@ def interrupted(train_tiny, stopped, tmp_path_factory):
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
   finished_run, interrupted, train_tiny, tiny, tmp_path, timeless, quiet
 ):
-  directory, console = tmp_path / "run", quiet
+  directory, console, seen = tmp_path / "run", quiet, []
   shutil.copytree(interrupted, directory)
   with (directory / "metrics.jsonl").open("a") as file:
     file.write('{"epoch": 4, "half a li')
-  train_tiny(directory, console=console)
+  train_tiny(directory, console=console, on_epoch=lambda place, record: seen.append((place, record)))
+  assert [place for place, _ in seen] == [directory] * 3
+  written = (directory / "metrics.jsonl").read_text().splitlines()
+  assert [record for _, record in seen] == [json.loads(line) for line in written[2:]]
   assert any("resuming after epoch 2" in line for line in console.lines)
   assert timeless(directory / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
   ours, theirs = result(directory), result(finished_run)
