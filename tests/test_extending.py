@@ -29,9 +29,9 @@ def run(name, directory):
   return done.stdout
 
 
-def test_there_are_four_recipes_and_no_other_code():
-  assert len(RECIPES) == 4
-  assert PAGE.count("```python") == 4
+def test_there_are_five_recipes_and_no_other_code():
+  assert len(RECIPES) == 5
+  assert PAGE.count("```python") == 5
 
 
 @pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
@@ -45,6 +45,15 @@ def test_the_denoiser_learns_and_samples_alone(tmp_path):
   loss, error = (float(line.split()[1]) for line in run("The denoiser and the sampler alone", tmp_path).splitlines())
   assert loss < 0.6
   assert error < 0.3  # Copying the last latent has about 1.
+
+
+def test_a_world_model_trains_on_recorded_episodes(tmp_path):
+  output = run("Recorded episodes", tmp_path)
+  loss = float(re.search(r"^loss (.*)$", output, re.MULTILINE)[1])
+  assert 0 < loss < 10
+  actions = re.search(r"^actions \[(.*)\]$", output, re.MULTILINE)[1].split()
+  assert len(actions) == 20
+  assert set(actions) <= {"0", "1", "2"}
 
 
 def test_an_environment_takes_some_twenty_lines():
