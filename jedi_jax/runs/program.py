@@ -129,8 +129,10 @@ def run(main: Callable[[], None], description: str) -> None:
     if any(word in ("-h", "-help", "--help", "--helpfull") for word in argv[1:]):
       # absl's own help exits with status 1.
       print(f"{description.strip()}\n\nFlags:")
+      folder = pathlib.Path(argv[0]).absolute().parent
       for name in flags.FLAGS.flags_by_module_dict():
-        if not name.startswith("absl."):
+        path = pathlib.Path(getattr(sys.modules.get(name), "__file__", None) or name).absolute()
+        if path.parent == folder or path == pathlib.Path(__file__):  # Not the flags of other packages.
           print(flags.FLAGS.module_help(name))
       sys.exit(0)
     try:
