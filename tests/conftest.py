@@ -119,7 +119,7 @@ class Tiny:
     return learner
 
   def flags(self, **changes):
-    """The command line's words for this configuration, with other settings besides, but for the workdir."""
+    """The flags for this configuration and further settings, without the workdir."""
     written = {k: ",".join(map(str, v)) if isinstance(v, tuple) else v for k, v in {**_TINY, **changes}.items()}
     return ["--env=catch", "--preset=debug", "--devices=1", *(f"--set={k}={v}" for k, v in written.items())]
 

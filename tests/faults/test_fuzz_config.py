@@ -2,7 +2,7 @@
 
 The strategy walks the typed fields of the configuration records, so that a new setting is fuzzed without a word here.
 Some of the examples hold plausible values alone, the others bad ones among them; about a third is accepted. All that
-are accepted are built, and the update of every phase is traced (`jax.eval_shape`): that is the whole epoch but for its
+are accepted are built, and the update of every phase is traced (`jax.eval_shape`): that is the whole epoch without its
 loops, which trace the same updates twice. Compiling takes half a minute of a core each: six whole runs are trained, one
 of each variant, and by hand, outside of the group, a step of every accepted program that is small enough to be run:
 
@@ -73,7 +73,7 @@ PIXELS = {
   "actor_critic.channels": "4,4",
   "actor_critic.downsample": "true,true",
 }
-"""What variant `diamond` has besides."""
+"""Further settings of variant `diamond`."""
 
 STEPS = ("0", "1", "2", "3", "4", "6", "8", "12", "24", "48")
 PLAUSIBLE = {
@@ -256,7 +256,7 @@ def trace(config):
 
 
 class Found(NamedTuple):
-  """What became of the examples.
+  """The outcome of the examples.
 
   Attributes:
     accepted: configurations, with the bytes of their state and replay, None where the program was traced before.

@@ -34,7 +34,7 @@ def normal(*shape, seed=0):
 
 
 class Batch(NamedTuple):
-  """The arguments of the loss but for the parameters."""
+  """The arguments of the loss, without the parameters."""
 
   inputs: jax.Array
   clean: jax.Array

@@ -21,7 +21,7 @@ def test_the_coefficients_satisfy_the_conditions_that_define_them(sigma_data, of
   # c_skip makes c_out least: the derivative of the numerator above with respect to c_skip vanishes.
   derivative = -2 * (1 - c_skip) * sigma_data**2 + 2 * c_skip * variance
   np.testing.assert_allclose(derivative, 0, atol=1e-6)
-  # The network is told a quarter of the logarithm of the standard deviation of all noise.
+  # The network receives a quarter of the logarithm of the standard deviation of all noise.
   np.testing.assert_allclose(c_noise, np.log(np.sqrt(variance)) / 4, rtol=1e-5)
 
 

@@ -37,7 +37,7 @@ def flow_to_zero(start, mean, std, sigma):
 
 
 class Recorder:
-  """A denoiser that notes the levels that it is told."""
+  """A denoiser that records the levels it receives."""
 
   def __init__(self, denoise):
     self.denoise, self.levels = denoise, []
@@ -128,7 +128,7 @@ def test_churn_acts_within_its_window_bounds_included():
 @pytest.mark.parametrize("order", [1, 2])
 def test_churn_by_hand(order):
   # One raised step 4 -> 4 (1 + 1/4) = 5 -> 3: sqrt(25 - 16) = 3 times the noise 2 is added to x = 1, giving 7. The
-  # denoiser is told 4, as in DIAMOND, and says 2. Slope (7 - 2) / 5 = 1, x = 7 + (3 - 5) = 5.
+  # denoiser receives 4, as in DIAMOND, and returns 2. Slope (7 - 2) / 5 = 1, x = 7 + (3 - 5) = 5.
   # The last step, 3 -> 0, lands on 2.
   start, churn = jnp.ones((1, 1, 1, 1)), jnp.full((2, 1, 1, 1, 1), 2.0)
   denoise = Recorder(constant(2.0))

@@ -65,7 +65,7 @@ def test_adamw_by_hand(warmup):
 
 
 def test_warm_up_is_linear_from_zero():
-  # Gradients of one sign and size make Adam's step the learning rate itself (but for epsilon).
+  # Gradients of one sign and size make Adam's step the learning rate itself (apart from epsilon).
   config = OptimizerConfig(learning_rate=0.5, epsilon=1e-12, weight_decay=0.0, warmup_updates=4)
   optimizer = make_optimizer(config, {})
   params = {"denoiser": {"kernel": jnp.ones(3)}}
