@@ -392,7 +392,7 @@ def from_episodes(episodes: Iterable[Any], *, capacity: int | None = None) -> Re
   append = jax.jit(add, donate_argnums=0)
   for frames, actions, rewards, ends in checked:
     for t, action in enumerate(actions):
-      last = np.asarray([t == len(actions) - 1])
+      last = np.asarray([t == len(actions) - 1], bool)
       writer.add(frames[t], action, rewards[t], last & ends, last & np.logical_not(ends), frames[t + 1][None])
       if writer.is_full:
         state = append(state, writer.flush())

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 
@@ -172,6 +173,12 @@ def noise_replay(config):
     frames = following
     left = np.where(ends, generator.integers(5, 10, size=streams), left)
   return jax.jit(replay_lib.add)(state, writer.flush())
+
+
+@pytest.fixture(scope="session")
+def one_device():
+  """Environment variables of a process with one device, as most users have; it compiles as these tests do."""
+  return os.environ | {"XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"])}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The recipes of docs/extending.md run as they stand, each in a process of its own."""
 
-import os
 import pathlib
 import re
 import subprocess
@@ -12,21 +11,17 @@ PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 RECIPES = dict(re.findall(r"^## ([^\n]+)\n.*?^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE))
 
 
-# Compilation takes most of the time: one device, and few passes of the compiler.
-ENVIRONMENT = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+@pytest.fixture(scope="module")
+def run(one_device):
+  """From a recipe and a directory to what the recipe prints there."""
 
+  def recipe(name, directory):
+    argv = [sys.executable, "-c", RECIPES[name]]
+    done = subprocess.run(argv, cwd=directory, env=one_device, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
-def run(name, directory):
-  done = subprocess.run(
-    [sys.executable, "-c", RECIPES[name]],
-    cwd=directory,
-    env={**os.environ, **ENVIRONMENT},
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr
-  return done.stdout
+  return recipe
 
 
 def test_there_are_five_recipes_and_no_other_code():
@@ -35,19 +30,19 @@ def test_there_are_five_recipes_and_no_other_code():
 
 
 @pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
-def test_a_recipe_trains(name, tmp_path):
+def test_a_recipe_trains(name, run, tmp_path):
   output = run(name, tmp_path)
   assert re.search(r"^mean return -?[\d.]+$", output, re.MULTILINE)
   assert len(list(tmp_path.glob("runs/*/result.json"))) == 1
 
 
-def test_the_denoiser_learns_and_samples_alone(tmp_path):
+def test_the_denoiser_learns_and_samples_alone(run, tmp_path):
   loss, error = (float(line.split()[1]) for line in run("The denoiser and the sampler alone", tmp_path).splitlines())
   assert loss < 0.6
   assert error < 0.3  # Copying the last latent has about 1.
 
 
-def test_a_world_model_trains_on_recorded_episodes(tmp_path):
+def test_a_world_model_trains_on_recorded_episodes(run, tmp_path):
   output = run("Recorded episodes", tmp_path)
   loss = float(re.search(r"^loss (.*)$", output, re.MULTILINE)[1])
   assert 0 < loss < 10

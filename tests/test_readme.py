@@ -29,9 +29,10 @@ def test_the_readme_is_short():
   assert len(README.splitlines()) <= 180
 
 
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(one_device, tmp_path):
   code = re.fullmatch(r"```python\n(.*)```", section(README, "example"), re.DOTALL).group(1)
-  done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+  argv = [sys.executable, "-c", code]
+  done = subprocess.run(argv, cwd=tmp_path, env=one_device, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr
   assert re.search(r"^mean return -?[\d.]+$", done.stdout, re.MULTILINE)
   assert (tmp_path / "runs" / "example" / "result.json").exists()
