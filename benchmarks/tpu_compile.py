@@ -115,7 +115,7 @@ def _measure(part: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[s
     config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
   learner = Learner(config, spec, devices)
   settings: dict[str, Any] = {"batch_size": _FLAGS.batch_size, "age_weights": config.replay.age_weights}
-  state, stored = learner.shapes()
+  state, stored = learner.shapes
   distributed = devices.shapes((state, stored))
   phases = {phase.name: (i, phase) for i, phase in enumerate(learner.model.phases)}
   row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}

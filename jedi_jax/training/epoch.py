@@ -52,6 +52,7 @@ def make_epoch(
 
 def _repeat(update: Update, state: TrainState, replay: ReplayState, count: Array) -> tuple[TrainState, Metrics]:
   """Runs `update` `count` times and adds up its metrics."""
+  update = jax.jit(update, inline=True)  # Traced once for its shapes and for the loop.
   zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(update, state, replay)[1])
 
   def body(_: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:

@@ -1,6 +1,7 @@
 """The learner: everything of the runs that train together that lives on devices."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -100,14 +101,15 @@ class Learner:
     state = jax.device_get(self._init(jax.random.key(seeds.derive(seed, Purpose.TRAINING))))
     return state.replace(params=with_num_actions(state.params, num_actions or self.spec.num_actions))
 
+  @functools.cached_property
   def shapes(self) -> tuple[TrainState, ReplayState]:
-    """Returns state and replay of one run with `jax.ShapeDtypeStruct` leaves."""
+    """State and replay of one run with `jax.ShapeDtypeStruct` leaves."""
     state = jax.eval_shape(self._init, jax.random.key(0))
     return state, jax.eval_shape(lambda: empty_replay(self.config, self.spec))
 
   def lower(self) -> jax.stages.Lowered:
     """Lowers the epoch for the state and replay at hand or, before `start`, for those of the configuration."""
-    arrays = self.devices.shapes(self.shapes()) if self.state is None else (self.state, self.replay)
+    arrays = self.devices.shapes(self.shapes) if self.state is None else (self.state, self.replay)
     counts = {name: jax.ShapeDtypeStruct((), np.int32) for name in self.phases}
     return self._epoch.lower(*arrays, counts)
 
@@ -202,7 +204,7 @@ class Learner:
       if operation == Operation.STOP:
         return
       if operation == Operation.START:
-        state, replay = _zeros(self.shapes())
+        state, replay = _zeros(self.shapes)
         self.start([state], [replay])
         self.compile()
       elif operation == Operation.ADD:

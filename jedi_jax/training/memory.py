@@ -50,7 +50,7 @@ def measure(config: Config, spec: EnvSpec) -> Memory:
   """
   device = jax.local_devices()[0]
   learner = Learner(config, spec, Devices([device]))
-  state, replay = learner.shapes()
+  state, replay = learner.shapes
   analysis: Any = learner.lower().compile().memory_analysis()
   return Memory(
     replay=size(replay), state=size(state), working=int(analysis.temp_size_in_bytes), device=_device_bytes(device)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jedi_jax.models.build import count_parameters
@@ -20,7 +19,7 @@ def header(runs: Sequence[Run], learner: Learner) -> list[str]:
     games = dict.fromkeys(run.config.env.name for run in runs)
     what = f"{len(runs)} runs of {', '.join(games)}, variant {c.variant}, preset {c.preset}"
   where = os.path.commonpath([run.workdir.path for run in runs]) if devices.packed else runs[0].workdir.path
-  counts = count_parameters(jax.eval_shape(learner.model.init, jax.random.key(0)))
+  counts = count_parameters(learner.shapes[0].params)
   shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
   return [
     f"{what}, {devices.count} {devices.devices[0].platform} device(s), in {where}",

@@ -23,7 +23,7 @@ class Progress(NamedTuple):
   Attributes:
     epoch: epochs done.
     total_epochs: epochs in all; 0 before the first collection.
-    seconds: wall time of epochs and evaluations over all sessions, without compilation and saving.
+    seconds: wall time of epochs and evaluations since the first start, without compilation and saving.
     best: best mean return of an evaluation during training; -inf before the first.
   """
 

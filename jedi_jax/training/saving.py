@@ -74,7 +74,7 @@ def restore(run: Run, learner: Learner, console: Console) -> tuple[TrainState, R
   Returns:
     Its state, its replay and the log of its collector; None without a checkpoint.
   """
-  state, replay = learner.shapes()
+  state, replay = learner.shapes
   target = {
     "train": state.replace(params={}),
     "replay": replay,

@@ -239,7 +239,7 @@ def program(config):
 def trace(config):
   """Traces the update of every phase on the shapes of a run; returns the bytes of the run's state and replay."""
   learner = Learner(config, SPEC, Devices.take(1))
-  state, replay = learner.shapes()
+  state, replay = learner.shapes
   for index, phase in enumerate(learner.model.phases):
     update = make_update(
       phase,
@@ -271,7 +271,7 @@ class Found(NamedTuple):
 
 def weigh(config):
   """Returns the bytes of a run's state and replay."""
-  return memory.size(Learner(config, SPEC, Devices.take(1)).shapes())
+  return memory.size(Learner(config, SPEC, Devices.take(1)).shapes)
 
 
 def step(config):
@@ -280,7 +280,7 @@ def step(config):
   batch, ages = config.training.batch_size, config.replay.age_weights
   epoch = make_epoch(learner.model, learner.optimizers, batch_size=batch, age_weights=ages)
   generator = np.random.default_rng(0)
-  state, replay = (jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in learner.shapes())
+  state, replay = (jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in learner.shapes)
   params = jax.tree.map(lambda x: (0.02 * generator.normal(size=x.shape)).astype(x.dtype), state.params)
   counts = {name: np.int32(1) for name in learner.phases}
   after, sums = jax.device_get(jax.jit(epoch)(state.replace(params=params), replay, counts))
