@@ -93,6 +93,22 @@ def pytest_configure(config):
       _set_xla_flag("--xla_cpu_use_fusion_emitters", "false")
 
 
+SLOW = (
+  "test_programs",
+  "test_packing",
+  "test_hosts",
+  "test_variants_train",
+  "test_extending",
+  "test_kills",
+  "test_loop",
+)
+"""Files that take longest. They come first, so that no worker is left with one of them at the end."""
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 def pytest_unconfigure():
   if _CACHE:
     shutil.rmtree(_CACHE, ignore_errors=True)

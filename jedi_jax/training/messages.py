@@ -19,7 +19,8 @@ def header(runs: Sequence[Run], learner: Learner) -> list[str]:
     games = dict.fromkeys(run.config.env.name for run in runs)
     what = f"{len(runs)} runs of {', '.join(games)}, variant {c.variant}, preset {c.preset}"
   where = os.path.commonpath([run.workdir.path for run in runs]) if devices.packed else runs[0].workdir.path
-  counts = count_parameters(learner.shapes[0].params)
+  copies = max(devices.count, devices.runs)
+  counts = {name: count // copies for name, count in count_parameters(learner.state.params).items()}
   shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
   return [
     f"{what}, {devices.count} {devices.devices[0].platform} device(s), in {where}",

@@ -74,6 +74,8 @@ def restore(run: Run, learner: Learner, console: Console) -> tuple[TrainState, R
   Returns:
     Its state, its replay and the log of its collector; None without a checkpoint.
   """
+  if checkpoint.newest(run.workdir.checkpoints / "latest") is None:
+    return None
   state, replay = learner.shapes
   target = {
     "train": state.replace(params={}),
