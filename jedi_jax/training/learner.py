@@ -34,7 +34,7 @@ class Learner:
 
     learner = Learner(config, spec)
     learner.start([learner.init(seed=0)], [replay.from_episodes(episodes)])
-    sums = learner.update({"denoiser": 100, "reward_end": 100})
+    [sums] = learner.update({"denoiser": 100, "reward_end": 100})
 
   Args:
     config: of the runs; the seed and the game do not matter.
