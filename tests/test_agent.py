@@ -1,13 +1,13 @@
 import jax
 import numpy as np
 import pytest
+from refusals import refused
 
 import jedi_jax
 from jedi_jax import envs
 from jedi_jax.agent import load_agent
 from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
-from jedi_jax.errors import UserError
 from jedi_jax.evaluation.evaluate import describe_results
 from jedi_jax.runs import workdir
 
@@ -21,14 +21,6 @@ def agent(finished_run):
 
 def frames(seed=0, n=N):
   return np.random.default_rng(seed).integers(256, size=(n, *SPEC.observation_shape), dtype=np.uint8)
-
-
-def refused(function, *parts):
-  with pytest.raises(UserError) as caught:
-    function()
-  assert "\n" not in str(caught.value)
-  for part in parts:
-    assert part in str(caught.value)
 
 
 def test_shapes_and_types(agent, finished_run):

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pytest
+from refusals import refused
 
-from jedi_jax.errors import UserError
 from jedi_jax.runs import checkpoint
 from jedi_jax.runs.checkpoint import Checkpoints, SaveError, load_params
 
@@ -56,14 +56,6 @@ def saved(tmp_path_factory):
   checkpoints.save(3, params=params(), state=odd())
   checkpoints.close()
   return directory
-
-
-def refused(function, *parts):
-  with pytest.raises(UserError) as caught:
-    function()
-  assert "\n" not in str(caught.value)
-  for part in parts:
-    assert part in str(caught.value)
 
 
 def test_round_trip_of_odd_trees(saved):

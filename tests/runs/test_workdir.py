@@ -5,23 +5,15 @@ import subprocess
 import sys
 
 import pytest
+from refusals import refused
 
 from jedi_jax.config import make_config, to_dict
 from jedi_jax.envs.catch import SPEC
-from jedi_jax.errors import UserError
 from jedi_jax.runs import workdir
 from jedi_jax.version import __version__
 
 CONFIG = make_config(env="catch", preset="debug")
 OTHER = make_config(env="catch", preset="debug", seed=3, overrides={"actor_critic.horizon": 5})
-
-
-def refused(function, *parts):
-  with pytest.raises(UserError) as caught:
-    function()
-  assert "\n" not in str(caught.value)
-  for part in parts:
-    assert part in str(caught.value)
 
 
 def test_a_new_directory_holds_the_configuration(tmp_path):
