@@ -57,6 +57,7 @@ def make_config(variant: str) -> Config:
   overrides = [
     f"training.batch_size={_BATCH.value}",
     f"precision.compute_dtype={_DTYPE.value}",
+    "training.order=sequential",
     "training.first_updates.probe=0",
     "training.updates.probe=0",
   ]
@@ -92,7 +93,7 @@ class Case:
     self._sampler = sampling.lower(learner.state.params, self._keys).compile()
     self.flop = {
       phase.name: flops.count(
-        make_update(phase, i, learner.optimizers[phase.name], batch_size=batch, age_weights=age_weights),
+        make_update({i: phase}, learner.optimizers, batch_size=batch, age_weights=age_weights),
         states[0],
         stored,
       )

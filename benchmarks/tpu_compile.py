@@ -126,7 +126,7 @@ def _measure(part: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[s
     lowered = devices.map(draw, in_axes=(0, None)).lower(distributed[1], jax.ShapeDtypeStruct((2,), np.uint32))
   else:
     index, phase = phases[part]
-    update = make_update(phase, index, learner.optimizers[part], **settings)
+    update = make_update({index: phase}, learner.optimizers, **settings)
     row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
     lowered = devices.map(update, donate=(0,)).lower(*distributed)
   start = time.perf_counter()

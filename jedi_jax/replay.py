@@ -202,6 +202,7 @@ def sample(
   *,
   length: int,
   age_weights: tuple[float, ...],
+  age_groups: str = "episodes",
   beyond_end: bool,
   final_frames: bool,
 ) -> Segment:
@@ -214,8 +215,10 @@ def sample(
     state: a replay with at least one step.
     keys: [B] random keys, consumed.
     length: T, frames per segment.
-    age_weights: probabilities of groups of equally many episodes, oldest first; the last group takes the remainder.
-      While there are fewer episodes than groups, an episode's probability is proportional to its steps.
+    age_weights: probabilities of the groups, oldest first.
+    age_groups: 'episodes' for groups of equally many episodes, of which the last takes the remainder; while there are
+      fewer episodes than groups, an episode's probability is proportional to its steps. 'steps' for groups of equally
+      many steps; within a group an episode's probability is proportional to its steps.
     beyond_end: whether segments may extend past the end of their episode.
     final_frames: whether the drawn time may be that of the true final frame.
 
@@ -227,7 +230,10 @@ def sample(
 
   def draw(key: Array) -> tuple[Array, ...]:
     group_key, member_key, time_key, place_key = jax.random.split(key, 4)
-    episode = _draw_episode(state, group_key, member_key, age_weights, groups)
+    if age_groups == "steps":
+      episode = _draw_by_steps(state, group_key, member_key, age_weights)
+    else:
+      episode = _draw_episode(state, group_key, member_key, age_weights, groups)
     steps = state.episode_steps[episode]
     stored = steps + state.episode_closed[episode]  # Frames, including the final one.
     drawable = stored if final_frames else steps
@@ -263,6 +269,16 @@ def _draw_episode(
   few = jnp.where(jnp.arange(groups - 1) < count, state.episode_steps[: groups - 1], 0)
   by_steps = jax.random.categorical(group_key, jnp.log(few))
   return jnp.where(count < groups, by_steps, by_age)
+
+
+def _draw_by_steps(state: ReplayState, group_key: Array, member_key: Array, age_weights: tuple[float, ...]) -> Array:
+  """Draws the table entry of an episode in groups of equally many steps; see `sample`."""
+  used = jnp.arange(state.episode_steps.shape[0]) < state.num_episodes
+  ends = jnp.cumsum(jnp.where(used, state.episode_steps, 0))
+  group = jax.random.choice(group_key, len(age_weights), p=jnp.asarray(age_weights))
+  share = (group + jax.random.uniform(member_key)) / len(age_weights)
+  step = jnp.minimum((share * ends[-1]).astype(jnp.int32), ends[-1] - 1)
+  return jnp.searchsorted(ends, step, side="right").astype(jnp.int32)
 
 
 class ChunkWriter:

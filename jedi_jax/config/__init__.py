@@ -131,7 +131,18 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
   if not convert("encoder.reward_gradient", values.pop("encoder.reward_gradient", True), bool):
     routes = tuple(name for name in routes if name != "reward_end")
   implied = {path: variant[path] for path in ("encoder.kind", "denoiser.kind") if path in variant}
-  return override(Config(), {**implied, "encoder.learns_from": routes, **values})
+  return override(Config(), {**_ABSENT, **implied, "encoder.learns_from": routes, **values})
+
+
+_ABSENT = {
+  "encoder.norm": "none",
+  "sampler.start": "unit",
+  "reward_end.noise": 0.0,
+  "actor_critic.input_norm": "none",
+  "replay.age_groups": "episodes",
+  "training.order": "sequential",
+}
+"""What the absence of a setting means in a configuration that was written before the setting existed."""
 
 
 def describe(config: Config) -> str:

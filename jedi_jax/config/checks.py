@@ -56,6 +56,7 @@ def validate(config: "Config") -> None:
   _check_channels(values)
   _check_conditioning(config)
   _check_order(values)
+  _check_shared_updates(config)
   _check_replay(config)
 
 
@@ -134,6 +135,16 @@ def _check_order(values: Mapping[str, Any]) -> None:
     if values[path] % values["env.num_envs"]:
       raise UserError(
         f"{path}={values[path]} is not a multiple of env.num_envs={values['env.num_envs']}: change one of them"
+      )
+
+
+def _check_shared_updates(config: "Config") -> None:
+  order = config.training.order
+  for name, updates in (("updates", config.training.updates), ("first_updates", config.training.first_updates)):
+    if order != "sequential" and updates.denoiser != updates.reward_end:
+      raise UserError(
+        f"training.{name}.denoiser={updates.denoiser} and training.{name}.reward_end={updates.reward_end} differ, but "
+        f"training.order={order} trains both together: make them equal or set training.order=sequential"
       )
 
 

@@ -45,6 +45,9 @@ class EncoderConfig:
   """Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none."""
   clamp: float = setting(3.0, "R", low=0)
   """Scale s of the soft clamp s tanh(z / s) on latents; 0 for none."""
+  norm: str = setting("none", "O", choices=("none", "frame", "running"))
+  """Normalisation before the clamp, inside the gradient: of each frame over its positions and channels, or of each
+  position and channel by running statistics. Latents without it have no fixed scale."""
   target_decay: float = setting(0.0, "R", low=0, high=1)
   """Decay per update of the moving average of the encoder that encodes the targets; 0 for none."""
   learning_rate_factor: float = setting(0.3, "R", low=0)
@@ -123,6 +126,8 @@ class SamplerConfig:
   """Last positive noise level."""
   sigma_max: float = setting(5.0, "D", above=0, high=1e6)
   """First noise level."""
+  start: str = setting("unit", "O", choices=("unit", "sigma_max"))
+  """Standard deviation of the noise that sampling starts from: 1 as in DIAMOND, or the first noise level."""
   rho: float = setting(7.0, "D", low=0.1, high=1e3)
   """Curvature of the schedule."""
   order: int = setting(1, "D", low=1, high=2)
@@ -153,6 +158,9 @@ class RewardEndConfig:
   """Width of the action embedding."""
   lstm_width: int = setting(512, "D", low=1, high=_MAX_WIDTH)
   """Width of the LSTM and of the head."""
+  noise: float = setting(0.0, "O", low=0)
+  """Standard deviation of the noise on the latents of every second training segment, so that the model tolerates errors
+  of imagined latents."""
   optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -166,6 +174,8 @@ class ActorCriticConfig:
   """Whether a stage ends in 2 x 2 max pooling."""
   lstm_width: int = setting(512, "O", low=1, high=_MAX_WIDTH)
   """Width of the LSTM."""
+  input_norm: str = setting("none", "O", choices=("none", "frame"))
+  """Normalisation of the latents that the policy and the value read, of each frame over its positions and channels."""
   forget_padding: bool = setting(True, "O")
   """Whether padding in the burn-in leaves the LSTM's state empty, as at the start of real episodes; not in DIAMOND."""
   restart_after_end: bool = setting(False, "O")
@@ -228,6 +238,8 @@ class ReplayConfig:
   """Additional room for the true final frames of episodes."""
   age_weights: tuple[float, ...] = setting((0.1, 0.1, 0.1, 0.7), "D", low=0)
   """Probability of each group of episodes, oldest first; they sum to 1."""
+  age_groups: str = setting("episodes", "D", choices=("episodes", "steps"))
+  """Whether the groups have equal numbers of episodes, or of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +260,9 @@ class Updates:
 class TrainingConfig:
   """The training loop."""
 
+  order: str = setting("sequential", "R", choices=("sequential", "alternating", "joint"))
+  """How the denoiser and the reward / end model share an epoch: one after the other, in turns of one update each, or in
+  one update with the sum of their losses. The actor-critic follows."""
   batch_size: int = setting(32, "R", low=1, high=10**6)
   """Segments or imagined trajectories per update, over all devices (the paper: 32 or 64)."""
   updates: Updates = Updates()

@@ -57,6 +57,7 @@ def actor_critic(
   channels: Sequence[int] = (),
   downsample: Sequence[bool] = (),
   lstm_width: int = 512,
+  input_norm: str = "none",
   objective: Objective = Objective(),
   compute: Compute = Compute(),
 ) -> ActorCritic:
@@ -70,6 +71,7 @@ def actor_critic(
     channels: of the convolution stages; none to read the flattened latent.
     downsample: whether a stage pools.
     lstm_width: width of the LSTM.
+    input_norm: 'frame' to normalise each latent to mean 0 and variance 1 over positions and channels, or 'none'.
     objective: discount and weights of the loss.
     compute: dtype and lowering.
   """
@@ -92,6 +94,8 @@ def actor_critic(
   def apply(
     params: Params, latents: Array, state: LstmState, keep: Array | None = None, fallback: LstmState | None = None
   ) -> tuple[Array, Array, LstmState]:
+    if input_norm == "frame":
+      latents = jax.nn.standardize(latents, axis=(2, 3, 4))
     logits, values, state = blocks.apply(network, params, latents, state, keep, fallback)
     if action_slots:
       chosen_from = jnp.arange(action_slots) < jax.lax.stop_gradient(params["num_actions"])

@@ -59,6 +59,7 @@ class Parts:
     forget_padding: see `imagination.imagine`.
     restart_after_end: whether imagined trajectories continue from a second segment after their first end.
     unroll: see `imagination.imagine`.
+    reward_end_noise: standard deviation of the noise on the latents of every second segment of the reward / end model.
   """
 
   spec: EnvSpec
@@ -77,6 +78,7 @@ class Parts:
   forget_padding: bool = True
   restart_after_end: bool = False
   unroll: int = 1
+  reward_end_noise: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -78,6 +78,7 @@ def build(
       forget_padding=config.actor_critic.forget_padding,
       restart_after_end=config.actor_critic.restart_after_end,
       unroll=config.actor_critic.unroll,
+      reward_end_noise=config.reward_end.noise,
     )
   )
 
@@ -98,6 +99,7 @@ def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: C
     channels=c.channels,
     downsample=c.downsample,
     patch=c.patch,
+    norm=c.norm,
     clamp=c.clamp,
     clamp_estimate=config.denoiser.clamp_estimate,
     chunk=c.chunk,
@@ -162,7 +164,7 @@ def _dynamics(config: Config, codec: codecs.Codec, network: InnerNetwork) -> dyn
     target=c.target,
     scaling=dynamics.Scaling(c.sigma_data, c.offset_noise),
     levels=dynamics.NoiseLevels(c.sigma_log_mean, c.sigma_log_std, c.sigma_min, c.sigma_max),
-    schedule=dynamics.Schedule(sigmas, s.order, gammas, s.churn_noise),
+    schedule=dynamics.Schedule(sigmas, s.order, gammas, s.churn_noise, s.start),
     **segments,
   )
 
@@ -191,6 +193,7 @@ def _actor_critic(config: Config, codec: codecs.Codec, num_actions: int, compute
     channels=c.channels,
     downsample=c.downsample,
     lstm_width=c.lstm_width,
+    input_norm=c.input_norm,
     objective=actor_critic.Objective(c.gamma, c.lambda_, c.entropy_weight, c.value_weight),
     compute=compute,
   )
@@ -206,7 +209,7 @@ def with_num_actions(params: dict[str, Params], num_actions: int) -> dict[str, P
 
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
   """Counts the trained numbers of each component; fixed random frequencies and measured scales are not counted."""
-  untrained = ("frequencies", "change_std", "num_actions")
+  untrained = ("frequencies", "change_std", "num_actions", "mean", "std")
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)

@@ -25,6 +25,8 @@ class Codec(NamedTuple):
     quantise: map applied after `clamp` to an estimate that is used as a latent; no gradient passes through it.
     limit: largest absolute value of a latent; None without a bound.
     decode: latents [N, h, w, c] -> images in [-1, 1], for a codec that decodes without learning; else None.
+    track: (parameters, mean and mean square [h, w, c] of the latents of a batch) -> parameters with updated running
+      statistics; None for a codec without them.
   """
 
   latent_shape: tuple[int, int, int]
@@ -34,6 +36,7 @@ class Codec(NamedTuple):
   quantise: Callable[[Array], Array]
   limit: float | None = None
   decode: Callable[[Array], Array] | None = None
+  track: Callable[[Params, Array, Array], Params] | None = None
 
 
 def scale_pixels(observations: Array) -> Array:
@@ -73,20 +76,27 @@ def learned(
   channels: Sequence[int] = (32, 32, 32, 16),
   downsample: Sequence[bool] = (True, True, True, False),
   patch: int = 1,
+  norm: str = "none",
   clamp: float = 3.0,
   clamp_estimate: bool = True,
   chunk: int = 0,
   compute: Compute = Compute(),
 ) -> Codec:
-  """Builds JEDI's encoder: convolution stages and a soft clamp.
+  """Builds JEDI's encoder: convolution stages, an optional normalisation without parameters, and a soft clamp.
 
   Encodes in chunks under `jax.checkpoint`; peak activation memory is one chunk's.
+
+  The normalisation is part of what is differentiated, so that no gradient shrinks the latents. With 'running', values
+  are normalised by running statistics and gradients are those of a normalisation by the chunk's statistics (batch
+  renormalization, Ioffe 2017, arXiv:1702.03275).
 
   Args:
     observation_shape: (H, W, C).
     channels: channels of the stages; the last are the latent's.
     downsample: whether a stage ends in 2 x 2 max pooling.
     patch: side of the squares of pixels that are stacked on the channels first; it divides H and W.
+    norm: 'none'; 'frame' for mean 0 and variance 1 over each frame; 'running' for mean 0 and variance 1 over time at
+      each position and channel.
     clamp: scale of the soft clamp; 0 for none.
     clamp_estimate: whether estimates are clamped as well.
     chunk: frames encoded at a time; 0 for all.
@@ -95,10 +105,20 @@ def learned(
   network = EncoderNetwork(tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype)
 
   def init(key: Array) -> Params:
-    return blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
+    params = blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
+    if norm != "running":
+      return params
+    shape = jax.eval_shape(lambda: blocks.apply(network, params, jnp.zeros((1, *observation_shape)))).shape[1:]
+    return {**params, "running": {"mean": jnp.zeros(shape), "std": jnp.ones(shape)}}
 
   def encode_chunk(params: Params, images: Array) -> Array:
-    return soft_clamp(blocks.apply(network, params, images).astype(jnp.float32), clamp)
+    weights = {name: value for name, value in params.items() if name != "running"}
+    features = blocks.apply(network, weights, images).astype(jnp.float32)
+    if norm == "frame":
+      features = jax.nn.standardize(features, axis=(1, 2, 3))
+    elif norm == "running":
+      features = _renormalise(features, **jax.lax.stop_gradient(params["running"]))
+    return soft_clamp(features, clamp)
 
   def encode(params: Params, images: Array) -> Array:
     if not 0 < chunk < len(images):
@@ -118,7 +138,34 @@ def learned(
     clamp=(lambda z: soft_clamp(z, clamp)) if clamp_estimate else _identity,
     quantise=_identity,
     limit=clamp or None,
+    track=_track if norm == "running" else None,
   )
+
+
+_TRACKING_RATE = 0.01
+"""Rate an update at which running statistics follow the latents."""
+_LEAST_FEATURE_STD = 1e-2
+"""Lower bound of a running standard deviation, so that what never changes is not scaled up without bound."""
+
+
+def _renormalise(features: Array, mean: Array, std: Array) -> Array:
+  """Returns (features - mean) / std, differentiated as if mean and std were those of the batch [N, h, w, c]."""
+  batch_mean = jnp.mean(features, axis=0)
+  batch_std = jnp.sqrt(jnp.var(features, axis=0) + _LEAST_FEATURE_STD**2)
+  shift = mean + batch_mean - jax.lax.stop_gradient(batch_mean)
+  scale = std * batch_std / jax.lax.stop_gradient(batch_std)
+  return (features - shift) / scale
+
+
+def _track(params: Params, mean: Array, square: Array) -> Params:
+  """Moves the running statistics so that the latents' mean tends to 0 and their mean square to 1."""
+  old = params["running"]
+  ratio = jnp.clip(square - jnp.square(mean), 1e-2, 1e2) ** (_TRACKING_RATE / 2)
+  running = {
+    "mean": old["mean"] + _TRACKING_RATE * old["std"] * mean,
+    "std": jnp.maximum(old["std"] * ratio, _LEAST_FEATURE_STD),
+  }
+  return {**params, "running": running}
 
 
 def identity(observation_shape: tuple[int, int, int]) -> Codec:

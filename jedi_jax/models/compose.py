@@ -36,7 +36,7 @@ def _phases(parts: Parts) -> tuple[Phase, ...]:
     length=length + parts.targets,
     losses=functools.partial(phases.denoiser_losses, parts),
     final_frames=parts.final_frames,
-    after=functools.partial(phases.measure_change, parts),
+    after=functools.partial(phases.measure_latents, parts),
     # An autoencoder that the prediction does not train is a separate model in the same update.
     clipped_apart=("encoder", "decoder") if reconstructs and "prediction" not in learns_from else (),
   )

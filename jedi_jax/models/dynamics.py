@@ -51,12 +51,14 @@ class Schedule(NamedTuple):
     order: 1 for Euler's method, 2 for Heun's.
     gammas: relative increase of each positive level by churn; None for no churn.
     churn_noise: standard deviation of the noise that churn adds.
+    start: 'unit' to start from noise of unit variance as DIAMOND does, 'sigma_max' from noise of the first level.
   """
 
   sigmas: tuple[float, ...] = sampler.karras_sigmas(3, sigma_min=2e-3, sigma_max=5.0, rho=7.0)
   order: int = 1
   gammas: tuple[float, ...] | None = None
   churn_noise: float = 1.0
+  start: str = "unit"
 
 
 class DenoisingNoise(NamedTuple):
@@ -257,7 +259,8 @@ class _Diffusion:
     if self.target != "change":
       return losses
     change = jax.lax.stop_gradient(clean[:, 0] - inputs[:, length - 1])
-    square = Term(jnp.mean(jnp.square(change), axis=(1, 2, 3)), mask[:, 0].astype(jnp.float32))
+    real = mask[:, 0] & jnp.any(inputs[:, length - 1] != 0, axis=(1, 2, 3))  # A zero latent is padding.
+    square = Term(jnp.mean(jnp.square(change), axis=(1, 2, 3)), real.astype(jnp.float32))
     return losses._replace(metrics={**losses.metrics, "change_square": square})
 
   def sample_noise(self, keys: Array, num_frames: int) -> SampleNoise:
@@ -274,11 +277,11 @@ class _Diffusion:
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1), jax.vmap(draw)(keys))
 
   def sample(self, params: Params, past: Array, actions: Array, noise: SampleNoise) -> Array:
-    sigmas, order, gammas, churn_noise = self.schedule
+    sigmas, order, gammas, churn_noise, start = self.schedule
     churn = None if noise.churn is None else churn_noise * jnp.moveaxis(noise.churn, 1, 0)
     sampled = sampler.sample(
       lambda noisy, sigma: self.denoise(params, noisy, sigma, past, actions),
-      noise.start,
+      noise.start * sigmas[0] if start == "sigma_max" else noise.start,
       sigmas,
       order=order,
       gammas=gammas,

@@ -56,8 +56,10 @@ def reward_end_losses(
   parts: Parts, params: dict[str, Params], segment: Segment, keys: Array, shared_key: Array, count: Array
 ) -> Losses:
   """Classification of rewards and ends."""
-  del keys, shared_key, count
+  del shared_key, count
   latents = encode(parts, params, segment.observations, segment.mask)
+  if parts.reward_end_noise:
+    latents += parts.reward_end_noise * jax.vmap(_noise_or_zeros, in_axes=(0, None))(keys, latents.shape[1:])
   real = segment.mask[:, :-1] & segment.mask[:, 1:]
   rewards, ends = segment.rewards[:, :-1], segment.ends[:, :-1]
   losses = parts.reward_end.losses(
@@ -71,6 +73,12 @@ def reward_end_losses(
     "replay_end_rate": Term(ends.astype(jnp.float32), real.astype(jnp.float32)),
   }
   return losses._replace(metrics={**losses.metrics, **metrics})
+
+
+def _noise_or_zeros(key: Array, shape: tuple[int, ...]) -> Array:
+  """Draws standard normal numbers or, by a fair coin, returns zeros."""
+  coin_key, noise_key = jax.random.split(key)
+  return jnp.where(jax.random.bernoulli(coin_key), jax.random.normal(noise_key, shape), 0.0)
 
 
 def actor_critic_losses(
@@ -122,9 +130,13 @@ def average_encoder(parts: Parts, params: dict[str, Params], metrics: Metrics) -
   return {**params, "target_encoder": target}
 
 
-def measure_change(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
-  """Averages the encoder, and updates the denoiser's 'change_std' if it has one."""
+def measure_latents(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+  """Updates the averaged encoder, the encoder's running statistics and the denoiser's 'change_std', if they exist."""
   params = average_encoder(parts, params, metrics)
+  if parts.codec.track is not None:
+    height, width, _ = parts.codec.latent_shape
+    frames = jnp.maximum(metrics["latent_gram"][0, 0] / (height * width), 1.0)
+    params = {**params, "encoder": parts.codec.track(params["encoder"], *metrics["latent_moments"] / frames)}
   before = params["denoiser"]
   if "change_std" not in before:
     return params

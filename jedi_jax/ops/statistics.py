@@ -16,16 +16,20 @@ def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[
 
   Returns:
     'latent_gram': [c + 1, c + 1] float32, sum over real positions of x x^T with x = (1, channels).
+    'latent_moments': [2, h, w, c] float32, sums over real frames of x and x^2.
     'latent_clamped': fraction of values beyond 0.9 of the limit; absent without a limit.
   """
   latents = jax.lax.stop_gradient(latents)
   weights = jnp.broadcast_to(mask[:, :, None, None], latents.shape[:-1]).astype(jnp.float32)
   augmented = jnp.concatenate([jnp.ones_like(latents[..., :1]), latents], axis=-1)
   gram = jnp.einsum("bthwi,bthwj->ij", augmented * weights[..., None], augmented)
+  frames = jnp.where(mask[:, :, None, None, None], latents, 0.0)
+  moments = jnp.stack([jnp.sum(frames, axis=(0, 1)), jnp.sum(jnp.square(frames), axis=(0, 1))])
+  sums: dict[str, Array | Term] = {"latent_gram": gram, "latent_moments": moments}
   if limit is None:
-    return {"latent_gram": gram}
+    return sums
   clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
-  return {"latent_gram": gram, "latent_clamped": Term(clamped, weights)}
+  return {**sums, "latent_clamped": Term(clamped, weights)}
 
 
 def confusion(labels: Array, logits: Array, weights: Array) -> Array:

@@ -1,6 +1,6 @@
 """The epoch: the updates of all phases in one compiled call."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import optax
 
 from jedi_jax.models.base import Model
 from jedi_jax.replay import ReplayState
+from jedi_jax.training.order import group_phases, group_updates
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import Update, make_update
 from jedi_jax.types import Array, Metrics
@@ -20,42 +21,74 @@ def make_epoch(
   model: Model,
   optimizers: Mapping[str, optax.GradientTransformation],
   *,
+  order: str = "sequential",
   batch_size: int,
   age_weights: tuple[float, ...],
+  age_groups: str = "episodes",
 ) -> Epoch:
   """Builds the epoch as a pure function, to be called under `parallel.AXIS`.
 
   Args:
     model: the composed model.
     optimizers: by phase.
+    order: see `order.group_phases`.
     batch_size: of the global batch.
     age_weights: see `replay.sample`.
+    age_groups: see `replay.sample`.
 
   Returns:
     (state, replay, number of updates by phase, [] int32) -> (state, sums of each phase's metrics over its updates). The
-    phases run in order. The numbers are traced, so one compilation serves the long first epoch, the others, and each
-    phase by itself.
+    phases run in order; phases of a group have the same number. The numbers are traced, so one compilation serves the
+    long first epoch, the others, and each group by itself.
   """
+  numbers = {phase.name: index for index, phase in enumerate(model.phases)}
   updates = {
-    phase.name: make_update(phase, index, optimizers[phase.name], batch_size=batch_size, age_weights=age_weights)
-    for index, phase in enumerate(model.phases)
+    phases[0].name: make_update(
+      {numbers[phase.name]: phase for phase in phases},
+      optimizers,
+      batch_size=batch_size,
+      age_weights=age_weights,
+      age_groups=age_groups,
+    )
+    for phases in group_updates(model.phases, order)
+  }
+  # By the first phase of the group, whose number of updates is that of the group.
+  groups = {
+    names[0]: [updates[name] for name in names if name in updates]
+    for names in group_phases(list(numbers), order).values()
   }
 
   def epoch(state: TrainState, replay: ReplayState, counts: dict[str, Array]) -> tuple[TrainState, dict[str, Metrics]]:
-    sums = {}
-    for name, update in updates.items():
-      state, sums[name] = _repeat(update, state, replay, counts[name])
+    sums: dict[str, Metrics] = {}
+    for name, in_turn in groups.items():
+      state, own = _repeat(_in_turn(in_turn), state, replay, counts[name])
+      sums |= own
     return state, sums
 
   return epoch
 
 
-def _repeat(update: Update, state: TrainState, replay: ReplayState, count: Array) -> tuple[TrainState, Metrics]:
+def _in_turn(updates: Sequence[Update]) -> Update:
+  """Returns the update that applies each of `updates` once."""
+
+  def update(state: TrainState, replay: ReplayState) -> tuple[TrainState, dict[str, Metrics]]:
+    metrics: dict[str, Metrics] = {}
+    for one in updates:
+      state, own = one(state, replay)
+      metrics |= own
+    return state, metrics
+
+  return update
+
+
+def _repeat(
+  update: Update, state: TrainState, replay: ReplayState, count: Array
+) -> tuple[TrainState, dict[str, Metrics]]:
   """Runs `update` `count` times and adds up its metrics."""
   update = jax.jit(update, inline=True)  # Traced once for its shapes and for the loop.
   zeros: Any = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(update, state, replay)[1])
 
-  def body(_: Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+  def body(_: Array, carry: tuple[TrainState, dict[str, Metrics]]) -> tuple[TrainState, dict[str, Metrics]]:
     state, sums = carry
     state, metrics = update(state, replay)
     return state, jax.tree.map(jnp.add, sums, metrics)

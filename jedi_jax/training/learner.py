@@ -20,6 +20,7 @@ from jedi_jax.training import dreams, hosts, seeds
 from jedi_jax.training.collector import CHUNK_SLOTS
 from jedi_jax.training.epoch import make_epoch
 from jedi_jax.training.hosts import Operation
+from jedi_jax.training.order import group_phases
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
 from jedi_jax.training.state import TrainState, make_init
@@ -46,6 +47,7 @@ class Learner:
   Attributes:
     model: of all runs; with several runs its functions are mapped over them.
     optimizers: by phase.
+    groups: names of the phases that run together, by the name of their group, in order; see `order.group_phases`.
     epoch: (distributed state, distributed replay, counts as `traced` returns them) -> (state, sums); donates the state.
       Compiled for one set of shapes after `compile`.
     state: distributed `TrainState`; None before `start`.
@@ -68,8 +70,15 @@ class Learner:
     self.devices.check_batch(config.training.batch_size)
     self.model = build(config, spec, packed=self.devices.packed)
     self.optimizers = make_optimizers(config, self.model.phases)
+    order = config.training.order
+    self.groups = group_phases(self.phases, order)
     epoch = make_epoch(
-      self.model, self.optimizers, batch_size=config.training.batch_size, age_weights=config.replay.age_weights
+      self.model,
+      self.optimizers,
+      order=order,
+      batch_size=config.training.batch_size,
+      age_weights=config.replay.age_weights,
+      age_groups=config.replay.age_groups,
     )
     # Counts are shared by all devices.
     self._epoch = self.devices.map(epoch, in_axes=(0, 0, None), donate=(0,))
@@ -79,7 +88,7 @@ class Learner:
     self._announce = (lambda *_: contextlib.nullcontext()) if leader is None else leader.announce
     self._add = self.devices.map(replay_lib.add, donate=(0,))
     self._strips = self._make_strips()
-    self._init = make_init(self.model, self.optimizers)
+    self._init = make_init(self.model, self.optimizers, order)
 
   @property
   def phases(self) -> tuple[str, ...]:
@@ -147,13 +156,13 @@ class Learner:
     """Runs updates, phase by phase.
 
     Args:
-      counts: updates by phase; a phase that is missing has none.
+      counts: updates by phase; a phase that is missing has none. Phases of a group have the same number.
 
     Returns:
       For each run, by phase, the sums of its metrics over its updates; NumPy arrays.
 
     Raises:
-      UserError: for an unknown phase, a negative number, or before `start`.
+      UserError: for an unknown phase, a negative number, different numbers in a group, or before `start`.
     """
     for name, count in counts.items():
       if name not in self.phases:
@@ -163,6 +172,12 @@ class Learner:
     if self.state is None:
       raise UserError("the learner has no state and no replay: call start first")
     counts = {name: counts.get(name, 0) for name in self.phases}
+    for names in self.groups.values():
+      if len({counts[name] for name in names}) > 1:
+        given = ", ".join(f"{name} {counts[name]}" for name in names)
+        raise UserError(
+          f"updates of {given}: training.order={self.config.training.order} trains them together; make them equal"
+        )
     with self._announce(Operation.UPDATE, counts):
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))
       return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]

@@ -4,7 +4,7 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from typing import Any
 
@@ -243,28 +243,29 @@ class Trainer:
     Args:
       counts: updates by phase.
       epoch: number of the epoch.
-      split: whether each phase is a call of its own, so that its time is known.
+      split: whether each group of phases is a call of its own, so that its time is known.
 
     Returns:
       Each run's mean metrics, seconds and rates.
     """
     total = sum(counts.values())
     sums: Any = None
-    seconds = dict.fromkeys(counts, 0.0)
+    groups = self.learner.groups
+    seconds = dict.fromkeys(groups, 0.0)
     update_seconds, done = 0.0, 0
-    for call in plan_calls(counts, limit=self._config.training.updates_per_call, split=split):
+    for call in plan_calls(counts, groups.values(), limit=self._config.training.updates_per_call, split=split):
       start = time.monotonic()
       result = self.learner.update(call)
       elapsed = time.monotonic() - start
-      phases = [name for name, count in call.items() if count]
-      if len(phases) == 1:
-        seconds[phases[0]] += elapsed
+      running = [group for group, names in groups.items() if call[names[0]]]
+      if len(running) == 1:
+        seconds[running[0]] += elapsed
       update_seconds += elapsed
       sums = result if sums is None else jax.tree.map(np.add, sums, result)
       done += sum(call.values())
       self._stop_failing()
       self._interruption.check()
-      self._console.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(phases)})")
+      self._console.show(f"epoch {epoch}, updates", done, total, f"({' and '.join(running)})")
     timing = {
       "time/update_seconds": update_seconds,
       "time/updates_per_second": total / max(update_seconds, 1e-9),
@@ -272,7 +273,7 @@ class Trainer:
     for name, spent in seconds.items():
       if spent > 0:
         timing[f"time/{name}_seconds"] = spent
-        timing[f"time/{name}_updates_per_second"] = counts[name] / spent
+        timing[f"time/{name}_updates_per_second"] = counts[groups[name][0]] / spent
     return [
       {
         **telemetry.summarise(own, counts),
@@ -366,18 +367,22 @@ class Trainer:
     )
 
 
-def plan_calls(counts: Mapping[str, int], *, limit: int, split: bool) -> Iterator[dict[str, int]]:
+def plan_calls(
+  counts: Mapping[str, int], groups: Iterable[Sequence[str]], *, limit: int, split: bool
+) -> Iterator[dict[str, int]]:
   """Yields the device calls of an epoch, each as updates by phase.
 
   Args:
     counts: the epoch's updates by phase, in order.
-    limit: updates of one call at most.
-    split: whether every phase is a call of its own, however few its updates.
+    groups: names of the phases that run together.
+    limit: updates of one call at most, over all phases; a call has at least one update of each phase of its group.
+    split: whether every group is a call of its own, however few its updates.
   """
   if sum(counts.values()) <= limit and not split:
     yield dict(counts)
     return
   nothing = dict.fromkeys(counts, 0)
-  for name, count in counts.items():
-    for done in range(0, count, limit):
-      yield {**nothing, name: min(count - done, limit)}
+  for names in groups:
+    count, most = counts[names[0]], max(limit // len(names), 1)
+    for done in range(0, count, most):
+      yield nothing | dict.fromkeys(names, min(count - done, most))

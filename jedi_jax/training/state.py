@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jedi_jax.models.base import Model
+from jedi_jax.training.order import group_updates, owned_components
 from jedi_jax.types import Array, Params
 
 
@@ -30,8 +31,11 @@ class TrainState(flax.struct.PyTreeNode):
   key: Array
 
 
-def make_init(model: Model, optimizers: Mapping[str, optax.GradientTransformation]) -> Callable[[Array], TrainState]:
-  """Returns a pure function from a key to a fresh state."""
+def make_init(
+  model: Model, optimizers: Mapping[str, optax.GradientTransformation], order: str = "sequential"
+) -> Callable[[Array], TrainState]:
+  """Returns a pure function from a key to a fresh state; `order` as in `epoch.make_epoch`."""
+  owned = {k: names for phases in group_updates(model.phases, order) for k, names in owned_components(phases).items()}
 
   def init(key: Array) -> TrainState:
     params_key, run_key = jax.random.split(key)
@@ -39,8 +43,7 @@ def make_init(model: Model, optimizers: Mapping[str, optax.GradientTransformatio
     return TrainState(
       params=params,
       optimizers={
-        phase.name: optimizers[phase.name].init({name: params[name] for name in phase.components})
-        for phase in model.phases
+        phase: optimizers[phase].init({name: params[name] for name in names}) for phase, names in owned.items()
       },
       updates={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
       skipped={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},

@@ -1,5 +1,7 @@
-"""One update of one phase: draw a batch, differentiate the loss, apply the optimiser."""
+"""One update: draw a batch of each of its phases, differentiate the sum of their losses, apply their optimisers."""
 
+import functools
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +16,11 @@ from jedi_jax.config import Config, OptimizerConfig
 from jedi_jax.errors import UserError
 from jedi_jax.models.base import Phase
 from jedi_jax.training import parallel
+from jedi_jax.training.order import owned_components
 from jedi_jax.training.state import TrainState
-from jedi_jax.types import Array, Metrics, Term
+from jedi_jax.types import Array, Metrics, Segment, Term
 
-Update = Callable[[TrainState, replay_lib.ReplayState], tuple[TrainState, Metrics]]
+Update = Callable[[TrainState, replay_lib.ReplayState], tuple[TrainState, dict[str, Metrics]]]
 
 
 def make_optimizers(config: Config, phases: Sequence[Phase]) -> dict[str, optax.GradientTransformation]:
@@ -97,14 +100,17 @@ def weighted_loss(terms: Mapping[str, Term]) -> tuple[Array, Metrics]:
 
 
 def make_update(
-  phase: Phase,
-  index: int,
-  optimizer: optax.GradientTransformation,
+  phases: Mapping[int, Phase],
+  optimizers: Mapping[str, optax.GradientTransformation],
   *,
   batch_size: int,
   age_weights: tuple[float, ...],
+  age_groups: str = "episodes",
 ) -> Update:
-  """Builds the update of a phase, to be called under `parallel.AXIS`.
+  """Builds an update of one phase, or of several that train together, to be called under `parallel.AXIS`.
+
+  Phases that train together have one gradient, that of the sum of their losses. A component that several of them train
+  is moved by the optimiser of the first, and the first's `after` applies.
 
   Every random number derives from the run's key, the phase and the number of updates so far, and each element of the
   batch has its own key. So the draws depend neither on the number of devices nor on interruptions.
@@ -113,14 +119,18 @@ def make_update(
   1 and all other metrics are 0. It counts as an update, so the next one draws another batch.
 
   Args:
-    phase: the phase.
-    index: its number; separates its random numbers from those of other phases.
-    optimizer: its optimiser.
+    phases: the phases by number; the number separates a phase's random numbers from those of others.
+    optimizers: by phase, each for the phase's `owned_components`.
     batch_size: segments of the global batch.
     age_weights: see `replay.sample`.
+    age_groups: see `replay.sample`.
   """
+  owned = owned_components(phases.values())
 
-  def update(state: TrainState, replay: replay_lib.ReplayState) -> tuple[TrainState, Metrics]:
+  def draw(
+    index: int, phase: Phase, state: TrainState, replay: replay_lib.ReplayState
+  ) -> tuple[Segment, Array, Array, Array]:
+    """Returns the arguments of the phase's losses after the parameters."""
     count = state.updates[phase.name]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), index), count)
     batch_key, shared_key = jax.random.split(key)
@@ -133,37 +143,53 @@ def make_update(
       jnp.concatenate(segment_keys),
       length=phase.length,
       age_weights=age_weights,
+      age_groups=age_groups,
       beyond_end=phase.beyond_end,
       final_frames=phase.final_frames,
     )
+    return segment, loss_keys, shared_key, count
 
-    def loss(trained: dict[str, Any]) -> tuple[Array, dict[str, Term | Array]]:
-      losses = phase.losses({**state.params, **trained}, segment, loss_keys, shared_key, count)
-      value, means = weighted_loss(losses.terms)
-      named = {f"loss_{name}": mean for name, mean in means.items()}
-      return value, {"loss": value, **named, **losses.metrics}
+  def update(state: TrainState, replay: replay_lib.ReplayState) -> tuple[TrainState, dict[str, Metrics]]:
+    draws = {phase.name: draw(index, phase, state, replay) for index, phase in phases.items()}
 
-    trained = {name: state.params[name] for name in phase.components}
+    def loss(trained: dict[str, Any]) -> tuple[Array, dict[str, dict[str, Term | Array]]]:
+      values, metrics = [], {}
+      for phase in phases.values():
+        losses = phase.losses({**state.params, **trained}, *draws[phase.name])
+        value, means = weighted_loss(losses.terms)
+        named = {f"loss_{name}": mean for name, mean in means.items()}
+        metrics[phase.name] = {"loss": value, **named, **losses.metrics}
+        values.append(value)
+      return functools.reduce(operator.add, values), metrics
+
+    trained = {name: state.params[name] for names in owned.values() for name in names}
     gradient, metrics = jax.grad(loss, has_aux=True)(trained)
-    flat, unravel = ravel_pytree(gradient)
-    flat = parallel.mean(flat)  # One all-reduce of one vector.
-    gradient = unravel(flat)
-    steps, optimizer_state = optimizer.update(gradient, state.optimizers[phase.name], trained)
-    reduced = parallel.reduce_metrics(metrics)
-    reduced["grad_norm"] = jnp.linalg.norm(flat)
-    finite = jnp.isfinite(reduced["loss"]) & jnp.isfinite(reduced["grad_norm"])  # The same on all devices of the run.
+    parts = {phase: ravel_pytree({name: gradient[name] for name in names}) for phase, names in owned.items()}
+    flat = parallel.mean(jnp.concatenate([flat for flat, _ in parts.values()]))  # One all-reduce of one vector.
+    reduced = {name: parallel.reduce_metrics(own) for name, own in metrics.items()}
+    params, states, start = dict(state.params), {}, 0
+    for name, (own, unravel) in parts.items():
+      piece = flat[start : start + own.size]
+      start += own.size
+      before = {component: trained[component] for component in owned[name]}
+      steps, states[name] = optimizers[name].update(unravel(piece), state.optimizers[name], before)
+      params |= optax.apply_updates(before, steps)
+      reduced[name]["grad_norm"] = jnp.linalg.norm(piece)
+    first = next(iter(phases.values()))
+    params = first.after(params, reduced[first.name])
+    # The same on all devices of the run.
+    finite = jnp.stack([jnp.isfinite(own[key]) for own in reduced.values() for key in ("loss", "grad_norm")]).all()
 
     def keep(new: Any, old: Any) -> Any:
       return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
 
-    params = phase.after({**state.params, **optax.apply_updates(trained, steps)}, reduced)
     state = state.replace(
       params=keep(params, state.params),
-      optimizers={**state.optimizers, phase.name: keep(optimizer_state, state.optimizers[phase.name])},
-      updates={**state.updates, phase.name: count + 1},
-      skipped={**state.skipped, phase.name: jnp.where(finite, 0, state.skipped[phase.name] + 1)},
+      optimizers={**state.optimizers, **keep(states, {name: state.optimizers[name] for name in states})},
+      updates={**state.updates, **{name: state.updates[name] + 1 for name in states}},
+      skipped={**state.skipped, **{name: jnp.where(finite, 0, state.skipped[name] + 1) for name in states}},
     )
-    metrics = keep(reduced, jax.tree.map(jnp.zeros_like, reduced))
-    return state, {**metrics, "skipped": 1.0 - finite}
+    reduced = keep(reduced, jax.tree.map(jnp.zeros_like, reduced))
+    return state, {name: {**own, "skipped": 1.0 - finite} for name, own in reduced.items()}
 
   return update

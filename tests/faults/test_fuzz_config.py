@@ -240,13 +240,15 @@ def trace(config):
   """Traces the update of every phase on the shapes of a run; returns the bytes of the run's state and replay."""
   learner = Learner(config, SPEC, Devices.take(1))
   state, replay = learner.shapes
-  for index, phase in enumerate(learner.model.phases):
+  phases = {phase.name: (index, phase) for index, phase in enumerate(learner.model.phases)}
+  joint = config.training.order == "joint"
+  for names in learner.groups.values() if joint else [(name,) for name in phases]:
     update = make_update(
-      phase,
-      index,
-      learner.optimizers[phase.name],
+      dict(phases[name] for name in names),
+      learner.optimizers,
       batch_size=config.training.batch_size,
       age_weights=config.replay.age_weights,
+      age_groups=config.replay.age_groups,
     )
     after, metrics = jax.eval_shape(update, state, replay)
     # What the epoch's loop carries must stay as it is.
@@ -277,8 +279,14 @@ def weigh(config):
 def step(config):
   """Compiles the epoch and runs one update of each phase, on small random parameters and an empty replay."""
   learner = Learner(config, SPEC, Devices.take(1))
-  batch, ages = config.training.batch_size, config.replay.age_weights
-  epoch = make_epoch(learner.model, learner.optimizers, batch_size=batch, age_weights=ages)
+  epoch = make_epoch(
+    learner.model,
+    learner.optimizers,
+    order=config.training.order,
+    batch_size=config.training.batch_size,
+    age_weights=config.replay.age_weights,
+    age_groups=config.replay.age_groups,
+  )
   generator = np.random.default_rng(0)
   state, replay = (jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree) for tree in learner.shapes)
   params = jax.tree.map(lambda x: (0.02 * generator.normal(size=x.shape)).astype(x.dtype), state.params)

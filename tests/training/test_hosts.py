@@ -31,7 +31,7 @@ from jedi_jax.training import learner, loop, parallel
 
 _, how, *sys.argv = sys.argv
 
-def make_epoch(model, optimizers, *, batch_size, age_weights):
+def make_epoch(model, optimizers, *, batch_size, **_):
   def run(state, replay, counts):
     share = parallel.local_share(jnp.arange(batch_size) + replay.rewards.sum() + replay.written.sum())
     value = parallel.mean(jnp.mean(share**2))

@@ -208,12 +208,12 @@ def fresh(seed=0, updates=0):
 
 def draw(replay, devices, *, seed=0, index=0, updates=0):
   """One update on so many (pretended) devices; the first one's state and metrics."""
-  update = make_update(counting_phase(), index, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
+  update = make_update({index: counting_phase()}, {"denoiser": OPTIMIZER}, batch_size=BATCH, age_weights=(0.5, 0.5))
   run = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=devices))
   states, metrics = run(fresh(seed, updates), replay)
   for x in jax.tree.leaves(states):
     np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # All devices hold the same state.
-  return jax.tree.map(lambda x: np.asarray(x[0]), (states, metrics))
+  return jax.tree.map(lambda x: np.asarray(x[0]), (states, metrics["denoiser"]))
 
 
 def test_devices_share_one_batch_of_random_numbers(tiny):
@@ -271,14 +271,15 @@ def harmful_phase(harm, when):
 @pytest.mark.parametrize("devices", [1, 4])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny, harm, devices):
   replay = jax.tree.map(lambda x: x[0], tiny.replay())
-  update = make_update(harmful_phase(harm, (1, 2, 4)), 0, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
+  phase = harmful_phase(harm, (1, 2, 4))
+  update = make_update({0: phase}, {"denoiser": OPTIMIZER}, batch_size=BATCH, age_weights=(0.5, 0.5))
   run = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=devices))
   state, values, rows, steps = fresh(), [], [], []
   for _ in range(6):
     states, metrics = run(state, replay)
     for x in jax.tree.leaves(states):
       np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # All devices skip together.
-    state, metrics = jax.tree.map(lambda x: x[0], (states, metrics))
+    state, metrics = jax.tree.map(lambda x: x[0], (states, metrics["denoiser"]))
     values.append(float(state.params["denoiser"]["kernel"]))
     rows.append(int(state.skipped["denoiser"]))
     steps.append({name: float(value) for name, value in metrics.items()})
@@ -288,7 +289,8 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(tiny, harm, devices
   assert all(np.isfinite(list(step.values())).all() for step in steps)
   assert values[0] == values[1] == values[2] > values[3] == values[4] > values[5]
   # Adam knows nothing of what was skipped: three updates lead to where three lead without any harm.
-  untouched = make_update(harmful_phase(0.0, ()), 0, OPTIMIZER, batch_size=BATCH, age_weights=(0.5, 0.5))
+  phase = harmful_phase(0.0, ())
+  untouched = make_update({0: phase}, {"denoiser": OPTIMIZER}, batch_size=BATCH, age_weights=(0.5, 0.5))
   straight = fresh()
   for _ in range(3):
     straight, _ = jax.jit(untouched)(straight, replay)
