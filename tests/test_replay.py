@@ -153,6 +153,17 @@ def test_one_group_means_all_episodes_alike():
   assert_frequencies(times(jax.tree.map(np.asarray, segments), 1)[:, 0], [1 / 3] * 3)
 
 
+def test_groups_of_age_can_have_equal_numbers_of_steps():
+  # Twelve steps: the groups are steps 0 to 5 and 6 to 11. The episode of 8 steps has 4 in the older one.
+  reference = Reference(1, size=16).play(single(2, 8, -2))
+  keys = jax.random.split(jax.random.key(0), 4_000)
+  segments = sample(
+    reference.state, keys, length=1, age_weights=(0.25, 0.75), age_groups="steps", beyond_end=False, final_frames=False
+  )
+  episode = times(jax.tree.map(np.asarray, segments), 1)[:, 0]
+  assert_frequencies(episode, [0.25 * 2 / 6, 0.25 * 4 / 6 + 0.75 * 4 / 6, 0.75 * 2 / 6])
+
+
 @pytest.mark.parametrize("final_frames", [False, True])
 def test_the_time_is_uniform_in_the_episode(final_frames):
   reference = Reference(1, size=16).play(single(6))

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedi_jax.models import actor_critic as actor_critic_lib
 from jedi_jax.types import LstmState, Trajectory
 
 B, T = 2, 3
@@ -156,3 +157,17 @@ def test_a_restart_is_two_trajectories(world, trajectory, evaluate, jit):
   np.testing.assert_allclose(
     losses.terms["policy"].values[1, 2], -log_prob * (expected - values[1, 0]), rtol=1e-3, atol=1e-5
   )
+
+
+def test_a_normalised_input_makes_the_policy_blind_to_the_scale_of_latents(trajectory, jit):
+  shape = trajectory.latents.shape[2:]
+  outputs = {}
+  for norm in ("none", "frame"):
+    behaviour = actor_critic_lib.actor_critic(shape, num_actions=3, lstm_width=5, input_norm=norm)
+    params = jax.tree.map(lambda x: x + 0.1, behaviour.init(jax.random.key(0)))
+    outputs[norm] = [
+      np.asarray(jit(behaviour.apply)(params, scale * trajectory.latents + 0.2, trajectory.policy_state)[0])
+      for scale in (1.0, 4.0)
+    ]
+  np.testing.assert_allclose(*outputs["frame"], rtol=1e-3, atol=1e-4)
+  assert np.abs(outputs["none"][0] - outputs["none"][1]).max() > 1e-2

@@ -14,7 +14,7 @@ def encode_frames(world, jit):
   return jit(functools.partial(codecs.encode_frames, world.codec))
 
 
-def small(*, clamp=3.0, clamp_estimate=True, chunk=0):
+def small(*, clamp=3.0, clamp_estimate=True, chunk=0, norm="none"):
   return codecs.learned(
     (8, 8, 3),
     channels=(4,),
@@ -23,6 +23,7 @@ def small(*, clamp=3.0, clamp_estimate=True, chunk=0):
     clamp=clamp,
     clamp_estimate=clamp_estimate,
     chunk=chunk,
+    norm=norm,
   )
 
 
@@ -104,3 +105,48 @@ def test_chunks_need_less_memory():
     return jax.jit(gradient).lower(params, images).compile().memory_analysis().temp_size_in_bytes
 
   assert temporary(8) < temporary(0) / 3
+
+
+def images(count, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).uniform(-1, 1, (count, 8, 8, 3)), jnp.float32)
+
+
+@pytest.mark.parametrize("norm", ["frame", "running"])
+def test_normalised_latents_have_a_scale_that_no_gradient_can_change(norm):
+  codec = small(norm=norm, clamp=0.0)
+  params = codec.init(jax.random.key(0))
+  # Six frames, of which the loss wants smaller latents.
+  value, gradient = jax.jit(jax.value_and_grad(lambda p, x: jnp.sum(codec.encode(p, x) ** 2)))(params, images(6))
+  without = jax.jit(jax.grad(lambda p, x: jnp.sum(small(clamp=0.0).encode(p, x) ** 2)))
+  network = {name: tree for name, tree in params.items() if name != "running"}
+  largest = max(np.abs(x).max() for x in jax.tree.leaves(without(network, images(6))))
+  assert value > 0
+  assert max(np.abs(x).max() for x in jax.tree.leaves(gradient)) < 1e-2 * largest
+
+
+def test_a_frame_is_normalised_over_its_positions_and_channels():
+  codec = small(norm="frame", clamp=0.0)
+  latents = np.asarray(codec.encode(codec.init(jax.random.key(0)), images(3)))
+  np.testing.assert_allclose(latents.mean((1, 2, 3)), 0, atol=1e-5)
+  np.testing.assert_allclose(latents.std((1, 2, 3)), 1, atol=1e-3)
+  clamped = small(norm="frame")
+  assert clamped.track is None
+  np.testing.assert_allclose(
+    clamped.encode(clamped.init(jax.random.key(0)), images(3)), 3 * np.tanh(latents / 3), rtol=1e-4, atol=1e-5
+  )
+
+
+def test_running_statistics_follow_the_latents_to_mean_0_and_deviation_1():
+  codec = small(norm="running", clamp=0.0)
+  params, frames = codec.init(jax.random.key(0)), images(64)
+  encode = jax.jit(codec.encode)
+  start = np.asarray(encode(params, frames))
+  for _ in range(1_500):
+    latents = encode(params, frames)
+    params = codec.track(params, jnp.mean(latents, 0), jnp.mean(latents**2, 0))
+  latents = np.asarray(encode(params, frames))
+  assert np.abs(start.std(0) - 1).max() > 0.3
+  np.testing.assert_allclose(latents.mean(0), 0, atol=0.02)
+  np.testing.assert_allclose(latents.std(0), 1, atol=0.02)
+  # A frame's latent depends on no other frame.
+  np.testing.assert_allclose(encode(params, frames)[:1], codec.encode(params, frames[:1]), rtol=1e-4, atol=1e-5)

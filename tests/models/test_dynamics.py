@@ -293,6 +293,16 @@ def test_sampling_integrates_quantised_estimates_with_scaled_churn(jit, case, ma
   np.testing.assert_allclose(actual, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_sampling_may_start_from_noise_of_the_first_level(jit, case, make_dynamics):
+  from_unit, from_first = (
+    make_dynamics(make_codec(), schedule=Schedule((4.0, 0.0), start=s)) for s in ("unit", "sigma_max")
+  )
+  past, actions, start = normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 0]]), normal(B, *SHAPE, seed=1)
+  expected = jit(from_unit.sample)(case.params, past, actions, SampleNoise(4.0 * start, None))
+  actual = jit(from_first.sample)(case.params, past, actions, SampleNoise(start, None))
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_sample_of_one_step_is_the_estimate(jit, case, make_dynamics):
   dynamics = make_dynamics(make_codec(), schedule=Schedule((1.5, 0.0)))
   past, actions, start = normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 0]]), normal(B, *SHAPE, seed=1)

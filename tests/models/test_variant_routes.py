@@ -210,3 +210,28 @@ def test_the_measured_size_of_changes_follows_them():
   for _ in range(2000):
     params = phase.after(params, {**statistics, "change_square": jnp.zeros(())})
   assert float(params["denoiser"]["change_std"]) >= 1e-3
+
+
+def test_noise_reaches_every_second_segment_of_the_reward_end_model():
+  noisy, params = make("jedi", **{"reward_end.noise": 0.5})
+  plain, _ = make("jedi")
+  keys = jax.random.split(jax.random.key(2), 32)
+  drawn = jax.tree.map(lambda x: jnp.repeat(x[:1], 32, axis=0), segment(plain.phases[1].length))
+  losses = [
+    jax.jit(model.phases[1].losses)(params, drawn, keys, keys[0], jnp.int32(0)).terms["reward"].values
+    for model in (plain, noisy)
+  ]
+  differ = np.abs(np.asarray(losses[0] - losses[1])).max(axis=1) > 1e-6
+  assert 8 <= differ.sum() <= 24
+
+
+def test_the_change_of_a_step_does_not_count_padding():
+  model, params = make("jedi", **{"denoiser.target": "change", "denoiser.clamp_estimate": False})
+  phase = model.phases[0]
+  drawn = segment(phase.length)
+  padded = drawn.replace(mask=drawn.mask.at[0, : model.conditioning_frames].set(False))
+  keys = jax.random.split(jax.random.key(2), 3)
+  weights = [
+    phase.losses(params, some, keys, keys[0], jnp.int32(0)).metrics["change_square"].weights for some in (drawn, padded)
+  ]
+  np.testing.assert_array_equal(weights, [[1, 1, 1], [0, 1, 1]])

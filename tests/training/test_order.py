@@ -1,0 +1,125 @@
+"""The orders of the world model's phases: one after the other, in turns, or in one update."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from refusals import refused
+
+from jedi_jax.config import make_config, override
+from jedi_jax.envs.catch import SPEC
+from jedi_jax.models.base import Phase
+from jedi_jax.training import parallel
+from jedi_jax.training.learner import Learner
+from jedi_jax.training.loop import plan_calls
+from jedi_jax.training.order import group_phases, owned_components
+from jedi_jax.training.state import TrainState
+from jedi_jax.training.updates import make_update
+
+PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
+
+
+def learner(tiny, order):
+  made = Learner(override(tiny.config, {"training.order": order}), SPEC, tiny.devices())
+  made.start([made.init(seed=0)], [tiny.devices().to_host(tiny.replay())])
+  return made
+
+
+@pytest.fixture(scope="module")
+def joint(tiny):
+  """A joint learner before and after one update of the world model, and the sums."""
+  made = learner(tiny, "joint")
+  before, _ = made.snapshot()
+  [sums] = made.update({"denoiser": 3, "reward_end": 3, "actor_critic": 3})
+  return before, made.snapshot()[0], sums, made
+
+
+def test_groups_by_order():
+  assert group_phases(PHASES, "sequential") == {name: (name,) for name in PHASES}
+  together = {"world_model": PHASES[:2], "actor_critic": ("actor_critic",), "probe": ("probe",)}
+  assert group_phases(PHASES, "joint") == group_phases(PHASES, "alternating") == together
+  assert list(group_phases(PHASES, "joint")) == ["world_model", "actor_critic", "probe"]
+
+
+def test_the_first_phase_of_an_update_moves_what_both_train():
+  def phase(name, *components):
+    return Phase(name=name, components=components, length=1, losses=lambda *_: None)
+
+  both = (phase("denoiser", "encoder", "denoiser"), phase("reward_end", "encoder", "reward_end"))
+  assert owned_components(both) == {"denoiser": ("encoder", "denoiser"), "reward_end": ("reward_end",)}
+  late = (phase("denoiser", "denoiser"), phase("reward_end", "encoder", "reward_end"))
+  assert owned_components(late) == {"denoiser": ("denoiser",), "reward_end": ("encoder", "reward_end")}
+
+
+def test_turns_are_single_updates_of_each_phase(tiny):
+  turns = learner(tiny, "alternating")
+  turns.update({"denoiser": 3, "reward_end": 3})
+  single = learner(tiny, "sequential")
+  single.epoch = tiny.epoch()
+  single.start([turns.init(seed=0)], [tiny.devices().to_host(tiny.replay())])
+  for _ in range(3):
+    single.update({"denoiser": 1, "reward_end": 1})
+  chex.assert_trees_all_close(turns.snapshot()[0], single.snapshot()[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state_for_the_encoder(joint):
+  before, after, sums, made = joint
+  for name in ("encoder", "denoiser", "reward_end", "actor_critic"):
+    moved = [
+      np.max(np.abs(x - y))
+      for x, y in zip(*map(jax.tree.leaves, (before.params[name], after.params[name])), strict=True)
+    ]
+    assert max(moved) > 1e-4, name
+  chex.assert_trees_all_equal(before.params["probe"], after.params["probe"])
+  sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in after.params.items()}
+  moments = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in after.optimizers.items()}
+  assert abs(moments["denoiser"] - 2 * (sizes["encoder"] + sizes["denoiser"])) < 10
+  assert abs(moments["reward_end"] - 2 * sizes["reward_end"]) < 10
+  assert made.updates() == {"denoiser": 3, "reward_end": 3, "actor_critic": 3, "probe": 0}
+  for phase in ("denoiser", "reward_end"):
+    assert sums[phase]["grad_norm"] > 0
+    assert np.isfinite(sums[phase]["loss"])
+
+
+def test_the_gradient_of_a_joint_update_is_the_sum_of_those_of_its_phases(tiny):
+  """The encoder's step with a plain optimiser equals the sum of the phases' gradients on the phases' own batches."""
+  phases = dict(enumerate(tiny.model.phases[:2]))
+  plain = dict.fromkeys(PHASES, optax.sgd(1.0))
+  params = tiny.model.init(jax.random.key(1))
+  zeros = {name: np.int32(0) for name in PHASES}
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+
+  def step(chosen):
+    states = {
+      name: plain[name].init({n: params[n] for n in names}) for name, names in owned_components(chosen.values()).items()
+    }
+    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
+    update = make_update(chosen, plain, batch_size=4, age_weights=(0.5, 0.5))
+    after, _ = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)
+    return jax.tree.map(lambda x, y: np.asarray(x[0] - y), after.params["encoder"], params["encoder"])
+
+  both, first, second = step(phases), step({0: phases[0]}), step({1: phases[1]})
+  chex.assert_trees_all_close(both, jax.tree.map(np.add, first, second), rtol=1e-3, atol=1e-5)
+  assert max(np.abs(x).max() for x in jax.tree.leaves(second)) > 1e-4
+
+
+def test_calls_keep_the_phases_of_a_group_together():
+  counts = {"denoiser": 7, "reward_end": 7, "actor_critic": 3}
+  groups = [("denoiser", "reward_end"), ("actor_critic",)]
+  calls = list(plan_calls(counts, groups, limit=4, split=False))
+  assert calls == [
+    *({"denoiser": n, "reward_end": n, "actor_critic": 0} for n in (2, 2, 2, 1)),
+    {"denoiser": 0, "reward_end": 0, "actor_critic": 3},
+  ]
+  assert sum(call["denoiser"] for call in plan_calls(counts, groups, limit=1, split=True)) == 7
+
+
+def test_different_numbers_of_updates_are_refused(joint):
+  refused(lambda: joint[3].update({"denoiser": 1}), "denoiser 1, reward_end 0", "training.order=joint", "equal")
+  for order, name in (("joint", "updates"), ("alternating", "first_updates")):
+    overrides = {"training.order": order, f"training.{name}.denoiser": 3}
+    refused(functools.partial(make_config, overrides=overrides), f"training.{name}.denoiser=3", order, "sequential")
+  assert make_config(overrides={"training.order": "sequential", "training.updates.denoiser": 3})
