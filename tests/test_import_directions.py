@@ -62,6 +62,7 @@ ALLOWED = {
 # The only importers of some libraries.
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
+  "gymnax": {"envs/minatar.py"},
   "orbax": {"runs/checkpoint.py"},
   "tensorboardX": {"runs/telemetry.py"},
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
