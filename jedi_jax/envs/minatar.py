@@ -79,7 +79,8 @@ class MinAtarEnv:
     game: a key of `SPECS`.
     num_envs: N >= 1.
     seed: environment i is seeded with `seed + i`; keep the ranges of training and evaluation disjoint.
-    max_episode_steps: steps after which a game is truncated; None means gymnax's limit: 1,000 steps, 2,500 in Freeway.
+    max_episode_steps: steps after which a game is truncated. It only lowers gymnax's limit, 1,000 steps (2,500 in
+      Freeway), so that one setting suits the evaluation of all games; None means that limit.
     sticky: probability in [0, 1) that a step repeats the previous action of the game, action 0 (no-op) at its start,
       in place of the given one.
     life_loss_ends: no effect; games have one life.
@@ -110,7 +111,7 @@ class MinAtarEnv:
     self._programs = _programs(game)
     self._seeds = np.arange(seed, seed + num_envs, dtype=np.int32)
     self._sticky = np.float32(sticky)
-    self._limit = np.int32(self._programs.limit if max_episode_steps is None else max_episode_steps)
+    self._limit = np.int32(min(self._programs.limit, max_episode_steps or self._programs.limit))
 
   def reset(self) -> np.ndarray:
     """Begins the first game in every environment; returns observations [N, 10, 10, C] uint8."""

@@ -143,7 +143,7 @@ def make(
     life_loss_ends: whether a lost life ends the training episode although the game continues (Atari; no effect on
       Catch and MinAtar). True in training, false in evaluation, which plays whole games.
     max_episode_steps: steps after which a game is truncated; None means the game's own limit: 27,000 for Atari (108,000
-      frames), 1,000 for MinAtar (2,500 for Freeway), none for Catch, whose games take 9.
+      frames), 1,000 for MinAtar (2,500 for Freeway; never more), none for Catch, whose games take 9.
     num_threads: emulator threads; 0 lets EnvPool choose.
 
   Returns:

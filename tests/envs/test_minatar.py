@@ -112,8 +112,9 @@ def test_the_time_limit_truncates(gymnax):
   assert env.frames == 14
 
 
-def test_freeway_ends_by_gymnaxs_limit(gymnax):
-  env = envs.make("minatar/Freeway", num_envs=1, seed=0)
+@pytest.mark.parametrize("limit", [None, 27_000])  # The default of evaluations does not prolong a game.
+def test_freeway_ends_by_gymnaxs_limit(gymnax, limit):
+  env = envs.make("minatar/Freeway", num_envs=1, seed=0, max_episode_steps=limit)
   env.reset()
   assert next(t for t in range(1, 3000) if env.step(np.ones(1, np.int64)).truncated[0]) == 2500
 
