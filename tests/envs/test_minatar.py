@@ -11,6 +11,8 @@ from refusals import refused
 from jedi_jax import config as config_lib
 from jedi_jax import envs
 from jedi_jax.envs.minatar import SPECS
+from jedi_jax.models.build import build
+from jedi_jax.types import EnvSpec
 
 GAMES = list(SPECS)
 
@@ -249,3 +251,19 @@ for attempt in (lambda: envs.check_installed(name), lambda: envs.make(name, num_
 
 def test_without_gymnax_the_cure_is_named():
   subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+
+
+@pytest.mark.parametrize(
+  ("shape", "overrides", "parts"),
+  [
+    ((10, 10, 17), (), ["minatar/Breakout have 17 channels", "at most 16"]),
+    (
+      (10, 10, 4),
+      ("encoder.channels=4,4,4,4", "encoder.downsample=true,true,true,true"),
+      ["encoder.downsample halves 10 x 10 4 times", "halve less often"],
+    ),
+  ],
+)
+def test_observations_that_do_not_fit_the_model(shape, overrides, parts):
+  config = config_lib.make_config(env="minatar/Breakout", preset="debug", overrides=overrides)
+  refused(lambda: build(config, EnvSpec(3, shape)), *parts)
