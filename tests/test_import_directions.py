@@ -56,12 +56,13 @@ ALLOWED = {
   "training/updates.py": {"types", "errors", "config", "models", "replay", "training"},
   "training/collector.py": {"types", "errors", "replay"},
   "training/seeds.py": set(),
-  "training/dreams.py": {"types", "models", "replay"},
+  "training/dreams.py": {"types", "ops", "models", "replay"},
 }
 
 # The only importers of some libraries.
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
+  "gymnax": {"envs/minatar.py"},
   "orbax": {"runs/checkpoint.py"},
   "tensorboardX": {"runs/telemetry.py"},
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},

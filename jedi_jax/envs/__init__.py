@@ -1,18 +1,20 @@
 """Environments: batches of games whose finished games restart at once.
 
-The rest of the package uses environments through `jedi_jax.types.VectorEnv`. EnvPool is imported when an environment
-first needs it.
+The rest of the package uses environments through `jedi_jax.types.VectorEnv`. EnvPool and gymnax are imported when an
+environment first needs them.
 """
 
 from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.envs.batch import BatchEnv
 from jedi_jax.envs.catch import CatchEnv
+from jedi_jax.envs.minatar import MinAtarEnv
 from jedi_jax.envs.registry import check_installed, is_stochastic, make, names, register, spec, validate
 
 __all__ = [
   "AtariEnv",
   "BatchEnv",
   "CatchEnv",
+  "MinAtarEnv",
   "check_installed",
   "is_stochastic",
   "make",

@@ -13,6 +13,7 @@ import numpy as np
 
 from jedi_jax.agent import Agent
 from jedi_jax.errors import UserError
+from jedi_jax.ops.images import to_rgb
 from jedi_jax.training import dreams
 from jedi_jax.types import Array, Params, Segment
 
@@ -99,14 +100,15 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
 
   Args:
     film: a film from `shoot`.
-    size: minimum height of a pane in pixels; frames are enlarged by an integer factor.
+    size: minimum height of a pane in pixels; frames are drawn by `to_rgb` and enlarged by an integer factor.
 
   Returns:
     One image per frame, segment after segment; each segment lasts until its longest pane ends.
   """
   from PIL import Image, ImageDraw, ImageFont
 
-  height, width = film.frames.shape[3:5]
+  frames = to_rgb(film.frames)
+  height, width = frames.shape[3:5]
   factor = -(-size // height)
   height, width = factor * height, factor * width
   font = ImageFont.load_default()
@@ -120,7 +122,7 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
         left = _GAP + pane * (width + _GAP)
         last = min(t, int(film.shown[pane, take].sum()) - 1)
         dim = last < t
-        picture = film.frames[pane, take, last].repeat(factor, axis=0).repeat(factor, axis=1)
+        picture = frames[pane, take, last].repeat(factor, axis=0).repeat(factor, axis=1)
         canvas.paste(Image.fromarray(picture // 3 if dim else picture), (left, _GAP))
         reward, end, value = (float(x[pane, take, last]) for x in (film.rewards, film.ends, film.values))
         rim = (60, 200, 90) if reward > 0.5 else (220, 60, 60) if reward < -0.5 else (70, 70, 76)

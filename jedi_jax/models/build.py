@@ -14,7 +14,7 @@ from jedi_jax.models.base import Model, Parts
 from jedi_jax.models.compose import compose
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
-from jedi_jax.ops.images import resolve_convolution
+from jedi_jax.ops.images import MAX_CHANNELS, resolve_convolution
 from jedi_jax.types import Compute, EnvSpec, Params
 
 BuildDynamics = Callable[[codecs.Codec], dynamics.Dynamics]
@@ -44,6 +44,11 @@ def build(
   slots = config.env.action_slots
   if slots and slots < spec.num_actions:
     raise UserError(f"env.action_slots={slots} is too small for the {spec.num_actions} actions of {config.env.name}")
+  if (channels := spec.observation_shape[2]) > MAX_CHANNELS:
+    raise UserError(
+      f"observations of {config.env.name} have {channels} channels: merge some in the environment, "
+      f"at most {MAX_CHANNELS} are supported"
+    )
   num_slots = slots or spec.num_actions
   compute = _compute(config, packed=packed)
   learned = config.encoder.kind == "learned"

@@ -1,12 +1,24 @@
-"""Parameter-free functions of images and latents: 3 x 3 convolution, pooling, patches, up-sampling, soft clamp."""
+"""Parameter-free functions of images and latents: convolution, pooling, patches, up-sampling, soft clamp, colours."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Array = jax.Array
+
+MAX_CHANNELS = 16
+"""Largest number of channels of an observation: each has a colour of its own in pictures."""
+_COLORS = np.array(
+  [
+    (90, 220, 90), (235, 70, 60), (70, 120, 240), (245, 215, 60), (200, 80, 220), (70, 215, 225), (245, 145, 45),
+    (240, 240, 240), (150, 100, 60), (250, 150, 190), (30, 140, 120), (170, 160, 250), (140, 30, 50), (190, 230, 150),
+    (120, 120, 40), (130, 135, 145),
+  ],
+  np.uint16,
+)  # fmt: skip
 
 
 def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
@@ -184,3 +196,22 @@ def upsample_nearest(x: Array) -> Array:
 def soft_clamp(z: Array, scale: float) -> Array:
   """Returns scale tanh(z / scale), in (-scale, scale); the identity for scale 0. Not idempotent."""
   return scale * jnp.tanh(z / scale) if scale else z
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+  """Draws images of any number of channels in colour.
+
+  Three channels are taken as RGB, and one as grey. Otherwise every channel has a colour of its own. A pixel shows the
+  channel with the largest value, the last of them if several are equal, with the brightness of that value.
+
+  Args:
+    images: [..., H, W, C] uint8, C at most `MAX_CHANNELS`.
+
+  Returns:
+    [..., H, W, 3] uint8.
+  """
+  channels = images.shape[-1]
+  if channels in (1, 3):
+    return images.repeat(3 // channels, axis=-1)
+  shown = channels - 1 - images[..., ::-1].argmax(axis=-1)
+  return (_COLORS[shown] * images.max(axis=-1, keepdims=True) // 255).astype(np.uint8)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.models.base import Model
+from jedi_jax.ops import images
 from jedi_jax.types import Array, Params, Segment, Trajectory
 
 
@@ -83,7 +84,14 @@ def make_strips(model: Model, *, count: int, steps: int) -> Callable[[dict[str, 
   return strips
 
 
+_MIN_HEIGHT = 24
+"""Frames below this height are enlarged by an integer factor F in pictures."""
+
+
 def tile(strips: Any) -> np.ndarray:
-  """Arranges strips [R, T, H, W, C] in one image [R H, T W, C]."""
-  rows, columns, height, width, channels = np.shape(strips)
-  return np.asarray(strips).transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, channels)
+  """Arranges strips [R, T, H, W, C] uint8 in one RGB image [R H F, T W F, 3]; see `images.to_rgb` for the colours."""
+  frames = images.to_rgb(np.asarray(strips))
+  rows, columns, height, width, _ = frames.shape
+  image = frames.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
+  factor = -(-_MIN_HEIGHT // height)
+  return image.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -43,11 +43,24 @@ def test_strips_are_rows_of_real_and_imagined_frames(agent, tiny):
   assert shown > 3
 
 
-def test_tiling_keeps_rows_and_columns():
-  strips = np.arange(2 * 3 * 2 * 2).reshape(2, 3, 2, 2, 1)
+@pytest.mark.parametrize(("size", "factor"), [(2, 12), (10, 3), (23, 2), (24, 1), (64, 1)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tiling_keeps_rows_and_columns(size, factor, channels):
+  strips = np.random.default_rng(0).integers(256, size=(2, 3, size, size + 1, channels), dtype=np.uint8)
   image = dreams.tile(strips)
-  assert image.shape == (4, 6, 1)
-  np.testing.assert_array_equal(image[2:4, 4:6], strips[1, 2])
+  assert image.shape == (2 * size * factor, 3 * (size + 1) * factor, 3)
+  small = image[::factor, ::factor]
+  np.testing.assert_array_equal(image, small.repeat(factor, axis=0).repeat(factor, axis=1))
+  np.testing.assert_array_equal(small[size:, -size - 1 :], np.broadcast_to(strips[1, 2], (size, size + 1, 3)))
+
+
+def test_tiles_of_other_channels_are_in_colour():
+  strips = np.zeros((1, 2, 10, 10, 4), np.uint8)
+  strips[0, 1, 4, 5, 2] = 255
+  image = dreams.tile(strips)
+  assert image.shape == (30, 60, 3)
+  assert np.argwhere(image.any(axis=-1)).min(axis=0).tolist() == [12, 45]
+  assert image.any(axis=-1).sum() == 9
 
 
 def test_the_run_showed_its_dreams(finished_run):

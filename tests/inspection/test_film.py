@@ -7,6 +7,7 @@ from PIL import Image
 
 from jedi_jax.errors import UserError
 from jedi_jax.inspection import film, recording
+from jedi_jax.ops import images
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,16 @@ def test_frames_are_drawn_for_as_long_as_a_pane_lasts(shot):
   # The picture itself is there, enlarged by a whole factor.
   corner = np.asarray(images[0])[6 : 6 + 48, 6 : 6 + 48]
   np.testing.assert_array_equal(corner[::2, ::2], got.frames[0, 0, 0])
+
+
+def test_boards_of_other_channels_are_drawn_in_colour(shot):
+  board = np.zeros((3, 1, 1, 10, 10, 7), np.uint8)
+  board[..., 3, 4, 5] = 255
+  one = jax.tree.map(lambda x: x[:, :1, :1], shot[1])
+  [image] = film.draw(one._replace(frames=board), size=40)
+  pane = np.asarray(image)[6 : 6 + 40, 6 : 6 + 40]
+  assert np.argwhere(pane.any(axis=-1)).min(axis=0).tolist() == [12, 16]
+  np.testing.assert_array_equal(pane[::4, ::4], images.to_rgb(board[0, 0, 0]))
 
 
 def test_a_gif_is_written_and_small(shot, tmp_path):

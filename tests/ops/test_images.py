@@ -138,3 +138,27 @@ def test_a_soft_clamp_is_odd_bounded_monotone_and_the_identity_near_zero():
   np.testing.assert_allclose(images.soft_clamp(jnp.asarray(3.0), 3.0), 3 * np.tanh(1), rtol=1e-6)
   assert images.soft_clamp(images.soft_clamp(jnp.asarray(3.0), 3.0), 3.0) < 3 * np.tanh(1)
   np.testing.assert_array_equal(images.soft_clamp(z, 0.0), z)
+
+
+def test_grey_and_rgb_stay_as_they_are():
+  x = np.random.default_rng(0).integers(256, size=(2, 5, 6, 3), dtype=np.uint8)
+  np.testing.assert_array_equal(images.to_rgb(x), x)
+  np.testing.assert_array_equal(images.to_rgb(x[..., :1]), np.repeat(x[..., :1], 3, axis=-1))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 7, 10, images.MAX_CHANNELS])
+def test_every_channel_has_a_colour(channels):
+  one_each = 255 * np.eye(channels, dtype=np.uint8)[None]
+  colors = images.to_rgb(one_each)
+  assert (colors.shape, colors.dtype) == ((1, channels, 3), np.uint8)
+  assert len({tuple(color) for color in colors[0].tolist()}) == channels
+  assert colors.max(axis=-1).min() > 100  # All are visible on black.
+  # Half the value is half as bright, and nothing is black.
+  np.testing.assert_allclose(images.to_rgb(one_each // 2), colors / 2, atol=1)
+  assert not images.to_rgb(0 * one_each).any()
+
+
+def test_the_brightest_channel_wins_then_the_last():
+  color = images.to_rgb(255 * np.eye(5, dtype=np.uint8)[None])[0]
+  pixels = np.array([[255, 0, 255, 0, 0], [10, 255, 254, 0, 200], [255] * 5], np.uint8)
+  np.testing.assert_array_equal(images.to_rgb(pixels[None])[0], color[[2, 1, 4]])
