@@ -16,7 +16,7 @@ GO_ON, END, TRUNCATE = 0, 1, 2
 # Compiling is most of what these tests take, so LLVM's optimisations are left out.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 add = jit(replay.add)
-sample = jit(replay.sample, static_argnames=("length", "age_weights", "beyond_end", "final_frames"))
+sample = jit(replay.sample, static_argnames=("length", "age_weights", "age_groups", "beyond_end", "final_frames"))
 WEIGHTS = (0.1, 0.1, 0.1, 0.7)
 
 
