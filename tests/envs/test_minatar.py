@@ -10,6 +10,7 @@ from refusals import refused
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
+from jedi_jax.envs import minatar
 from jedi_jax.envs.minatar import SPECS
 from jedi_jax.models.build import build
 from jedi_jax.types import EnvSpec
@@ -251,3 +252,11 @@ def test_without_gymnax_the_cure_is_named():
 def test_observations_that_do_not_fit_the_model(shape, overrides, parts):
   config = config_lib.make_config(env="minatar/Breakout", preset="debug", overrides=overrides)
   refused(lambda: build(config, EnvSpec(3, shape)), *parts)
+
+
+def test_without_a_cpu_backend_the_cure_is_named(monkeypatch):
+  def local_devices(*, backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", local_devices)
+  refused(minatar._cpu, "JAX_PLATFORMS", "add cpu")
