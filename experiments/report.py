@@ -3,9 +3,9 @@
   python experiments/report.py --results='runs/**/result.json' --out=report --compare=DIAMOND,IRIS
   python experiments/report.py --methods
 
-Prints the aggregates. With --out, also writes report.md, scores.csv, aggregates.csv, aggregates.json, figures as PNG
-and SVG, and with --latex report.tex. The report names missing games and runs and never fills them in.
-docs/evaluation.md describes the conventions.
+Prints the aggregates of Atari 100k and a table for each MinAtar game. With --out, also writes report.md, figures as PNG
+and SVG, with --latex report.tex, and scores.csv, aggregates.csv and aggregates.json of Atari 100k or minatar.csv. The
+report names missing games and runs and never fills them in. docs/evaluation.md describes the conventions.
 """
 
 import glob
@@ -14,7 +14,7 @@ import pathlib
 from absl import flags
 
 import jedi_jax
-from jedi_jax.evaluation import report
+from jedi_jax.evaluation import minatar, report
 from jedi_jax.evaluation import scores as scores_lib
 from jedi_jax.runs import program, workdir
 from jedi_jax.tables import markdown_table
@@ -52,31 +52,65 @@ def main() -> None:
       raise jedi_jax.UserError(f"{name} is both a method of --results and of --compare")
     else:
       methods[name] = method
-  if not methods:
-    raise jedi_jax.UserError("no result is of an Atari 100k game")
+  boards = minatar.compare(runs, reps=_REPS.value, seed=_SEED.value)
+  if not methods and not boards:
+    raise jedi_jax.UserError("no result is of an Atari 100k or MinAtar game")
 
   aggregates = {
     name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()
   }
   for name, aggregate in aggregates.items():
     notes += report.describe_gaps(name, aggregate)
-  print(markdown_table(report.aggregate_table(methods, aggregates)))
-  print(report.notes_text(notes))
-  if _OUT.value:
-    _write(pathlib.Path(_OUT.value), runs, methods, ours, aggregates, notes)
+  if methods:
+    print(markdown_table(report.aggregate_table(methods, aggregates)))
+  if methods or notes:
+    print(report.notes_text(notes))
+  if boards:
+    print(_minatar_text(runs, boards))
+  if not _OUT.value:
+    return
+  out, parts, tables = pathlib.Path(_OUT.value), [], []
+  if methods:
+    parts += _write_atari(out, methods, ours, aggregates, notes)
+    tables += [report.aggregate_table(methods, aggregates), report.game_table(methods)]
+  elif notes:
+    parts += ["# Notes", "", report.notes_text(notes), ""]
+  if boards:
+    parts.append(_minatar_text(runs, boards))
+    tables += minatar.tables(boards).values()
+    report.write_text(out / "minatar.csv", minatar.to_csv(boards))
+  report.write_text(out / "report.md", "\n".join(parts))
+  if _LATEX.value:
+    report.write_text(out / "report.tex", "\n\n".join(map(report.latex, tables)) + "\n")
+  report.draw_curves(runs, out / "curves.png")
+  print(f"written to {out / 'report.md'}")
 
 
-def _write(
+def _minatar_text(runs: list[report.Run], boards: list[minatar.Row]) -> str:
+  """Returns the Markdown section on MinAtar."""
+  reps = f"95% intervals of the mean by percentile bootstrap over runs ({_REPS.value:,} replications)."
+  parts = ["# MinAtar", "", f"Mean returns; {reps}", ""]
+  for game, table in minatar.tables(boards).items():
+    parts += [f"## {game}", "", markdown_table(table), ""]
+  return "\n".join([*parts, "## Protocols", "", report.notes_text([*minatar.PROTOCOLS, *minatar.notes(runs)]), ""])
+
+
+def _write_atari(
   out: pathlib.Path,
-  runs: list[report.Run],
   methods: dict[str, scores_lib.Scores],
   ours: list[str],
   aggregates: dict[str, scores_lib.Aggregate],
   notes: list[str],
-) -> None:
-  """Writes the files of the report; `ours` names the methods of --results."""
+) -> list[str]:
+  """Writes the tables and figures of Atari 100k; `ours` names the methods of --results. Returns Markdown lines."""
   table, games = report.aggregate_table(methods, aggregates), report.game_table(methods)
-  parts = [
+  report.write_text(out / "scores.csv", report.scores_csv(methods))
+  report.write_text(out / "aggregates.csv", report.aggregates_csv(aggregates))
+  workdir.write_json(out / "aggregates.json", report.to_json(aggregates))
+  report.draw_aggregates(aggregates, out / "aggregates.png")
+  report.draw_profiles(methods, out / "profiles.png")
+  report.draw_asymmetry(aggregates, out / "asymmetry.png")
+  return [
     "# Atari 100k",
     "",
     f"Human-normalised scores; 95% intervals by stratified bootstrap over runs ({_REPS.value:,} replications).",
@@ -97,17 +131,6 @@ def _write(
     report.notes_text(report.sources(methods) or ["All scores are of the given runs."]),
     "",
   ]
-  report.write_text(out / "report.md", "\n".join(parts))
-  report.write_text(out / "scores.csv", report.scores_csv(methods))
-  report.write_text(out / "aggregates.csv", report.aggregates_csv(aggregates))
-  workdir.write_json(out / "aggregates.json", report.to_json(aggregates))
-  if _LATEX.value:
-    report.write_text(out / "report.tex", report.latex(table) + "\n\n" + report.latex(games) + "\n")
-  report.draw_aggregates(aggregates, out / "aggregates.png")
-  report.draw_profiles(methods, out / "profiles.png")
-  report.draw_asymmetry(aggregates, out / "asymmetry.png")
-  report.draw_curves(runs, out / "curves.png")
-  print(f"written to {out / 'report.md'}")
 
 
 def _improvement(methods: dict[str, scores_lib.Scores], ours: list[str]) -> list[str]:

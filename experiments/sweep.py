@@ -2,6 +2,7 @@
 
   python experiments/sweep.py --games=atari100k --seeds=5 --variants=jedi --out=runs/sweep --dry_run
   python experiments/sweep.py --games=Pong,Boxing --seeds=2 --preset=cpu --out=runs/sweep
+  python experiments/sweep.py --games=minatar --seeds=5 --out=runs/minatar
 
 Each run is a process of experiments/train.py with the workdir <out>/<variant>/<game>/seed_<n>. The same command
 resumes a sweep that was stopped. With --launcher=slurm the runs become one array job (needs submitit). A table shows
@@ -22,7 +23,9 @@ from jedi_jax.runs import program
 from jedi_jax.runs.interruption import on_signals
 
 _GAMES = flags.DEFINE_list(
-  "games", ["atari100k"], "Games such as Pong, environments such as catch, or atari100k (26 games)."
+  "games",
+  ["atari100k"],
+  "Games such as Pong, environments such as catch, or a group: atari100k (26 games), minatar (5), minatar_sticky (5).",
 )
 _SEEDS = flags.DEFINE_integer("seeds", 5, "Seeds 0 to n - 1 of each game.", lower_bound=1, upper_bound=1_000)
 _VARIANTS = flags.DEFINE_list("variants", ["jedi"], f"World models: {', '.join(config_lib.VARIANTS)}.")

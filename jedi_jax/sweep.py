@@ -98,7 +98,8 @@ def plan(
 
   Args:
     out: directory of all runs.
-    games: names such as 'Pong' or 'catch', or 'atari100k' for its 26 games.
+    games: names such as 'Pong' or 'catch', or a group: 'atari100k' for its 26 games, 'minatar' for the five MinAtar
+      games, 'minatar_sticky' for these with sticky actions of probability 0.1.
     seeds: number n of seeds; the seeds are 0 to n - 1.
     variants: names of variants.
     preset: preset of all runs.
@@ -110,8 +111,13 @@ def plan(
     UserError: for unknown names, invalid settings, or no runs at all.
   """
   names: list[str] = []
+  groups = {
+    "atari100k": [f"atari/{name}" for name in scores.games()],
+    "minatar": [f"minatar/{name}" for name in envs.minatar.SPECS],
+    "minatar_sticky": [f"minatar/{name}?sticky=0.1" for name in envs.minatar.SPECS],
+  }
   for game in games:
-    names += [f"atari/{name}" for name in scores.games()] if game == "atari100k" else [_env_name(game)]
+    names += groups.get(game) or [_env_name(game)]
   names = list(dict.fromkeys(names))
   if not names or not variants:
     raise UserError("a sweep needs at least one game and one variant")

@@ -137,6 +137,30 @@ def test_report(tmp_path):
   assert {p.name for p in out.iterdir()} >= {"report.md", "report.tex", "scores.csv", "aggregates.csv", "profiles.svg"}
 
 
+def test_a_report_of_minatar_alone(tmp_path):
+  for seed, score in ((0, 8.0), (1, 10.0)):
+    directory = tmp_path / str(seed)
+    directory.mkdir()
+    result = {
+      "env": "minatar/Breakout?sticky=0.1", "variant": "jedi", "preset": "paper", "seed": seed, "env_steps": 100_000,
+      "episode_returns": [score] * 100, "mean_return": score, "max_episode_steps": 27_000, "seconds": 60.0,
+    }  # fmt: skip
+    (directory / "result.json").write_text(json.dumps(result))
+    line = {"epoch": 2, "env_steps": 20, "frames": 20, "evaluation/return": 1.5}
+    (directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+  out = tmp_path / "report"
+  done = command(REPORT, f"--results={tmp_path}/*/result.json", f"--out={out}", "--reps=20", "--latex")
+  assert done.returncode == 0, done.stderr
+  text = (out / "report.md").read_text()
+  assert text.splitlines()[0] == "# MinAtar"
+  assert "| jedi | sticky | 100,000 | 9.00 | [" in text
+  assert "| DQN | sticky | 1,000,000 | 9 |" in text
+  assert text.strip() in done.stdout
+  assert "Atari 100k" not in text
+  names = {"report.md", "report.tex", "minatar.csv", "curves.png", "curves.svg"}
+  assert {p.name for p in out.iterdir()} == names
+
+
 def test_published_methods_are_printed_without_a_directory(tmp_path):
   done = command(REPORT, "--methods", "--reps=0", cwd=tmp_path)
   assert done.returncode == 0, done.stderr

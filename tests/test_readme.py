@@ -106,7 +106,7 @@ def test_paths_and_names_of_the_code_exist(name):
       ), text
 
 
-SUFFIXES = (".json", ".jsonl", ".md", ".png", ".cff")
+SUFFIXES = (".json", ".jsonl", ".csv", ".md", ".png", ".cff")
 IN_A_WORKDIR = ("tensorboard/", "checkpoints/")
 
 

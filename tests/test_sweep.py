@@ -69,6 +69,25 @@ def test_atari100k_is_its_games(tmp_path):
   assert len({run.config.env.name for run in plan}) == 26
 
 
+def test_minatar_is_its_five_games(tmp_path):
+  for group, option in (("minatar", ""), ("minatar_sticky", "?sticky=0.1")):
+    plan = make_plan(tmp_path, games=[group])
+    assert [run.config.env.name for run in plan] == [
+      f"minatar/{game}{option}"
+      for _ in range(2)
+      for game in ("Asterix", "Breakout", "Freeway", "Seaquest", "SpaceInvaders")
+    ]
+    assert len({run.workdir for run in plan} | {run.log for run in plan}) == 20
+  assert plan[-1].workdir == tmp_path / "jedi" / "minatar_SpaceInvaders?sticky=0.1" / "seed_1"
+  assert len(make_plan(tmp_path, games=["minatar", "minatar_sticky", "minatar/Breakout"])) == 20
+
+
+def test_a_run_with_an_option_in_its_name_is_trained(tmp_path, train):
+  plan = make_plan(tmp_path / "out", games=["minatar/Breakout?sticky=0.1"], seeds=1)
+  assert finish(plan, train()) == 1
+  assert [sweep.run_status(run).name for run in plan] == ["finished"]
+
+
 @pytest.mark.parametrize("changes", [
   {"games": ["Pomg"]}, {"variants": ["jedy"]}, {"preset": "papr"}, {"games": []}, {"overrides": ["horizon=3"]},
 ])  # fmt: skip

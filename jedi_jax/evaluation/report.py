@@ -1,4 +1,4 @@
-"""Tables and figures of the Atari 100k benchmark from result.json files."""
+"""Tables and figures of the Atari 100k benchmark from result.json files; curves of all environments."""
 
 import csv
 import dataclasses
@@ -46,6 +46,7 @@ class Run:
     env_steps: environment steps of training.
     games: number of games of the final evaluation.
     max_episode_steps: time limit of these games in environment steps.
+    seconds: duration of the run; None if the file does not have it.
     curve: (environment steps, frames, mean return) of each evaluation during training, from metrics.jsonl.
   """
 
@@ -57,7 +58,13 @@ class Run:
   env_steps: int
   games: int
   max_episode_steps: int
+  seconds: float | None
   curve: tuple[tuple[int, int, float], ...]
+
+
+def is_minatar(run: Run) -> bool:
+  """Returns whether a run is of a MinAtar game; `jedi_jax.evaluation.minatar` reports these."""
+  return run.game.startswith("minatar/")
 
 
 def read_run(path: pathlib.Path) -> Run:
@@ -79,6 +86,7 @@ def read_run(path: pathlib.Path) -> Run:
       env_steps=int(result["env_steps"]),
       games=len(result["episode_returns"]),
       max_episode_steps=int(result["max_episode_steps"]),
+      seconds=float(result["seconds"]) if "seconds" in result else None,
       curve=(),
     )
   except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -86,6 +94,8 @@ def read_run(path: pathlib.Path) -> Run:
     raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {reason})") from None
   if not abs(score) < scores_lib.BEYOND:
     raise UserError(f"{path} has a mean return of {score}")
+  if run.seconds is not None and not 0 <= run.seconds < scores_lib.BEYOND:
+    raise UserError(f"{path} has a duration of {run.seconds} seconds")
   for name in (env, variant, preset):
     if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
       raise UserError(f"{path} has the invalid name {name[:_LONGEST_NAME]!r}")
@@ -111,8 +121,8 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
   """Groups runs by method.
 
   Returns:
-    The methods by name, with runs ordered by seed; and notes, one sentence each, on runs of environments outside the
-    benchmark and on deviations from `PROTOCOL`.
+    The methods by name, with runs ordered by seed; and notes, one sentence each, on runs of environments that no
+    report is about and on deviations from `PROTOCOL`.
 
   Raises:
     UserError: if two runs have the same method, game and seed.
@@ -128,7 +138,7 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
     seen[key] = run.path
     if run.game in known:
       grouped.setdefault(run.method, {}).setdefault(run.game, []).append(run)
-    else:
+    elif not is_minatar(run):
       notes.append(f"{run.method}: {run.game}, seed {run.seed}, is not a game of Atari 100k and does not count.")
   for name, wanted in PROTOCOL.items():
     others = sorted({getattr(run, name) for run in runs if run.game in known} - {wanted})

@@ -10,6 +10,7 @@ from refusals import refused
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
+from jedi_jax.envs import minatar
 from jedi_jax.envs.minatar import SPECS
 from jedi_jax.models.build import build
 from jedi_jax.types import EnvSpec
@@ -91,7 +92,7 @@ def test_observations_are_binary_bytes(gymnax):
 def test_a_finished_game_restarts_within_the_step(gymnax):
   env = envs.make("minatar/Breakout", num_envs=4, seed=0)
   env.reset()
-  # Without a move the ball is lost. Afterwards it is at the side of the fourth row again, and all bricks are there.
+  # Without a move the ball is lost. A new game begins with the ball at one side of the fourth row.
   step = next(step for _ in range(100) if (step := env.step(np.zeros(4, np.int64))).end.any())
   assert not step.truncated.any()
   np.testing.assert_array_equal(step.game_over, step.end)
@@ -102,7 +103,6 @@ def test_a_finished_game_restarts_within_the_step(gymnax):
       assert np.argwhere(step.next_observation[env_id, :, :, 1])[0, 0] == 9
     else:
       np.testing.assert_array_equal(step.observation[env_id], step.next_observation[env_id])
-  assert env.frames % 4 == 0
 
 
 def test_the_time_limit_truncates(gymnax):
@@ -121,34 +121,16 @@ def test_freeway_ends_by_gymnaxs_limit(gymnax, limit):
   assert next(t for t in range(1, 3000) if env.step(np.ones(1, np.int64)).truncated[0]) == 2500
 
 
-def moves(name, steps, num_envs):
-  """The paddle's moves [steps, N] of Breakout where 'right' is given from the wall on and 'no-op' before it."""
-  env = envs.make(name, num_envs=num_envs, seed=0)
-  positions = [env.reset()[:, 9, :, 0].argmax(axis=1)]
-  alternating = np.resize([1, 2], steps)
-  for action in alternating:
-    step = env.step(np.full(num_envs, action))
-    positions.append(step.next_observation[:, 9, :, 0].argmax(axis=1))
-    if step.game_over.any():
-      break
-  return np.diff(positions, axis=0), alternating[: len(positions) - 1]
-
-
-def test_an_action_is_sticky_with_its_probability(gymnax):
-  # Left and right in turn: the paddle moves away from the given direction where the previous action was repeated.
-  repeated = []
-  for probability in (0.1, 0.4):
-    found, actions = moves(f"minatar/Breakout?sticky={probability}", 8, 2000)
-    given = np.where(actions == 1, -1, 1)[:, None]
-    repeated.append(float((found[0] != given[0]).mean()))
-    # The first action of a game can only be replaced by the no-op.
-    assert set(np.unique(found[0])) == {-1, 0}
-    assert 0 in found[0]
-    second = (found[1] != given[1]).mean()
-    # The second repeats what the first step did: left, or the no-op.
-    assert abs(second - probability) < 0.03
-  assert abs(repeated[0] - 0.1) < 0.03
-  assert abs(repeated[1] - 0.4) < 0.04
+@pytest.mark.parametrize("probability", [0.1, 0.4])
+def test_an_action_is_sticky_with_its_probability(gymnax, probability):
+  _, steps = play(f"minatar/Breakout?sticky={probability}", np.repeat([[1], [2]], 2_000, axis=1))
+  first, second = (step.next_observation[:, 9, :, 0].argmax(axis=1) for step in steps)
+  # Before the first action of a game there was the no-op: the paddle stays at 4 instead of moving to the left.
+  assert set(first) == {3, 4}
+  assert abs(np.mean(first == 4) - probability) < 0.03
+  # The second action, to the right, is replaced by what the first step did, whatever was given there.
+  assert set((first - 4) * 10 + second - first) == {1, -10 + 1, 0, -10 - 1}
+  assert abs(np.mean(second - first != 1) - probability) < 0.03
 
 
 def test_sticky_0_is_plain(gymnax):
@@ -179,9 +161,12 @@ def test_environments_share_one_program(gymnax):
   first, second = (
     envs.make(f"minatar/Breakout?sticky=0.{n}", num_envs=5, seed=n, max_episode_steps=10 + n) for n in (1, 2)
   )
-  first.reset(), first.step(np.zeros(5, np.int64)), first.step(np.zeros(5, np.int64))
+  first.reset()
+  first.step(np.zeros(5, np.int64))
   compiled = first._programs.step._cache_size()
-  second.reset(), second.step(np.zeros(5, np.int64))
+  for env in (first, second, second):
+    env.reset()
+    env.step(np.zeros(5, np.int64))
   assert second._programs is first._programs
   assert second._programs.step._cache_size() == compiled
 
@@ -267,3 +252,11 @@ def test_without_gymnax_the_cure_is_named():
 def test_observations_that_do_not_fit_the_model(shape, overrides, parts):
   config = config_lib.make_config(env="minatar/Breakout", preset="debug", overrides=overrides)
   refused(lambda: build(config, EnvSpec(3, shape)), *parts)
+
+
+def test_without_a_cpu_backend_the_cure_is_named(monkeypatch):
+  def local_devices(*, backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  monkeypatch.setattr(jax, "local_devices", local_devices)
+  refused(minatar._cpu, "JAX_PLATFORMS", "add cpu")
