@@ -18,6 +18,7 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
+from jedi_jax.config import VARIANTS
 from jedi_jax.errors import nearest
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
@@ -52,6 +53,10 @@ class Measured(NamedTuple):
   f1: float | None
 
 
+_PIXEL_SCALE = {
+  path: VARIANTS["diamond"][path] for path in VARIANTS["diamond"] if path.split(".")[1].startswith(("sigma", "offset"))
+}
+
 # In the paper's order, best first. An arm is a variant and its settings.
 FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
   "gradients": {
@@ -70,19 +75,24 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
   },
   "choices": {
     "preset": ("jedi", {}),
-    "sigma_data 0.5 offset 0.3": ("jedi", {"denoiser.sigma_data": 0.5, "denoiser.offset_noise": 0.3}),
-    "sigma_data 0.5 offset 0": ("jedi", {"denoiser.sigma_data": 0.5, "denoiser.offset_noise": 0.0}),
-    "sigma_data 0.25 offset 0.3": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.3}),
-    "sigma_data 0.25 offset 0": ("jedi", {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0}),
-    "sigma_data 0.25 offset 0 estimate not clamped": (
+    "sequential order": ("jedi", {"training.order": "sequential"}),
+    "joint update": ("jedi", {"training.order": "joint"}),
+    "no norm, DIAMOND's scale": ("jedi", {"encoder.norm": "none", **_PIXEL_SCALE}),
+    "no norm, DIAMOND's scale, policy's input normalised": (
       "jedi",
-      {"denoiser.sigma_data": 0.25, "denoiser.offset_noise": 0.0, "denoiser.clamp_estimate": False},
+      {"encoder.norm": "none", "actor_critic.input_norm": "frame", **_PIXEL_SCALE},
     ),
-    "latent as target": ("jedi", {"denoiser.target": "latent", "denoiser.clamp_estimate": True}),
-    "denoiser rate 1e-3": ("jedi", {"denoiser.optimizer.learning_rate": 1e-3}),
+    "running norm": ("jedi", {"encoder.norm": "running"}),
+    "no offset noise": ("jedi", {"denoiser.offset_noise": 0.0}),
+    "change as target": ("jedi", {"denoiser.target": "change", "denoiser.clamp_estimate": False}),
+    "sampling from unit noise": ("jedi", {"sampler.start": "unit"}),
+    "sampling from sigma_max": ("jedi", {"sampler.start": "sigma_max"}),
+    "1 sampler step": ("jedi", {"sampler.num_steps": 1}),
+    "5 sampler steps": ("jedi", {"sampler.num_steps": 5}),
+    "noise on rewards' latents": ("jedi", {"reward_end.noise": 0.2}),
+    "age groups by steps": ("jedi", {"replay.age_groups": "steps"}),
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
     "coin: always encoder": ("jedi", {"denoiser.switching": "always_encoder"}),
-    "coin: always denoiser": ("jedi", {"denoiser.switching": "always_denoiser"}),
     "encoder rate x 1": ("jedi", {"encoder.learning_rate_factor": 1.0}),
     "encoder rate x 0.1": ("jedi", {"encoder.learning_rate_factor": 0.1}),
     "no reward gradient": ("jedi", {"encoder.learns_from": ("prediction",)}),

@@ -45,7 +45,7 @@ class EncoderConfig:
   """Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none."""
   clamp: float = setting(3.0, "R", low=0)
   """Scale s of the soft clamp s tanh(z / s) on latents; 0 for none."""
-  norm: str = setting("none", "O", choices=("none", "frame", "running"))
+  norm: str = setting("frame", "O", choices=("none", "frame", "running"))
   """Normalisation before the clamp, inside the gradient: of each frame over its positions and channels, or of each
   position and channel by running statistics. Latents without it have no fixed scale."""
   target_decay: float = setting(0.0, "R", low=0, high=1)
@@ -101,18 +101,19 @@ class DenoiserConfig:
   target: str = setting("latent", "O", choices=("latent", "change"))
   """What is diffused: the next latent, or its change from the last one in units of the measured size of changes (then
   leave `clamp_estimate` off)."""
-  sigma_data: float = setting(0.5, "O", above=0)
-  """Standard deviation of the data assumed by the preconditioning."""
-  offset_noise: float = setting(0.3, "O", low=0)
-  """Standard deviation of noise shared by a channel's positions."""
-  sigma_log_mean: float = setting(-0.4, "D")
-  """Mean of ln sigma in training."""
+  sigma_data: float = setting(1.0, "O", above=0)
+  """Standard deviation of the data assumed by the preconditioning: 1 for normalised latents, 0.5 for DIAMOND's pixels.
+  The noise levels of training and sampling are DIAMOND's in units of it."""
+  offset_noise: float = setting(0.6, "O", low=0)
+  """Standard deviation of noise shared by a channel's positions (DIAMOND: 0.3)."""
+  sigma_log_mean: float = setting(0.293, "D")
+  """Mean of ln sigma in training (DIAMOND: -0.4)."""
   sigma_log_std: float = setting(1.2, "D", low=0)
   """Standard deviation of ln sigma in training."""
-  sigma_min: float = setting(2e-3, "D", above=0)
-  """Smallest noise level in training."""
-  sigma_max: float = setting(20.0, "D", above=0, high=1e6)
-  """Largest noise level in training."""
+  sigma_min: float = setting(4e-3, "D", above=0)
+  """Smallest noise level in training (DIAMOND: 0.002)."""
+  sigma_max: float = setting(40.0, "D", above=0, high=1e6)
+  """Largest noise level in training (DIAMOND: 20)."""
   optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=1.0)
 
 
@@ -122,10 +123,10 @@ class SamplerConfig:
 
   num_steps: int = setting(3, "R", low=1, high=1_000)
   """Denoising steps per frame."""
-  sigma_min: float = setting(2e-3, "D", above=0)
-  """Last positive noise level."""
-  sigma_max: float = setting(5.0, "D", above=0, high=1e6)
-  """First noise level."""
+  sigma_min: float = setting(4e-3, "D", above=0)
+  """Last positive noise level (DIAMOND: 0.002)."""
+  sigma_max: float = setting(10.0, "D", above=0, high=1e6)
+  """First noise level (DIAMOND: 5)."""
   start: str = setting("unit", "O", choices=("unit", "sigma_max"))
   """Standard deviation of the noise that sampling starts from: 1 as in DIAMOND, or the first noise level."""
   rho: float = setting(7.0, "D", low=0.1, high=1e3)
