@@ -15,7 +15,7 @@ from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.ops import edm
 from jedi_jax.ops.statistics import confusion, latent_statistics
 from jedi_jax.runs import telemetry, workdir
-from jedi_jax.training import dreams
+from jedi_jax.training import dreams, parallel
 from jedi_jax.training.seeds import evaluation_seed
 from jedi_jax.types import Array, Params, Segment
 
@@ -79,7 +79,8 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
   Returns:
     A dictionary of JSON values:
       'segments': number of segments.
-      'latents': 'latent_std', 'latent_rank' (see `telemetry.latent_summary`) and 'largest', the largest absolute value.
+      'latents': 'latent_std', 'latent_rank', 'latent_deviation', 'latent_change' (see `telemetry.summarise`) and
+        'largest', the largest absolute value.
       'denoising': lists 'sigma', 'loss' (as in training, conditioned on real latents) and 'without_network', the loss
         of an inner network with output 0. Absent if the dynamics has no noise levels.
       'open_loop': lists 'error' and 'copying' over steps 1 to H: root mean square error of the latents imagined with
@@ -121,14 +122,14 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
 
 def _latents(agent: Agent, segment: Segment) -> Figures:
   @jax.jit
-  def measure(params: dict[str, Params], segment: Segment) -> tuple[Array, Array]:
+  def measure(params: dict[str, Params], segment: Segment) -> tuple[dict[str, Array], Array]:
     latents = agent.model.encode(params, segment.observations, segment.mask)
-    gram = latent_statistics(latents, segment.mask, None)["latent_gram"]
-    assert isinstance(gram, jax.Array)
-    return gram, jnp.max(jnp.abs(latents))
+    statistics = parallel.reduce_metrics(latent_statistics(latents, segment.mask, None))
+    return statistics, jnp.max(jnp.abs(latents))
 
-  gram, largest = jax.device_get(measure(agent.params, segment))
-  return {**telemetry.latent_summary(np.asarray(gram, np.float64)), "largest": float(largest)}
+  statistics, largest = jax.device_get(measure(agent.params, segment))
+  figures = telemetry.summarise({"latents": statistics}, {"latents": 1})
+  return {**{name.removeprefix("latents/"): x for name, x in figures.items()}, "largest": float(largest)}
 
 
 def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:

@@ -73,11 +73,34 @@ SECTIONS = (
     "runs/telemetry.py",
     "Of the frames in the denoiser's batches.",
     {
-      "denoiser/latent_std": ("latent", "Standard deviation: the root of the channels' mean variance."),
+      "denoiser/latent_deviation": (
+        "latent",
+        "Deviation over time: the root of the mean over positions and channels of the variance over frames. A small "
+        "one shows that the latents collapse to one picture.",
+      ),
+      "denoiser/latent_change": ("latent", "Root mean square change of the latent in one step."),
+      "denoiser/latent_std": (
+        "latent",
+        "Standard deviation over positions and frames: the root of the channels' mean variance. A constant picture has "
+        "one too.",
+      ),
       "denoiser/latent_rank": (
         "-",
         "Effective rank of the channels' covariance, from 1 to the number of channels (Roy and Vetterli "
-        "2007). A small rank or standard deviation shows that the latents collapse.",
+        "2007). A small one shows that the latents collapse.",
+      ),
+    },
+  ),
+  (
+    "Movement of the encoder",
+    "training/epoch.py",
+    "Of fixed frames of replay, over the epoch's updates of all phases; absent without a learned encoder.",
+    {
+      "denoiser/encoder_movement": (
+        "step changes",
+        "Root mean square movement of the latents over a device call, divided by the root mean square change of the "
+        "same latents in one step. The calls of an epoch add up to the length of a path. Above 1 the latents move "
+        "faster than the game.",
       ),
     },
   ),

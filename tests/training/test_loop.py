@@ -87,6 +87,7 @@ def test_one_record_an_epoch_with_every_figure(finished_run, tiny):
   for r in records:
     for name in (
       "denoiser/loss", "denoiser/grad_norm", "denoiser/latent_std", "denoiser/latent_rank", "denoiser/latent_clamped",
+      "denoiser/latent_deviation", "denoiser/latent_change", "denoiser/encoder_movement",
       "reward_end/loss", "reward_end/loss_reward", "reward_end/loss_end", "reward_end/grad_norm",
       "reward_end/replay_return", "reward_end/replay_end_rate", "reward_end/reward_count_-1",
       "reward_end/reward_count_0", "reward_end/reward_count_+1", "reward_end/end_count_no", "reward_end/end_count_yes",
