@@ -13,16 +13,14 @@ from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode, record, windows
 from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.ops import edm
-from jedi_jax.ops.statistics import confusion, latent_statistics
+from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.runs import telemetry, workdir
 from jedi_jax.training import dreams, parallel
 from jedi_jax.training.seeds import evaluation_seed
-from jedi_jax.types import Array, Params, Segment
+from jedi_jax.types import Array, Metrics, Params, Segment
 
 _CHUNK = 64
 """Frames encoded in one call."""
-_MIN_EXAMPLES = 5
-"""Classes with fewer examples do not enter the F1 score."""
 
 Figures = dict[str, Any]
 
@@ -182,43 +180,10 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
 
 def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
   """Measures open-loop errors, and the reward / end model on real and on imagined latents."""
-  model, length = agent.model, agent.model.conditioning_frames
 
   @jax.jit
-  def measure(params: dict[str, Params], segment: Segment, key: Array) -> dict[str, Array]:
-    count = len(segment.mask)
-    trajectory = dreams.open_loop(model, params, segment, jax.random.split(key, count))
-    latents = model.encode(params, segment.observations, segment.mask)
-    weights = segment.mask.astype(jnp.float32)
-    # Sum over the latent's elements of their variances.
-    mean = jnp.einsum("bt,bthwc->hwc", weights, latents) / jnp.sum(weights)
-    total = jnp.einsum("bt,bthwc->", weights, jnp.square(latents - mean))
-    variance = jnp.maximum(total / jnp.sum(weights), 1e-12)
-
-    def error(estimated: Array) -> Array:
-      squares = jnp.sum(jnp.square(estimated - latents[:, length:]), axis=(2, 3, 4))
-      after = weights[:, length:]
-      return jnp.sqrt(jnp.sum(squares * after, axis=0) / jnp.maximum(jnp.sum(after, axis=0), 1e-8) / variance)
-
-    steps = slice(length - 1, -1)
-    real = (segment.mask[:, steps] & segment.mask[:, length:]).astype(jnp.float32)
-    rewards = jnp.sign(segment.rewards[:, steps]).astype(jnp.int32) + 1
-    ends = segment.ends[:, steps].astype(jnp.int32)
-    reward_logits, end_logits, _ = model.reward_end.predict(
-      params["reward_end"],
-      latents[:, :-1],
-      segment.actions[:, :-1],
-      latents[:, 1:],
-      model.reward_end.initial_state(count),
-    )
-    return {
-      "error": error(trajectory.latents[:, 1:]),
-      "copying": error(latents[:, length - 1 : length]),
-      "reward_real": confusion(rewards, reward_logits[:, length - 1 :], real),
-      "end_real": confusion(ends, end_logits[:, length - 1 :], real),
-      "reward_imagined": confusion(rewards, trajectory.reward_logits, real),
-      "end_imagined": confusion(ends, trajectory.end_logits, real),
-    }
+  def measure(params: dict[str, Params], segment: Segment, key: Array) -> Metrics:
+    return dreams.compare(agent.model, params, segment, key)[1]
 
   got = {name: np.asarray(x, np.float64) for name, x in jax.device_get(measure(agent.params, segment, key)).items()}
   return {
@@ -227,20 +192,11 @@ def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
       name: {
         **telemetry.precision_and_recall("reward", got[f"reward_{source}"]),
         **telemetry.precision_and_recall("end", got[f"end_{source}"]),
-        "f1": _f1(got[f"reward_{source}"], got[f"end_{source}"]),
+        "f1": telemetry.f1(got[f"reward_{source}"], got[f"end_{source}"]),
       }
       for name, source in (("on_real", "real"), ("in_imagination", "imagined"))
     },
   }
-
-
-def _f1(rewards: np.ndarray, ends: np.ndarray) -> float | None:
-  """Computes the mean F1 score of negative rewards, positive rewards and ends, from confusion counts."""
-  scores = []
-  for counts, label in ((rewards, 0), (rewards, 2), (ends, 1)):
-    if counts[label].sum() >= _MIN_EXAMPLES:
-      scores.append(2 * counts[label, label] / (counts[label].sum() + counts[:, label].sum()))
-  return float(np.mean(scores)) if scores else None
 
 
 def _value(agent: Agent, episodes: list[Episode]) -> Figures:
@@ -322,5 +278,7 @@ def weakest(figures: Mapping[str, Any]) -> str:
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
   fault, sentence = max(faults)
-  note = "" if real is not None else f"; rewards and ends are not judged: fewer than {_MIN_EXAMPLES} of each kind"
+  note = (
+    "" if real is not None else f"; rewards and ends are not judged: fewer than {telemetry.MIN_EXAMPLES} of each kind"
+  )
   return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){note}"

@@ -186,6 +186,29 @@ SECTIONS = (
     },
   ),
   (
+    "World model",
+    "runs/telemetry.py",
+    "Every `evaluation.interval_epochs` epochs, on 64 segments of replay, imagined over H steps with the real actions.",
+    {
+      "world_model/f1_real": (
+        "fraction",
+        "Mean F1 score of negative rewards, positive rewards and ends on real latents, over the classes with at least "
+        "5 examples; absent without such a class.",
+      ),
+      "world_model/f1_imagined": ("fraction", "The same on imagined latents."),
+      "world_model/error_1": (
+        "fraction",
+        "Root mean square error of the latent after one imagined step, divided by that of copying the last real one.",
+      ),
+      "world_model/error_last": ("fraction", "The same after H steps."),
+      "world_model/calibration": (
+        "fraction",
+        "Calibration of the sampler: variance of 4 samples of the next latent, times 1 + 1/4, over the squared error "
+        "of their mean. It is about 1 for a calibrated sampler, and 0 for a deterministic one that errs.",
+      ),
+    },
+  ),
+  (
     "Time",
     "training/loop.py",
     "Packed runs share the times of updates and epochs.",

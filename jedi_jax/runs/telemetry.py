@@ -14,6 +14,9 @@ from jedi_jax.errors import UserError
 
 Values = dict[str, float]
 
+MIN_EXAMPLES = 5
+"""Classes with fewer examples do not enter the F1 score."""
+
 
 class MetricsWriter:
   """Writes one record per epoch to metrics.jsonl and TensorBoard.
@@ -169,6 +172,38 @@ def precision_and_recall(name: str, counts: np.ndarray) -> Values:
     if counts[:, i].sum() > 0:
       figures[f"{name}_precision_{label}"] = float(counts[i, i] / counts[:, i].sum())
   return figures
+
+
+def f1(rewards: np.ndarray, ends: np.ndarray) -> float | None:
+  """Computes the mean F1 score of negative rewards, positive rewards and ends.
+
+  Args:
+    rewards: [3, 3] examples by (label, prediction), of the signs -1, 0, +1.
+    ends: [2, 2] examples by (label, prediction).
+
+  Returns:
+    The mean over the classes with at least `MIN_EXAMPLES` examples; None if there is no such class.
+  """
+  scores = []
+  for counts, label in ((rewards, 0), (rewards, 2), (ends, 1)):
+    if counts[label].sum() >= MIN_EXAMPLES:
+      scores.append(2 * counts[label, label] / (counts[label].sum() + counts[:, label].sum()))
+  return float(np.mean(scores)) if scores else None
+
+
+def world_model_summary(figures: Mapping[str, np.ndarray]) -> Values:
+  """Computes the metrics of the world model from the figures of `dreams.make_watch`; docs/metrics.md lists them."""
+  values: Values = {}
+  for source in ("real", "imagined"):
+    score = f1(figures[f"reward_{source}"], figures[f"end_{source}"])
+    if score is not None:
+      values[f"world_model/f1_{source}"] = score
+  over_copying = figures["error"] / np.maximum(figures["copying"], 1e-8)
+  return values | {
+    "world_model/error_1": float(over_copying[0]),
+    "world_model/error_last": float(over_copying[-1]),
+    "world_model/calibration": float(figures["calibration"]),
+  }
 
 
 def latent_summary(gram: np.ndarray, moments: np.ndarray) -> Values:

@@ -8,7 +8,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jedi_jax.errors import UserError
-from jedi_jax.runs.telemetry import MetricsWriter, latent_summary, summarise
+from jedi_jax.runs.telemetry import MetricsWriter, f1, latent_summary, summarise, world_model_summary
 
 
 def moments_of(latents):
@@ -46,6 +46,22 @@ def test_precision_and_recall_by_hand():
       "reward_end/end_precision_no": 7 / 9,  # 'yes' is never predicted and has no precision.
     }
   )
+
+
+def test_f1_of_rare_events():
+  reward = np.array([[3.0, 1.0, 0.0], [2.0, 10.0, 4.0], [0.0, 1.0, 5.0]])
+  # Four negative rewards are too few. Six positive ones: precision 5/9, recall 5/6; five ends: 1, 3/5.
+  end = np.array([[7.0, 0.0], [2.0, 3.0]])
+  assert f1(reward, end) == pytest.approx((2 / (9 / 5 + 6 / 5) + 2 / (1 + 5 / 3)) / 2)
+  assert f1(np.zeros((3, 3)), np.zeros((2, 2))) is None
+  figures = {"error": np.array([0.2, 0.9]), "copying": np.array([0.4, 1.0]), "calibration": np.float32(0.5)}
+  figures |= {"reward_real": reward, "end_real": end, "reward_imagined": 0 * reward, "end_imagined": 0 * end}
+  assert world_model_summary(figures) == pytest.approx({
+    "world_model/f1_real": f1(reward, end),
+    "world_model/error_1": 0.5,
+    "world_model/error_last": 0.9,
+    "world_model/calibration": 0.5,
+  })  # fmt: skip
 
 
 def test_scalars_are_averaged_and_idle_phases_omitted():

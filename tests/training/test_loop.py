@@ -94,7 +94,8 @@ def test_one_record_an_epoch_with_every_figure(finished_run, tiny):
       "reward_end/reward_recall_0", "reward_end/end_recall_no",
       "actor_critic/loss", "actor_critic/loss_policy", "actor_critic/loss_value", "actor_critic/loss_entropy",
       "actor_critic/grad_norm", "actor_critic/imagined_return", "actor_critic/policy_entropy",
-      "evaluation/return", "evaluation/length",
+      "evaluation/return", "evaluation/length", "world_model/error_1", "world_model/error_last",
+      "world_model/calibration", "world_model/f1_real", "world_model/f1_imagined",
       "time/collect_seconds", "time/epoch_seconds", "time/total_seconds", "time/update_seconds",
       "time/updates_per_second", "time/evaluation_seconds",
     ):  # fmt: skip
