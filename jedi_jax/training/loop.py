@@ -180,8 +180,11 @@ class Trainer:
       records.append(run.metrics.write(run.progress.epoch, values[index]))
     self._console.log(messages.epoch(runs, [values[index] for index in going]))
     for index, run, record in zip(going, runs, records, strict=True):
+      packed = self.learner.devices.packed
       if run.check_collapse(values[index]):
-        self._console.log(messages.collapse(run, values[index], packed=self.learner.devices.packed))
+        self._console.log(messages.collapse(run, values[index], packed=packed))
+      if run.check_movement(values[index]):
+        self._console.log(messages.runaway(run, values[index], packed=packed))
       if self._on_epoch is not None:
         self._on_epoch(run.workdir.path, record)
 

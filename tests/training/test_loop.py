@@ -329,7 +329,18 @@ def test_collapsed_latents_are_a_warning(tiny, train_tiny, quiet, tmp_path):
   train_tiny(tmp_path / "run", config=override(tiny.config, {"training.collapse_std": 1e6}), console=quiet)
   warnings = [line for line in quiet.lines if "the latents have" in line]
   assert len(warnings) == 1
-  assert warnings[0].startswith("WARNING: the latents have collapsed: standard deviation ")
+  assert warnings[0].startswith("WARNING: the latents have collapsed: deviation over time ")
+
+
+@pytest.mark.parametrize(("bound", "lines"), [(1e-6, 1), (1e6, 0), (0, 0)])
+def test_an_encoder_that_outruns_the_game_is_one_warning(tiny, train_tiny, quiet, tmp_path, bound, lines):
+  train_tiny(tmp_path / "run", config=override(tiny.config, {"training.runaway_movement": bound}), console=quiet)
+  warnings = [i for i, line in enumerate(quiet.lines) if "the latents move faster than the game" in line]
+  assert len(warnings) == lines
+  if lines:
+    # Not in the first epoch, whose updates are many.
+    assert quiet.lines[warnings[0] - 1].startswith("epoch 2/5")
+    assert "lower encoder.learning_rate_factor" in quiet.lines[warnings[0]]
 
 
 def test_a_directory_that_another_process_trains_in_is_refused(tiny, train_tiny, tmp_path):
