@@ -83,6 +83,8 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
         of an inner network with output 0. Absent if the dynamics has no noise levels.
       'open_loop': lists 'error' and 'copying' over steps 1 to H: root mean square error of the latents imagined with
         the real actions, and of the last real latent as a constant prediction, in standard deviations of real latents.
+      'sampler': 'calibration' (see `dreams.calibration`), and 'error', the open-loop error of the first step over that
+        of copying.
       'rewards_ends': 'on_real' latents and 'in_imagination' (with the real actions): counts, precision and recall of
         each class, and 'f1', the mean F1 score of negative rewards, positive rewards and ends, over the classes with at
         least 5 examples; None if there is no such class.
@@ -112,7 +114,7 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
   denoising = _denoising(agent, segment, jax.random.fold_in(key, 0))
   if denoising:
     figures["denoising"] = denoising
-  figures |= _imagination(agent, segment, jax.random.fold_in(key, 1))
+  figures |= _imagination(agent, segment, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2))
   figures["value"] = _value(agent, episodes)
   figures["weakest"] = weakest(figures)
   return figures
@@ -178,16 +180,22 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
   }
 
 
-def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
-  """Measures open-loop errors, and the reward / end model on real and on imagined latents."""
+def _imagination(agent: Agent, segment: Segment, dream_key: Array, sample_key: Array) -> Figures:
+  """Measures open-loop errors, the sampler, and the reward / end model on real and on imagined latents."""
 
   @jax.jit
-  def measure(params: dict[str, Params], segment: Segment, key: Array) -> Metrics:
-    return dreams.compare(agent.model, params, segment, key)[1]
+  def measure(params: dict[str, Params], segment: Segment, dream_key: Array, sample_key: Array) -> Metrics:
+    calibration = dreams.calibration(agent.model, params, segment, sample_key)
+    return {**dreams.compare(agent.model, params, segment, dream_key)[1], "calibration": calibration}
 
-  got = {name: np.asarray(x, np.float64) for name, x in jax.device_get(measure(agent.params, segment, key)).items()}
+  figures = jax.device_get(measure(agent.params, segment, dream_key, sample_key))
+  got = {name: np.asarray(x, np.float64) for name, x in figures.items()}
   return {
     "open_loop": {name: [float(x) for x in got[name]] for name in ("error", "copying")},
+    "sampler": {
+      "calibration": float(got["calibration"]),
+      "error": float(got["error"][0] / max(got["copying"][0], 1e-8)),
+    },
     "rewards_ends": {
       name: {
         **telemetry.precision_and_recall("reward", got[f"reward_{source}"]),
@@ -243,16 +251,18 @@ def weakest(figures: Mapping[str, Any]) -> str:
     reward / end model: 1 - F1 on real latents.
     dynamics: the larger of the decrease of F1 from real to imagined latents, and the open-loop error after H steps
       over that of copying the last latent.
+    sampler: the open-loop error of the first step over that of copying, times 1 - c, where c is the calibration or, if
+      that is above 1, its inverse.
     critic: 1 - correlation of values with returns.
   If the latents have collapsed, it is the encoder.
 
   Args:
     figures: figures of `diagnose`.
   """
-  std, rank = figures["latents"].get("latent_std", 0.0), figures["latents"].get("latent_rank", 0.0)
-  if not std > 1e-2 or not rank > 1.5:
+  deviation, rank = (figures["latents"].get(f"latent_{name}", 0.0) for name in ("deviation", "rank"))
+  if not deviation > 1e-2 or not rank > 1.5:
     return (
-      f"the encoder: its latents have collapsed (standard deviation {std:.3g}, effective rank {rank:.2g}); "
+      f"the encoder: its latents have collapsed (deviation over time {deviation:.3g}, effective rank {rank:.2g}); "
       "first check the gradients that reach it"
     )
   faults: list[tuple[float, str]] = []
@@ -274,11 +284,17 @@ def weakest(figures: Mapping[str, Any]) -> str:
       f"the dynamics: after {steps} steps its error is {error:.2f} standard deviations, that of copying {copying:.2f}",
     )
   )
+  calibration, error = figures["sampler"]["calibration"], figures["sampler"]["error"]
+  faults.append(
+    (
+      error * (1 - min(calibration, 1 / max(calibration, 1e-8))),
+      f"the sampler: the variance of its samples is {calibration:.2f} of their squared error, and the error of one "
+      f"step {error:.2f} of that of copying",
+    )
+  )
   correlation = figures["value"]["correlation"]
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
   fault, sentence = max(faults)
-  note = (
-    "" if real is not None else f"; rewards and ends are not judged: fewer than {telemetry.MIN_EXAMPLES} of each kind"
-  )
-  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){note}"
+  unjudged = f"; rewards and ends are not judged: fewer than {telemetry.MIN_EXAMPLES} of each kind"
+  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){unjudged if real is None else ''}"
