@@ -3,9 +3,9 @@
   python experiments/diagnose.py --workdir=runs/breakout
 
 Plays the run's environment with its policy, then measures the denoising loss by noise level, the error of open-loop
-imagination with the real actions (compared with copying the last latent), precision and recall of rewards and ends on
-real and on imagined latents, the calibration of the critic, and the statistics of the latents. Prints a summary and
-writes diagnosis.json and, with matplotlib, diagnosis.png to the workdir.
+imagination with the real actions (compared with copying the last latent), the calibration of the sampler, precision and
+recall of rewards and ends on real and on imagined latents, the calibration of the critic, and the statistics of the
+latents. Prints a summary and writes diagnosis.json and, with matplotlib, diagnosis.png to the workdir.
 """
 
 import pathlib
@@ -48,9 +48,10 @@ def main() -> None:
 
 
 def _summary(figures: Mapping[str, Any]) -> str:
-  latents, loop_, value = figures["latents"], figures["open_loop"], figures["value"]
+  latents, loop_, sampler, value = (figures[name] for name in ("latents", "open_loop", "sampler", "value"))
   lines = [
-    f"latents: standard deviation {latents['latent_std']:.3f}, effective rank {latents['latent_rank']:.1f}, "
+    f"latents: deviation over time {latents['latent_deviation']:.3f}, change in a step {latents['latent_change']:.3f}, "
+    f"standard deviation {latents['latent_std']:.3f}, effective rank {latents['latent_rank']:.1f}, "
     f"largest {latents['largest']:.2f}"
   ]
   if "denoising" in figures:
@@ -61,6 +62,10 @@ def _summary(figures: Mapping[str, Any]) -> str:
   errors = enumerate(zip(loop_["error"], loop_["copying"], strict=True), 1)
   rows = [["step", "open-loop error", "copying"]]
   lines += ["", markdown_table(rows + [[str(i), f"{a:.3f}", f"{b:.3f}"] for i, (a, b) in errors])]
+  lines += [
+    "",
+    f"sampler: calibration {sampler['calibration']:.2f}, error of one step over copying {sampler['error']:.3f}",
+  ]
   rows = [["class", "examples", "precision, recall on real latents", "in imagination"]]
   real, imagined = figures["rewards_ends"]["on_real"], figures["rewards_ends"]["in_imagination"]
   for kind, label in (("reward", "-1"), ("reward", "0"), ("reward", "+1"), ("end", "yes")):

@@ -277,9 +277,11 @@ class TrainingConfig:
   max_skipped: int = setting(20, "O", low=0, high=10**9)
   """Consecutive updates of a phase that may be skipped because a loss or gradient is not finite."""
   collapse_std: float = setting(0.05, "O", low=0)
-  """Standard deviation of the latents below which a warning reports their collapse."""
+  """Deviation of the latents over time below which a warning reports their collapse."""
   collapse_rank: float = setting(1.5, "O", low=0)
   """Effective rank of the latents below which a warning reports their collapse."""
+  runaway_movement: float = setting(1.0, "O", low=0)
+  """Movement of the encoder in an epoch, in changes of one step, above which a warning is printed; 0 for none."""
 
 
 @dataclasses.dataclass(frozen=True)

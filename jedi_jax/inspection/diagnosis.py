@@ -13,16 +13,14 @@ from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode, record, windows
 from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.ops import edm
-from jedi_jax.ops.statistics import confusion, latent_statistics
+from jedi_jax.ops.statistics import latent_statistics
 from jedi_jax.runs import telemetry, workdir
-from jedi_jax.training import dreams
+from jedi_jax.training import dreams, parallel
 from jedi_jax.training.seeds import evaluation_seed
-from jedi_jax.types import Array, Params, Segment
+from jedi_jax.types import Array, Metrics, Params, Segment
 
 _CHUNK = 64
 """Frames encoded in one call."""
-_MIN_EXAMPLES = 5
-"""Classes with fewer examples do not enter the F1 score."""
 
 Figures = dict[str, Any]
 
@@ -79,11 +77,14 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
   Returns:
     A dictionary of JSON values:
       'segments': number of segments.
-      'latents': 'latent_std', 'latent_rank' (see `telemetry.latent_summary`) and 'largest', the largest absolute value.
+      'latents': 'latent_std', 'latent_rank', 'latent_deviation', 'latent_change' (see `telemetry.summarise`) and
+        'largest', the largest absolute value.
       'denoising': lists 'sigma', 'loss' (as in training, conditioned on real latents) and 'without_network', the loss
         of an inner network with output 0. Absent if the dynamics has no noise levels.
       'open_loop': lists 'error' and 'copying' over steps 1 to H: root mean square error of the latents imagined with
         the real actions, and of the last real latent as a constant prediction, in standard deviations of real latents.
+      'sampler': 'calibration' (see `dreams.calibration`), and 'error', the open-loop error of the first step over that
+        of copying.
       'rewards_ends': 'on_real' latents and 'in_imagination' (with the real actions): counts, precision and recall of
         each class, and 'f1', the mean F1 score of negative rewards, positive rewards and ends, over the classes with at
         least 5 examples; None if there is no such class.
@@ -113,7 +114,7 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
   denoising = _denoising(agent, segment, jax.random.fold_in(key, 0))
   if denoising:
     figures["denoising"] = denoising
-  figures |= _imagination(agent, segment, jax.random.fold_in(key, 1))
+  figures |= _imagination(agent, segment, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2))
   figures["value"] = _value(agent, episodes)
   figures["weakest"] = weakest(figures)
   return figures
@@ -121,14 +122,14 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
 
 def _latents(agent: Agent, segment: Segment) -> Figures:
   @jax.jit
-  def measure(params: dict[str, Params], segment: Segment) -> tuple[Array, Array]:
+  def measure(params: dict[str, Params], segment: Segment) -> tuple[dict[str, Array], Array]:
     latents = agent.model.encode(params, segment.observations, segment.mask)
-    gram = latent_statistics(latents, segment.mask, None)["latent_gram"]
-    assert isinstance(gram, jax.Array)
-    return gram, jnp.max(jnp.abs(latents))
+    statistics = parallel.reduce_metrics(latent_statistics(latents, segment.mask, None))
+    return statistics, jnp.max(jnp.abs(latents))
 
-  gram, largest = jax.device_get(measure(agent.params, segment))
-  return {**telemetry.latent_summary(np.asarray(gram, np.float64)), "largest": float(largest)}
+  statistics, largest = jax.device_get(measure(agent.params, segment))
+  figures = telemetry.summarise({"latents": statistics}, {"latents": 1})
+  return {**{name.removeprefix("latents/"): x for name, x in figures.items()}, "largest": float(largest)}
 
 
 def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
@@ -179,67 +180,31 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
   }
 
 
-def _imagination(agent: Agent, segment: Segment, key: Array) -> Figures:
-  """Measures open-loop errors, and the reward / end model on real and on imagined latents."""
-  model, length = agent.model, agent.model.conditioning_frames
+def _imagination(agent: Agent, segment: Segment, dream_key: Array, sample_key: Array) -> Figures:
+  """Measures open-loop errors, the sampler, and the reward / end model on real and on imagined latents."""
 
   @jax.jit
-  def measure(params: dict[str, Params], segment: Segment, key: Array) -> dict[str, Array]:
-    count = len(segment.mask)
-    trajectory = dreams.open_loop(model, params, segment, jax.random.split(key, count))
-    latents = model.encode(params, segment.observations, segment.mask)
-    weights = segment.mask.astype(jnp.float32)
-    # Sum over the latent's elements of their variances.
-    mean = jnp.einsum("bt,bthwc->hwc", weights, latents) / jnp.sum(weights)
-    total = jnp.einsum("bt,bthwc->", weights, jnp.square(latents - mean))
-    variance = jnp.maximum(total / jnp.sum(weights), 1e-12)
+  def measure(params: dict[str, Params], segment: Segment, dream_key: Array, sample_key: Array) -> Metrics:
+    calibration = dreams.calibration(agent.model, params, segment, sample_key)
+    return {**dreams.compare(agent.model, params, segment, dream_key)[1], "calibration": calibration}
 
-    def error(estimated: Array) -> Array:
-      squares = jnp.sum(jnp.square(estimated - latents[:, length:]), axis=(2, 3, 4))
-      after = weights[:, length:]
-      return jnp.sqrt(jnp.sum(squares * after, axis=0) / jnp.maximum(jnp.sum(after, axis=0), 1e-8) / variance)
-
-    steps = slice(length - 1, -1)
-    real = (segment.mask[:, steps] & segment.mask[:, length:]).astype(jnp.float32)
-    rewards = jnp.sign(segment.rewards[:, steps]).astype(jnp.int32) + 1
-    ends = segment.ends[:, steps].astype(jnp.int32)
-    reward_logits, end_logits, _ = model.reward_end.predict(
-      params["reward_end"],
-      latents[:, :-1],
-      segment.actions[:, :-1],
-      latents[:, 1:],
-      model.reward_end.initial_state(count),
-    )
-    return {
-      "error": error(trajectory.latents[:, 1:]),
-      "copying": error(latents[:, length - 1 : length]),
-      "reward_real": confusion(rewards, reward_logits[:, length - 1 :], real),
-      "end_real": confusion(ends, end_logits[:, length - 1 :], real),
-      "reward_imagined": confusion(rewards, trajectory.reward_logits, real),
-      "end_imagined": confusion(ends, trajectory.end_logits, real),
-    }
-
-  got = {name: np.asarray(x, np.float64) for name, x in jax.device_get(measure(agent.params, segment, key)).items()}
+  figures = jax.device_get(measure(agent.params, segment, dream_key, sample_key))
+  got = {name: np.asarray(x, np.float64) for name, x in figures.items()}
   return {
     "open_loop": {name: [float(x) for x in got[name]] for name in ("error", "copying")},
+    "sampler": {
+      "calibration": float(got["calibration"]),
+      "error": float(got["error"][0] / max(got["copying"][0], 1e-8)),
+    },
     "rewards_ends": {
       name: {
         **telemetry.precision_and_recall("reward", got[f"reward_{source}"]),
         **telemetry.precision_and_recall("end", got[f"end_{source}"]),
-        "f1": _f1(got[f"reward_{source}"], got[f"end_{source}"]),
+        "f1": telemetry.f1(got[f"reward_{source}"], got[f"end_{source}"]),
       }
       for name, source in (("on_real", "real"), ("in_imagination", "imagined"))
     },
   }
-
-
-def _f1(rewards: np.ndarray, ends: np.ndarray) -> float | None:
-  """Computes the mean F1 score of negative rewards, positive rewards and ends, from confusion counts."""
-  scores = []
-  for counts, label in ((rewards, 0), (rewards, 2), (ends, 1)):
-    if counts[label].sum() >= _MIN_EXAMPLES:
-      scores.append(2 * counts[label, label] / (counts[label].sum() + counts[:, label].sum()))
-  return float(np.mean(scores)) if scores else None
 
 
 def _value(agent: Agent, episodes: list[Episode]) -> Figures:
@@ -286,16 +251,18 @@ def weakest(figures: Mapping[str, Any]) -> str:
     reward / end model: 1 - F1 on real latents.
     dynamics: the larger of the decrease of F1 from real to imagined latents, and the open-loop error after H steps
       over that of copying the last latent.
+    sampler: the open-loop error of the first step over that of copying, times 1 - c, where c is the calibration or, if
+      that is above 1, its inverse.
     critic: 1 - correlation of values with returns.
   If the latents have collapsed, it is the encoder.
 
   Args:
     figures: figures of `diagnose`.
   """
-  std, rank = figures["latents"].get("latent_std", 0.0), figures["latents"].get("latent_rank", 0.0)
-  if not std > 1e-2 or not rank > 1.5:
+  deviation, rank = (figures["latents"].get(f"latent_{name}", 0.0) for name in ("deviation", "rank"))
+  if not deviation > 1e-2 or not rank > 1.5:
     return (
-      f"the encoder: its latents have collapsed (standard deviation {std:.3g}, effective rank {rank:.2g}); "
+      f"the encoder: its latents have collapsed (deviation over time {deviation:.3g}, effective rank {rank:.2g}); "
       "first check the gradients that reach it"
     )
   faults: list[tuple[float, str]] = []
@@ -317,9 +284,17 @@ def weakest(figures: Mapping[str, Any]) -> str:
       f"the dynamics: after {steps} steps its error is {error:.2f} standard deviations, that of copying {copying:.2f}",
     )
   )
+  calibration, error = figures["sampler"]["calibration"], figures["sampler"]["error"]
+  faults.append(
+    (
+      error * (1 - min(calibration, 1 / max(calibration, 1e-8))),
+      f"the sampler: the variance of its samples is {calibration:.2f} of their squared error, and the error of one "
+      f"step {error:.2f} of that of copying",
+    )
+  )
   correlation = figures["value"]["correlation"]
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
   fault, sentence = max(faults)
-  note = "" if real is not None else f"; rewards and ends are not judged: fewer than {_MIN_EXAMPLES} of each kind"
-  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){note}"
+  unjudged = f"; rewards and ends are not judged: fewer than {telemetry.MIN_EXAMPLES} of each kind"
+  return f"{sentence} (fault {min(max(fault, 0.0), 1.0):.2f} of 1){unjudged if real is None else ''}"

@@ -7,7 +7,7 @@ from jedi_jax.types import Array, Term
 
 
 def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[str, Array | Term]:
-  """Sums second moments of the latents of real frames; `telemetry.latent_summary` turns them into metrics.
+  """Sums moments of the latents of real frames; `telemetry.summarise` turns them into metrics.
 
   Args:
     latents: [B, T, h, w, c] float32; no gradient flows through them.
@@ -16,20 +16,26 @@ def latent_statistics(latents: Array, mask: Array, limit: float | None) -> dict[
 
   Returns:
     'latent_gram': [c + 1, c + 1] float32, sum over real positions of x x^T with x = (1, channels).
-    'latent_moments': [2, h, w, c] float32, sums over real frames of x and x^2.
+    'latent_moments': [2, h, w, c] float32, sums over real frames of the latent and of its square. The number of real
+      frames is latent_gram[0, 0] / (h w).
+    'latent_change_square': mean square of the change in one step, over pairs of successive real frames.
     'latent_clamped': fraction of values beyond 0.9 of the limit; absent without a limit.
   """
   latents = jax.lax.stop_gradient(latents)
   weights = jnp.broadcast_to(mask[:, :, None, None], latents.shape[:-1]).astype(jnp.float32)
   augmented = jnp.concatenate([jnp.ones_like(latents[..., :1]), latents], axis=-1)
   gram = jnp.einsum("bthwi,bthwj->ij", augmented * weights[..., None], augmented)
-  frames = jnp.where(mask[:, :, None, None, None], latents, 0.0)
-  moments = jnp.stack([jnp.sum(frames, axis=(0, 1)), jnp.sum(jnp.square(frames), axis=(0, 1))])
-  sums: dict[str, Array | Term] = {"latent_gram": gram, "latent_moments": moments}
-  if limit is None:
-    return sums
-  clamped = jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1)
-  return {**sums, "latent_clamped": Term(clamped, weights)}
+  frames = mask.astype(jnp.float32)
+  moments = jnp.stack([jnp.einsum("bt,bthwc->hwc", frames, x) for x in (latents, jnp.square(latents))])
+  change = jnp.mean(jnp.square(latents[:, 1:] - latents[:, :-1]), axis=(2, 3, 4))
+  statistics: dict[str, Array | Term] = {
+    "latent_gram": gram,
+    "latent_moments": moments,
+    "latent_change_square": Term(change, frames[:, 1:] * frames[:, :-1]),
+  }
+  if limit is not None:
+    statistics["latent_clamped"] = Term(jnp.mean(jnp.abs(latents) > 0.9 * limit, axis=-1), weights)
+  return statistics
 
 
 def confusion(labels: Array, logits: Array, weights: Array) -> Array:

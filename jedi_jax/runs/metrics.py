@@ -73,11 +73,34 @@ SECTIONS = (
     "runs/telemetry.py",
     "Of the frames in the denoiser's batches.",
     {
-      "denoiser/latent_std": ("latent", "Standard deviation: the root of the channels' mean variance."),
+      "denoiser/latent_deviation": (
+        "latent",
+        "Deviation over time: the root of the mean over positions and channels of the variance over frames. A small "
+        "one shows that the latents collapse to one picture.",
+      ),
+      "denoiser/latent_change": ("latent", "Root mean square change of the latent in one step."),
+      "denoiser/latent_std": (
+        "latent",
+        "Standard deviation over positions and frames: the root of the channels' mean variance. A constant picture has "
+        "one too.",
+      ),
       "denoiser/latent_rank": (
         "-",
         "Effective rank of the channels' covariance, from 1 to the number of channels (Roy and Vetterli "
-        "2007). A small rank or standard deviation shows that the latents collapse.",
+        "2007). A small one shows that the latents collapse.",
+      ),
+    },
+  ),
+  (
+    "Movement of the encoder",
+    "training/epoch.py",
+    "Of fixed frames of replay, over the epoch's updates of all phases; absent without a learned encoder.",
+    {
+      "denoiser/encoder_movement": (
+        "step changes",
+        "Root mean square movement of the latents over a device call, divided by the root mean square change of the "
+        "same latents in one step. The calls of an epoch add up to the length of a path. Above 1 the latents move "
+        "faster than the game.",
       ),
     },
   ),
@@ -160,6 +183,29 @@ SECTIONS = (
     {
       "evaluation/return": ("reward", "Mean return of whole games, rewards not clipped."),
       "evaluation/length": ("steps", "Mean length of the games."),
+    },
+  ),
+  (
+    "World model",
+    "runs/telemetry.py",
+    "Every `evaluation.interval_epochs` epochs, on 64 segments of replay, imagined over H steps with the real actions.",
+    {
+      "world_model/f1_real": (
+        "fraction",
+        "Mean F1 score of negative rewards, positive rewards and ends on real latents, over the classes with at least "
+        "5 examples; absent without such a class.",
+      ),
+      "world_model/f1_imagined": ("fraction", "The same on imagined latents."),
+      "world_model/error_1": (
+        "fraction",
+        "Root mean square error of the latent after one imagined step, divided by that of copying the last real one.",
+      ),
+      "world_model/error_last": ("fraction", "The same after H steps."),
+      "world_model/calibration": (
+        "fraction",
+        "Calibration of the sampler: variance of 4 samples of the next latent, times 1 + 1/4, over the squared error "
+        "of their mean. It is about 1 for a calibrated sampler, and 0 for a deterministic one that errs.",
+      ),
     },
   ),
   (

@@ -8,11 +8,16 @@ import jax.numpy as jnp
 import optax
 
 from jedi_jax.models.base import Model
-from jedi_jax.replay import ReplayState
+from jedi_jax.replay import ReplayState, sample
 from jedi_jax.training.order import group_phases, group_updates
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import Update, make_update
-from jedi_jax.types import Array, Metrics
+from jedi_jax.types import Array, Metrics, Params
+
+_PAIRS = 64
+"""Pairs of successive frames on which the encoder's movement is measured."""
+_PAIRS_KEY = 1_000_000
+"""Number that separates their key from those of the phases."""
 
 Epoch = Callable[[TrainState, ReplayState, dict[str, Array]], tuple[TrainState, dict[str, Metrics]]]
 
@@ -39,7 +44,8 @@ def make_epoch(
   Returns:
     (state, replay, number of updates by phase, [] int32) -> (state, sums of each phase's metrics over its updates). The
     phases run in order; phases of a group have the same number. The numbers are traced, so one compilation serves the
-    long first epoch, the others, and each group by itself.
+    long first epoch, the others, and each group by itself. With a learned encoder the denoiser has one more figure,
+    'encoder_movement', which belongs to the whole call and to all phases; see `_encoder_movement`.
   """
   numbers = {phase.name: index for index, phase in enumerate(model.phases)}
   updates = {
@@ -59,10 +65,14 @@ def make_epoch(
   }
 
   def epoch(state: TrainState, replay: ReplayState, counts: dict[str, Array]) -> tuple[TrainState, dict[str, Metrics]]:
+    before = state.params["encoder"]
     sums: dict[str, Metrics] = {}
     for name, in_turn in groups.items():
       state, own = _repeat(_in_turn(in_turn), state, replay, counts[name])
       sums |= own
+    if jax.tree.leaves(before):
+      movement = _encoder_movement(model, before, state, replay)
+      sums["denoiser"] = {**sums["denoiser"], "encoder_movement": movement}
     return state, sums
 
   return epoch
@@ -79,6 +89,41 @@ def _in_turn(updates: Sequence[Update]) -> Update:
     return state, metrics
 
   return update
+
+
+def _encoder_movement(model: Model, before: Params, state: TrainState, replay: ReplayState) -> Array:
+  """Measures how far the latents of fixed frames have moved, in units of their change in one step.
+
+  The frames are pairs of successive frames. They derive from the run's key and the replay, so they are the same for all
+  devices and for all calls between two collections.
+
+  Args:
+    model: the composed model.
+    before: the encoder's earlier parameters.
+    state: the present state.
+    replay: the replay.
+
+  Returns:
+    [] float32: root mean square difference between the latents of the present and of the earlier encoder, divided by
+    the root mean square change from the first to the second frame of a pair, by the present encoder.
+  """
+  key = jax.random.fold_in(jax.random.wrap_key_data(state.key), _PAIRS_KEY)
+  keys = jax.random.split(key, _PAIRS)
+  pairs = sample(replay, keys, length=2, age_weights=(1.0,), beyond_end=False, final_frames=True)
+
+  def encode(encoder: Params) -> Array:
+    return model.encode({**state.params, "encoder": encoder}, pairs.observations, pairs.mask)
+
+  # One program encodes with both, so that equal parameters give equal latents.
+  both = jax.tree.map(lambda *x: jnp.stack(x), before, state.params["encoder"])
+  old, new = jax.lax.map(encode, both)
+  weights = pairs.mask.astype(jnp.float32)
+
+  def mean_square(x: Array, weights: Array) -> Array:
+    return jnp.sum(jnp.mean(jnp.square(x), axis=(-3, -2, -1)) * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+  change = mean_square(new[:, 1] - new[:, 0], weights[:, 0] * weights[:, 1])
+  return jnp.sqrt(mean_square(new - old, weights) / jnp.maximum(change, 1e-12))
 
 
 def _repeat(

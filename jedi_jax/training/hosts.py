@@ -27,7 +27,7 @@ class Operation(enum.IntEnum):
   START = 1
   ADD = 2
   UPDATE = 3
-  STRIPS = 4
+  WATCH = 4
 
 
 def warm_up_collectives(devices: Devices) -> None:

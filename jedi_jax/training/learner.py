@@ -87,18 +87,14 @@ class Learner:
     self.replay: Any = None
     self._announce = (lambda *_: contextlib.nullcontext()) if leader is None else leader.announce
     self._add = self.devices.map(replay_lib.add, donate=(0,))
-    self._strips = self._make_strips()
+    watch = dreams.make_watch(self.model, steps=config.actor_critic.horizon, strips=config.probe.strips)
+    self._watch = self.devices.map(lambda params, replay, key: watch(params, replay, jax.random.wrap_key_data(key)))
     self._init = make_init(self.model, self.optimizers, order)
 
   @property
   def phases(self) -> tuple[str, ...]:
     """Names of the phases, in order."""
     return tuple(phase.name for phase in self.model.phases)
-
-  @property
-  def has_strips(self) -> bool:
-    """Whether `strips` can be called: the model decodes and `probe.strips` is positive."""
-    return self._strips is not None
 
   def init(self, seed: int, num_actions: int | None = None) -> TrainState:
     """Returns a fresh state on the host. Not compiled as a whole, which would take longer than its small programs.
@@ -182,15 +178,15 @@ class Learner:
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))
       return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]
 
-  def strips(self, keys: Sequence[Any]) -> list[np.ndarray]:
-    """Imagines from replay with the real actions; see `dreams.make_strips`.
+  def watch(self, keys: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+    """Imagines from replay with the real actions and compares with what was real; see `dreams.make_watch`.
 
     Args:
       keys: data of a random key for each run.
     """
-    with self._announce(Operation.STRIPS):
-      strips = self._strips(self.state.params, self.replay, self.devices.to_devices(keys))
-      return [self.devices.to_host(strips, run) for run in range(self.devices.runs)]
+    with self._announce(Operation.WATCH):
+      figures = self._watch(self.state.params, self.replay, self.devices.to_devices(keys))
+      return [self.devices.to_host(figures, run) for run in range(self.devices.runs)]
 
   def params(self, run: int = 0, names: Sequence[str] | None = None) -> dict[str, Params]:
     """Copies the parameters of a run on its device; those of all components if `names` is None."""
@@ -228,16 +224,9 @@ class Learner:
       elif operation == Operation.UPDATE:
         self.update({name: counts[name] for name in self.phases})
       else:
-        self.strips([_zeros(jax.eval_shape(jax.random.key_data, jax.random.key(0)))])
+        self.watch([_zeros(jax.eval_shape(jax.random.key_data, jax.random.key(0)))])
       # Collectives of two programs must not overlap.
       jax.block_until_ready((self.state, self.replay))
-
-  def _make_strips(self) -> Any:
-    count, steps = self.config.probe.strips, self.config.actor_critic.horizon
-    if self.model.decode is None or not count:
-      return None
-    strips = dreams.make_strips(self.model, count=count, steps=steps)
-    return self.devices.map(lambda params, replay, key: strips(params, replay, jax.random.wrap_key_data(key)))
 
 
 def empty_replay(config: Config, spec: EnvSpec) -> ReplayState:

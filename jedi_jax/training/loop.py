@@ -157,7 +157,7 @@ class Trainer:
     if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
       for index in going:
         values[index] |= self._evaluate_and_keep_best(index)
-      self._write_strips(runs)
+      self._watch(going, values)
     self._log(going, values, time.monotonic() - start)
     asked = self._interruption.stop_requested
     # Before the last save, which takes time.
@@ -180,8 +180,11 @@ class Trainer:
       records.append(run.metrics.write(run.progress.epoch, values[index]))
     self._console.log(messages.epoch(runs, [values[index] for index in going]))
     for index, run, record in zip(going, runs, records, strict=True):
+      packed = self.learner.devices.packed
       if run.check_collapse(values[index]):
-        self._console.log(messages.collapse(run, values[index], packed=self.learner.devices.packed))
+        self._console.log(messages.collapse(run, values[index], packed=packed))
+      if run.check_movement(values[index]):
+        self._console.log(messages.runaway(run, values[index], packed=packed))
       if self._on_epoch is not None:
         self._on_epoch(run.workdir.path, record)
 
@@ -292,17 +295,18 @@ class Trainer:
           run.failure = messages.not_finite(run, name, count)
           self._console.log(run.failure)
 
-  def _write_strips(self, runs: Sequence[Run]) -> None:
-    """Writes real and imagined frames to TensorBoard."""
-    if not self.learner.has_strips:
-      return
+  def _watch(self, going: Sequence[int], values: Sequence[dict[str, Any]]) -> None:
+    """Adds the figures of the world model, and writes real and imagined frames to TensorBoard."""
     keys = []
     for run in self.runs:
       key = jax.random.key(seeds.derive(run.config.seed, Purpose.DREAMS))
       keys.append(jax.random.key_data(jax.random.fold_in(key, run.progress.epoch)))
-    for run, strips in zip(self.runs, self.learner.strips(keys), strict=True):
-      if run in runs:
-        run.metrics.write_image(run.progress.epoch, "dreams/real_over_imagined", dreams.tile(strips))
+    watched = self.learner.watch(keys)
+    for index in going:
+      run, figures = self.runs[index], watched[index]
+      values[index] |= telemetry.world_model_summary(figures)
+      if "strips" in figures:
+        run.metrics.write_image(run.progress.epoch, "dreams/real_over_imagined", dreams.tile(figures["strips"]))
 
   def _evaluate(self, index: int, *, episodes: int, purpose: Purpose) -> list[EpisodeResult]:
     run = self.runs[index]

@@ -56,9 +56,24 @@ def epoch(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> str:
 def collapse(run: Run, values: Mapping[str, Any], *, packed: bool) -> str:
   """Reports that the latents of a run have collapsed or recovered."""
   what = "WARNING: the latents have collapsed" if run.collapsed else "the latents have recovered"
-  std, rank = values["denoiser/latent_std"], values["denoiser/latent_rank"]
-  place = f"{run.workdir.path}: " if packed else ""
-  return f"{place}{what}: standard deviation {std:.3g}, effective rank {rank:.3g}"
+  deviation, rank = values["denoiser/latent_deviation"], values["denoiser/latent_rank"]
+  return f"{_place(run, packed=packed)}{what}: deviation over time {deviation:.3g}, effective rank {rank:.3g}"
+
+
+def runaway(run: Run, values: Mapping[str, Any], *, packed: bool) -> str:
+  """Reports that the encoder of a run moves faster than the game."""
+  c = run.config
+  return (
+    f"{_place(run, packed=packed)}WARNING: the latents move faster than the game: in one epoch by "
+    f"{values['denoiser/encoder_movement']:.3g} times their change in one step "
+    f"(training.runaway_movement={c.training.runaway_movement:g}); "
+    f"lower encoder.learning_rate_factor={c.encoder.learning_rate_factor:g}"
+  )
+
+
+def _place(run: Run, *, packed: bool) -> str:
+  """Names one of several runs."""
+  return f"{run.workdir.path}: " if packed else ""
 
 
 def not_finite(run: Run, phase: str, count: int) -> str:

@@ -59,6 +59,7 @@ class Run:
     failure: why it cannot continue; empty if it can.
     saved: number of its newest checkpoint; None if there is none.
     collapsed: whether its latents have collapsed.
+    runaway: whether its encoder moves faster than the game.
   """
 
   def __init__(self, workdir: Workdir, actor: Actor):
@@ -90,6 +91,7 @@ class Run:
     self.failure = ""
     self.saved: int | None = None
     self.collapsed = False
+    self.runaway = False
     self._metrics: telemetry.MetricsWriter | None = None
 
   @property
@@ -165,11 +167,18 @@ class Run:
   def check_collapse(self, values: Mapping[str, Any]) -> bool:
     """Sets `collapsed` by the metrics of an epoch; returns whether it changed."""
     bounds, before = self.config.training, self.collapsed
-    std, rank = (values.get(f"denoiser/latent_{name}") for name in ("std", "rank"))
-    if std is not None and rank is not None:
+    deviation, rank = (values.get(f"denoiser/latent_{name}") for name in ("deviation", "rank"))
+    if deviation is not None and rank is not None:
       # NaN counts as collapsed.
-      self.collapsed = not (std >= bounds.collapse_std and rank >= bounds.collapse_rank)
+      self.collapsed = not (deviation >= bounds.collapse_std and rank >= bounds.collapse_rank)
     return self.collapsed != before
+
+  def check_movement(self, values: Mapping[str, Any]) -> bool:
+    """Sets `runaway` by the metrics of an epoch; returns whether it has begun. The long first epoch does not count."""
+    bound, before = self.config.training.runaway_movement, self.runaway
+    movement = values.get("denoiser/encoder_movement", 0.0)
+    self.runaway = self.progress.epoch > 1 and 0 < bound < movement
+    return self.runaway and not before
 
   def collection_metrics(self, steps: Steps) -> dict[str, Any]:
     """Returns the epoch's metrics of environment steps."""

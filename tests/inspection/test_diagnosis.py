@@ -15,11 +15,18 @@ def figures(agent, episodes):
 
 def test_every_figure_is_there_and_is_json(figures, agent):
   assert json.loads(json.dumps(figures)) == figures
-  assert set(figures) == {"segments", "latents", "denoising", "open_loop", "rewards_ends", "value", "weakest"}
+  assert set(figures) == {
+    "segments", "latents", "denoising", "open_loop", "sampler", "rewards_ends", "value", "weakest"
+  }  # fmt: skip
   horizon = agent.config.actor_critic.horizon
   assert len(figures["open_loop"]["error"]) == len(figures["open_loop"]["copying"]) == horizon
   assert figures["latents"]["latent_std"] > 0
   assert 1 <= figures["latents"]["latent_rank"] <= 4
+  assert 0 < figures["latents"]["latent_deviation"] <= figures["latents"]["latent_std"]
+  assert figures["latents"]["latent_change"] > 0
+  assert figures["sampler"]["calibration"] > 0
+  first = {name: figures["open_loop"][name][0] for name in ("error", "copying")}
+  assert figures["sampler"]["error"] == pytest.approx(first["error"] / first["copying"])
   d = figures["denoising"]
   assert d["sigma"][0] == pytest.approx(agent.config.denoiser.sigma_min)
   assert d["sigma"][-1] == pytest.approx(agent.config.denoiser.sigma_max)
@@ -88,7 +95,8 @@ def test_nothing_to_look_at_is_refused(agent):
 
 
 GOOD = {
-  "latents": {"latent_std": 0.3, "latent_rank": 6.0},
+  "latents": {"latent_std": 0.4, "latent_deviation": 0.3, "latent_rank": 6.0},
+  "sampler": {"calibration": 0.9, "error": 0.1},
   "open_loop": {"error": [0.05, 0.1], "copying": [1.0, 1.4]},
   "rewards_ends": {"on_real": {"f1": 0.98}, "in_imagination": {"f1": 0.97}},
   "value": {"correlation": 0.8},
@@ -97,7 +105,9 @@ GOOD = {
 
 @pytest.mark.parametrize(("changes", "words"), [
   ({}, ["critic", "0.80", "fault 0.20"]),
-  ({("latents", "latent_std"): 1e-4}, ["encoder", "collapsed"]),
+  ({("latents", "latent_deviation"): 1e-4}, ["encoder", "collapsed"]),
+  ({("sampler", "calibration"): 0.0, ("sampler", "error"): 0.6}, ["sampler", "0.00", "0.60", "fault 0.60"]),
+  ({("sampler", "calibration"): 5.0, ("sampler", "error"): 0.5}, ["sampler", "5.00", "fault 0.40"]),
   ({("latents", "latent_rank"): 1.1}, ["encoder", "collapsed"]),
   ({("rewards_ends", "on_real", "f1"): 0.2}, ["reward / end model", "0.20", "even on real latents"]),
   ({("rewards_ends", "in_imagination", "f1"): 0.4}, ["dynamics", "0.98 to 0.40 in imagination"]),

@@ -8,13 +8,19 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jedi_jax.errors import UserError
-from jedi_jax.runs.telemetry import MetricsWriter, latent_summary, summarise
+from jedi_jax.runs.telemetry import MetricsWriter, f1, latent_summary, summarise, world_model_summary
 
 
-def gram_of(latents):
-  """Returns the sum of x x^T over positions [P, c], x being 1 and the channels."""
-  x = np.concatenate([np.ones((len(latents), 1)), latents], axis=1)
-  return x.T @ x
+def moments_of(latents):
+  """Returns the sum of x x^T over latents [T, h, w, c], x being 1 and the channels, and the sums of z and z^2."""
+  x = latents.reshape(-1, latents.shape[-1])
+  x = np.concatenate([np.ones((len(x), 1)), x], axis=1)
+  return x.T @ x, np.stack([latents.sum(axis=0), (latents**2).sum(axis=0)])
+
+
+def summary_of(latents):
+  """Returns the summary of latents [T, c] of one position."""
+  return latent_summary(*moments_of(latents[:, None, None]))
 
 
 def test_precision_and_recall_by_hand():
@@ -42,6 +48,22 @@ def test_precision_and_recall_by_hand():
   )
 
 
+def test_f1_of_rare_events():
+  reward = np.array([[3.0, 1.0, 0.0], [2.0, 10.0, 4.0], [0.0, 1.0, 5.0]])
+  # Four negative rewards are too few. Six positive ones: precision 5/9, recall 5/6; five ends: 1, 3/5.
+  end = np.array([[7.0, 0.0], [2.0, 3.0]])
+  assert f1(reward, end) == pytest.approx((2 / (9 / 5 + 6 / 5) + 2 / (1 + 5 / 3)) / 2)
+  assert f1(np.zeros((3, 3)), np.zeros((2, 2))) is None
+  figures = {"error": np.array([0.2, 0.9]), "copying": np.array([0.4, 1.0]), "calibration": np.float32(0.5)}
+  figures |= {"reward_real": reward, "end_real": end, "reward_imagined": 0 * reward, "end_imagined": 0 * end}
+  assert world_model_summary(figures) == pytest.approx({
+    "world_model/f1_real": f1(reward, end),
+    "world_model/error_1": 0.5,
+    "world_model/error_last": 0.9,
+    "world_model/calibration": 0.5,
+  })  # fmt: skip
+
+
 def test_scalars_are_averaged_and_idle_phases_omitted():
   sums = {"denoiser": {"loss": np.float32(6.0)}, "actor_critic": {"loss": np.float32(0.0)}}
   assert summarise(sums, {"denoiser": 4, "actor_critic": 0}) == {"denoiser/loss": 1.5}
@@ -50,15 +72,18 @@ def test_scalars_are_averaged_and_idle_phases_omitted():
 
 def test_latent_summary_against_numpy():
   generator = np.random.default_rng(0)
-  latents = generator.normal(size=(500, 4)) @ generator.normal(size=(4, 4)) + [1.0, -2.0, 0.5, 3.0]
-  covariance = np.cov(latents.T, bias=True)
+  latents = generator.normal(size=(50, 5, 2, 4)) @ generator.normal(size=(4, 4)) + [1.0, -2.0, 0.5, 3.0]
+  latents += generator.normal(size=(5, 2, 4))  # What is the same in all frames.
+  covariance = np.cov(latents.reshape(-1, 4).T, bias=True)
   shares = np.linalg.eigvalsh(covariance) / np.trace(covariance)
   expected = {
     "latent_std": math.sqrt(np.mean(np.diag(covariance))),
     "latent_rank": math.exp(-np.sum(shares * np.log(shares))),
+    "latent_deviation": math.sqrt(np.mean(np.var(latents, axis=0))),
   }
-  assert latent_summary(gram_of(latents)) == pytest.approx(expected, rel=1e-9)
-  named = summarise({"denoiser": {"latent_gram": gram_of(latents)}}, {"denoiser": 2})
+  gram, moments = moments_of(latents)
+  assert latent_summary(gram, moments) == pytest.approx(expected, rel=1e-9)
+  named = summarise({"denoiser": {"latent_gram": gram, "latent_moments": moments}}, {"denoiser": 2})
   assert named == pytest.approx({f"denoiser/{name}": value for name, value in expected.items()}, rel=1e-9)
 
 
@@ -66,18 +91,32 @@ def test_latent_rank_counts_directions():
   generator = np.random.default_rng(0)
   basis = np.linalg.qr(generator.normal(size=(6, 6)))[0]
   signs = np.array([[1.0 if (i >> k) & 1 else -1.0 for k in range(3)] for i in range(8)])  # Orthogonal columns.
-  figures = latent_summary(gram_of(2.0 * signs @ basis[:3]))
+  figures = summary_of(2.0 * signs @ basis[:3])
   assert figures["latent_rank"] == pytest.approx(3.0, abs=1e-6)
   assert figures["latent_std"] == pytest.approx(2.0 * math.sqrt(3 / 6))
-  assert latent_summary(gram_of(np.outer(signs[:, 0], basis[0])))["latent_rank"] == pytest.approx(1.0, abs=1e-6)
+  assert summary_of(np.outer(signs[:, 0], basis[0]))["latent_rank"] == pytest.approx(1.0, abs=1e-6)
 
 
 def test_latent_summary_of_degenerate_latents():
-  assert latent_summary(np.zeros((4, 4))) == {}
-  assert latent_summary(gram_of(np.zeros((5, 3)))) == {"latent_std": 0.0, "latent_rank": 0.0}
-  broken = latent_summary(np.full((4, 4), math.nan))
-  assert all(math.isnan(x) for x in broken.values())
-  assert len(broken) == 2
+  assert latent_summary(np.zeros((4, 4)), np.zeros((2, 1, 1, 3))) == {}
+  names = ("latent_std", "latent_rank", "latent_deviation")
+  assert summary_of(np.zeros((5, 3))) == dict.fromkeys(names, 0.0)
+  broken = latent_summary(np.full((4, 4), math.nan), np.full((2, 1, 1, 3), math.nan))
+  assert all(math.isnan(broken[name]) for name in names)
+  assert len(broken) == 3
+
+
+def test_a_constant_picture_has_no_deviation_over_time():
+  picture = np.random.default_rng(0).normal(size=(3, 2, 4))
+  figures = latent_summary(*moments_of(np.stack([picture] * 6)))
+  assert figures["latent_deviation"] == pytest.approx(0.0, abs=1e-7)
+  assert figures["latent_std"] > 0.5
+
+
+def test_the_change_is_a_root_of_a_mean_and_the_movement_is_not_averaged():
+  sums = {"denoiser": {"latent_change_square": np.float32(0.36), "encoder_movement": np.float32(0.7)}}
+  figures = {"denoiser/latent_change": 0.3, "denoiser/encoder_movement": 0.7}
+  assert summarise(sums, {"denoiser": 4}) == pytest.approx(figures)
 
 
 def records(path):

@@ -52,6 +52,12 @@ def movement(a, b):
   return max(float(np.max(np.abs(x - y))) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
+def without_movement(sums):
+  """Removes, from the sums of a call, the figure that belongs to the whole call; returns it too."""
+  rest = {name: x for name, x in sums["denoiser"].items() if name != "encoder_movement"}
+  return {**sums, "denoiser": rest}, float(sums["denoiser"]["encoder_movement"])
+
+
 def test_an_epoch_trains_every_component(one, start):
   state, [sums] = one
   for name in ("encoder", *PHASES):
@@ -93,8 +99,14 @@ def test_all_devices_hold_the_same_state(tiny):
 def test_the_fused_call_is_its_phases_one_by_one(tiny, one):
   state, sums = run(tiny, (4,), (0, 4), (0, 0, 3), (0, 0, 0, 3))
   chex.assert_trees_all_equal(state, one[0])
+  fused, movement = without_movement(one[1][0])
+  sums, movements = zip(*map(without_movement, sums), strict=True)
+  # The encoder moves in the two phases that train it. A path is not shorter than the way from its start to its end.
+  assert min(movements[:2]) > 0
+  assert movements[2:] == (0, 0)
+  assert 0 < movement < 1.1 * sum(movements)
   for phase, separate in zip(PHASES, sums, strict=True):
-    chex.assert_trees_all_equal(separate[phase], one[1][0][phase])
+    chex.assert_trees_all_equal(separate[phase], fused[phase])
     for other in set(PHASES) - {phase}:
       assert not any(np.any(x) for x in jax.tree.leaves(separate[other]))
 
@@ -124,6 +136,16 @@ def test_the_probe_changes_nothing_of_the_agent(tiny, tiny_without_probe, one):
     chex.assert_trees_all_equal({name: mine[name] for name in theirs}, theirs)
   # Nor does the number of its updates.
   chex.assert_trees_all_equal(run(tiny, (4, 4, 3, 0))[0].params | {"probe": 0}, one[0].params | {"probe": 0})
+
+
+def test_the_movement_is_that_of_the_latents_of_replay(tiny, one, start):
+  """On all frames of the replay, of which the epoch takes some."""
+  replay = tiny.devices().to_host(tiny.replay())
+  frames = np.asarray(replay.observations(0, slice(0, 64)))[None]
+  encode = jax.jit(lambda params: tiny.model.encode(params, frames, np.ones((1, 64), bool))[0])
+  old, new = (np.asarray(encode(state.params)) for state in (start, one[0]))
+  expected = np.sqrt(np.mean((new - old) ** 2) / np.mean((new[1:] - new[:-1]) ** 2))
+  assert without_movement(one[1][0])[1] == pytest.approx(expected, rel=0.1)
 
 
 def test_no_updates_leave_the_state_as_it_is(tiny, start):

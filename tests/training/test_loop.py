@@ -87,13 +87,15 @@ def test_one_record_an_epoch_with_every_figure(finished_run, tiny):
   for r in records:
     for name in (
       "denoiser/loss", "denoiser/grad_norm", "denoiser/latent_std", "denoiser/latent_rank", "denoiser/latent_clamped",
+      "denoiser/latent_deviation", "denoiser/latent_change", "denoiser/encoder_movement",
       "reward_end/loss", "reward_end/loss_reward", "reward_end/loss_end", "reward_end/grad_norm",
       "reward_end/replay_return", "reward_end/replay_end_rate", "reward_end/reward_count_-1",
       "reward_end/reward_count_0", "reward_end/reward_count_+1", "reward_end/end_count_no", "reward_end/end_count_yes",
       "reward_end/reward_recall_0", "reward_end/end_recall_no",
       "actor_critic/loss", "actor_critic/loss_policy", "actor_critic/loss_value", "actor_critic/loss_entropy",
       "actor_critic/grad_norm", "actor_critic/imagined_return", "actor_critic/policy_entropy",
-      "evaluation/return", "evaluation/length",
+      "evaluation/return", "evaluation/length", "world_model/error_1", "world_model/error_last",
+      "world_model/calibration", "world_model/f1_real", "world_model/f1_imagined",
       "time/collect_seconds", "time/epoch_seconds", "time/total_seconds", "time/update_seconds",
       "time/updates_per_second", "time/evaluation_seconds",
     ):  # fmt: skip
@@ -327,7 +329,18 @@ def test_collapsed_latents_are_a_warning(tiny, train_tiny, quiet, tmp_path):
   train_tiny(tmp_path / "run", config=override(tiny.config, {"training.collapse_std": 1e6}), console=quiet)
   warnings = [line for line in quiet.lines if "the latents have" in line]
   assert len(warnings) == 1
-  assert warnings[0].startswith("WARNING: the latents have collapsed: standard deviation ")
+  assert warnings[0].startswith("WARNING: the latents have collapsed: deviation over time ")
+
+
+@pytest.mark.parametrize(("bound", "lines"), [(1e-6, 1), (1e6, 0), (0, 0)])
+def test_an_encoder_that_outruns_the_game_is_one_warning(tiny, train_tiny, quiet, tmp_path, bound, lines):
+  train_tiny(tmp_path / "run", config=override(tiny.config, {"training.runaway_movement": bound}), console=quiet)
+  warnings = [i for i, line in enumerate(quiet.lines) if "the latents move faster than the game" in line]
+  assert len(warnings) == lines
+  if lines:
+    # Not in the first epoch, whose updates are many.
+    assert quiet.lines[warnings[0] - 1].startswith("epoch 2/5")
+    assert "lower encoder.learning_rate_factor" in quiet.lines[warnings[0]]
 
 
 def test_a_directory_that_another_process_trains_in_is_refused(tiny, train_tiny, tmp_path):
