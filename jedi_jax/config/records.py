@@ -46,8 +46,8 @@ class EncoderConfig:
   clamp: float = setting(3.0, "R", low=0)
   """Scale s of the soft clamp s tanh(z / s) on latents; 0 for none."""
   norm: str = setting("frame", "O", choices=("none", "frame", "running"))
-  """Normalisation before the clamp, inside the gradient: of each frame over its positions and channels, or of each
-  position and channel by running statistics. Latents without it have no fixed scale."""
+  """Normalisation before the clamp, inside the gradient: of each frame over its positions and channels, or over time by
+  a running mean of each position and channel and a running deviation of all. Latents without it have no fixed scale."""
   target_decay: float = setting(0.0, "R", low=0, high=1)
   """Decay per update of the moving average of the encoder that encodes the targets; 0 for none."""
   learning_rate_factor: float = setting(0.3, "R", low=0)

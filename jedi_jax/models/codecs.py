@@ -95,8 +95,8 @@ def learned(
     channels: channels of the stages; the last are the latent's.
     downsample: whether a stage ends in 2 x 2 max pooling.
     patch: side of the squares of pixels that are stacked on the channels first; it divides H and W.
-    norm: 'none'; 'frame' for mean 0 and variance 1 over each frame; 'running' for mean 0 and variance 1 over time at
-      each position and channel.
+    norm: 'none'; 'frame' for mean 0 and variance 1 over each frame; 'running' for mean 0 over time at each position and
+      channel, and one scale that gives them a mean variance of 1.
     clamp: scale of the soft clamp; 0 for none.
     clamp_estimate: whether estimates are clamped as well.
     chunk: frames encoded at a time; 0 for all.
@@ -109,7 +109,7 @@ def learned(
     if norm != "running":
       return params
     shape = jax.eval_shape(lambda: blocks.apply(network, params, jnp.zeros((1, *observation_shape)))).shape[1:]
-    return {**params, "running": {"mean": jnp.zeros(shape), "std": jnp.ones(shape)}}
+    return {**params, "running": {"mean": jnp.zeros(shape), "std": jnp.ones(())}}
 
   def encode_chunk(params: Params, images: Array) -> Array:
     weights = {name: value for name, value in params.items() if name != "running"}
@@ -149,18 +149,18 @@ _LEAST_FEATURE_STD = 1e-2
 
 
 def _renormalise(features: Array, mean: Array, std: Array) -> Array:
-  """Returns (features - mean) / std, differentiated as if mean and std were those of the batch [N, h, w, c]."""
+  """Returns (features - mean) / std, differentiated as if mean [h, w, c] and std [] were those of the batch."""
   batch_mean = jnp.mean(features, axis=0)
-  batch_std = jnp.sqrt(jnp.var(features, axis=0) + _LEAST_FEATURE_STD**2)
+  batch_std = jnp.sqrt(jnp.mean(jnp.var(features, axis=0)) + _LEAST_FEATURE_STD**2)
   shift = mean + batch_mean - jax.lax.stop_gradient(batch_mean)
   scale = std * batch_std / jax.lax.stop_gradient(batch_std)
   return (features - shift) / scale
 
 
 def _track(params: Params, mean: Array, square: Array) -> Params:
-  """Moves the running statistics so that the latents' mean tends to 0 and their mean square to 1."""
+  """Moves the running statistics so that the latents' means tend to 0 and their mean variance to 1."""
   old = params["running"]
-  ratio = jnp.clip(square - jnp.square(mean), 1e-2, 1e2) ** (_TRACKING_RATE / 2)
+  ratio = jnp.clip(jnp.mean(square - jnp.square(mean)), 1e-2, 1e2) ** (_TRACKING_RATE / 2)
   running = {
     "mean": old["mean"] + _TRACKING_RATE * old["std"] * mean,
     "std": jnp.maximum(old["std"] * ratio, _LEAST_FEATURE_STD),
