@@ -68,6 +68,14 @@ _SMALL_WORLD = {
   "actor_critic.optimizer.learning_rate": 3e-4,
 }
 
+# Measured on Catch and MinAtar; see docs/choices.md.
+_STABLE_LATENTS = {
+  "encoder.norm": "running",
+  "encoder.learning_rate_factor": 0.1,
+  "sampler.start": "sigma_max",
+  "training.order": "joint",
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = {
   # All constants of the paper.
   "paper": {},
@@ -75,6 +83,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   # the reward model overfits.
   "small": {
     **_SMALL_WORLD,
+    **_STABLE_LATENTS,
     "actor_critic.entropy_weight": 0.003,
     "env.num_envs": 4,
     "collect.total_steps": 28_000,
@@ -83,7 +92,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 400,
     "replay.capacity": 28_000,
     "replay.final_frames": 3_000,
-    "training.order": "alternating",
     "training.batch_size": 16,
     "training.first_updates.denoiser": 2_500,
     "training.first_updates.reward_end": 2_500,
@@ -104,6 +112,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   # The README's first command: a complete run within ten minutes on two CPU cores.
   "cpu": {
     **_SMALL_WORLD,
+    **_STABLE_LATENTS,
     "denoiser.channels": (48,),
     "collect.total_steps": 2_400,
     "collect.first_epoch_min_steps": 800,
@@ -111,7 +120,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 200,
     "replay.capacity": 3_000,
     "replay.final_frames": 500,
-    "training.order": "alternating",
     "training.batch_size": 8,
     "training.first_updates.denoiser": 300,
     "training.first_updates.reward_end": 300,
@@ -133,6 +141,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   },
   # Learns Catch within twenty minutes on two CPU cores.
   "catch": {
+    **_STABLE_LATENTS,
     "env.name": "catch",
     "encoder.patch": 2,
     "encoder.channels": (16, 8),
@@ -157,7 +166,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.total_steps": 2_664,
     "replay.capacity": 3_000,
     "replay.final_frames": 400,
-    "training.order": "alternating",
     "training.batch_size": 16,
     "training.first_updates.denoiser": 1_000,
     "training.first_updates.reward_end": 1_000,
@@ -176,6 +184,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
   },
   # Learns a MinAtar game on one CPU core.
   "minatar": {
+    **_STABLE_LATENTS,
     "env.name": "minatar/Breakout",
     "encoder.patch": 2,
     "encoder.channels": (32, 16),
@@ -184,7 +193,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.channels": (32,),
     "denoiser.conditioning_width": 64,
     "denoiser.optimizer.learning_rate": 1e-3,
-    "sampler.start": "sigma_max",
     "reward_end.channels": (16,),
     "reward_end.depths": (1,),
     "reward_end.attention": (False,),
@@ -201,20 +209,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 1_000,
     "replay.capacity": 100_000,
     "replay.final_frames": 30_000,
-    "training.order": "alternating",
     "training.batch_size": 16,
-    "training.first_updates.denoiser": 600,
-    "training.first_updates.reward_end": 600,
-    "training.first_updates.actor_critic": 100,
-    "training.updates.denoiser": 50,
-    "training.updates.reward_end": 50,
-    "training.updates.actor_critic": 50,
+    "training.first_updates.denoiser": 1_500,
+    "training.first_updates.reward_end": 1_500,
+    "training.first_updates.actor_critic": 300,
+    "training.updates.denoiser": 60,
+    "training.updates.reward_end": 60,
+    "training.updates.actor_critic": 100,
     "training.updates_per_call": 600,
     "training.final_epochs": 0,
     "evaluation.episodes": 100,
-    "evaluation.interval_epochs": 12,
-    "evaluation.interval_episodes": 30,
-    "checkpoint.interval_epochs": 12,
+    "evaluation.interval_epochs": 16,
+    "evaluation.interval_episodes": 16,
+    "evaluation.num_envs": 8,
+    "checkpoint.interval_epochs": 16,
     "probe.strips": 0,
   },
   # Takes seconds; for tests and experiments with the code.
