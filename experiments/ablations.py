@@ -20,7 +20,6 @@ import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax.config import VARIANTS
 from jedi_jax.errors import nearest
-from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program, workdir
 from jedi_jax.tables import markdown_table
@@ -31,28 +30,28 @@ _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds of each arm.", lower_bound=1, u
 _FIGURE = flags.DEFINE_list("figure", ["gradients", "targets"], "Which figures: gradients, targets, choices.")
 _ARMS = flags.DEFINE_list("arms", [], "Names of the arms to run; all by default.")
 _OUT = flags.DEFINE_string("out", None, "Directory of the runs, the table and the figures.")
-_STEPS = flags.DEFINE_integer(
-  "diagnosis_steps", 1_600, "Environment steps of each run's diagnosis.", lower_bound=1, upper_bound=10**6
-)
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting in all runs; may be repeated.")
 
 
 class Measured(NamedTuple):
-  """Results of one run.
+  """Results of one run; the figures of the world model are None without an evaluation during training.
 
   Attributes:
     mean_return: mean return of the final evaluation.
-    error: root mean square error of open-loop imagination after H steps, in standard deviations of the latents.
-    copying: the same error for copies of the last real latent.
-    f1: F1 score of rewards and ends in imagination, None with too few examples.
+    error: error of open-loop imagination after H steps, over that of copies of the last real latent.
+    f1_real: F1 score of rewards and ends on real latents.
+    f1_imagined: the same on imagined latents.
+    calibration: of the sampler; see docs/metrics.md.
   """
 
   mean_return: float
-  error: float
-  copying: float
-  f1: float | None
+  error: float | None
+  f1_real: float | None
+  f1_imagined: float | None
+  calibration: float | None
 
 
+_WATCHED = ("error_last", "f1_real", "f1_imagined", "calibration")
 _PIXEL_SCALE = {
   path: VARIANTS["diamond"][path] for path in VARIANTS["diamond"] if path.split(".")[1].startswith(("sigma", "offset"))
 }
@@ -76,17 +75,16 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
   "choices": {
     "preset": ("jedi", {}),
     "sequential order": ("jedi", {"training.order": "sequential"}),
-    "joint update": ("jedi", {"training.order": "joint"}),
+    "alternating order": ("jedi", {"training.order": "alternating"}),
+    "norm per frame": ("jedi", {"encoder.norm": "frame"}),
     "no norm, DIAMOND's scale": ("jedi", {"encoder.norm": "none", **_PIXEL_SCALE}),
     "no norm, DIAMOND's scale, policy's input normalised": (
       "jedi",
       {"encoder.norm": "none", "actor_critic.input_norm": "frame", **_PIXEL_SCALE},
     ),
-    "running norm": ("jedi", {"encoder.norm": "running"}),
     "no offset noise": ("jedi", {"denoiser.offset_noise": 0.0}),
     "change as target": ("jedi", {"denoiser.target": "change", "denoiser.clamp_estimate": False}),
     "sampling from unit noise": ("jedi", {"sampler.start": "unit"}),
-    "sampling from sigma_max": ("jedi", {"sampler.start": "sigma_max"}),
     "1 sampler step": ("jedi", {"sampler.num_steps": 1}),
     "5 sampler steps": ("jedi", {"sampler.num_steps": 5}),
     "noise on rewards' latents": ("jedi", {"reward_end.noise": 0.2}),
@@ -94,7 +92,8 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "restart after an end": ("jedi", {"actor_critic.restart_after_end": True}),
     "coin: always encoder": ("jedi", {"denoiser.switching": "always_encoder"}),
     "encoder rate x 1": ("jedi", {"encoder.learning_rate_factor": 1.0}),
-    "encoder rate x 0.1": ("jedi", {"encoder.learning_rate_factor": 0.1}),
+    "encoder rate x 0.3": ("jedi", {"encoder.learning_rate_factor": 0.3}),
+    "encoder rate x 0.03": ("jedi", {"encoder.learning_rate_factor": 0.03}),
     "no reward gradient": ("jedi", {"encoder.learns_from": ("prediction",)}),
     "depth 2": ("jedi", {"denoiser.depths": (2,)}),
   },
@@ -135,41 +134,30 @@ def main() -> None:
 
 
 def _run_arm(out: pathlib.Path, variant: str, values: Mapping[str, Any], own: Mapping[str, Any]) -> list[Measured]:
-  """Trains and diagnoses all seeds of one arm."""
+  """Trains all seeds of one arm."""
   name = "-".join([variant, *(f"{path.split('.')[-1]}_{value}" for path, value in own.items())])
   measured = []
   for seed in range(_SEEDS.value):
     config = config_lib.make_config(env=_ENV.value, variant=variant, preset=_PRESET.value, seed=seed, overrides=values)
     directory = out / name / f"seed_{seed}"
     result = jedi_jax.train(config, directory)
-    written = directory / "diagnosis.json"
     jax.clear_caches()  # Every run compiles its own programs; without this, all stay in memory.
-    figures = workdir.read_json(written) if written.exists() else None
-    if figures is None:
-      figures = diagnosis.diagnose_run(directory, steps=_STEPS.value)
-    loop = figures["open_loop"]
-    f1 = figures["rewards_ends"]["in_imagination"]["f1"]
-    measured.append(Measured(float(result["mean_return"]), loop["error"][-1], loop["copying"][-1], f1))
+    last: dict[str, Any] = {}
+    for line in workdir.read_metrics(workdir.read(directory).metrics):
+      last |= {name: line[f"world_model/{name}"] for name in _WATCHED if line.get(f"world_model/{name}") is not None}
+    measured.append(Measured(float(result["mean_return"]), *(last.get(name) for name in _WATCHED)))
   return measured
 
 
 def _table(report: Mapping[str, Mapping[str, list[Measured]]]) -> str:
   lines = []
   for figure, arms in report.items():
-    rows = [["arm", "mean return", "by seed", "open-loop error", "by seed", "copying", "F1 in imagination"]]
+    rows = [["arm", "mean return", "by seed", "error over copying", "F1, real", "F1, imagined", "calibration"]]
     for name, runs in arms.items():
-      returns, errors = [run.mean_return for run in runs], [run.error for run in runs]
-      scores = [run.f1 for run in runs if run.f1 is not None]
-      cells = [
-        name,
-        f"{statistics.mean(returns):.2f}",
-        ", ".join(f"{x:.2f}" for x in returns),
-        f"{statistics.mean(errors):.3f}",
-        ", ".join(f"{x:.3f}" for x in errors),
-        f"{statistics.mean(run.copying for run in runs):.3f}",
-        f"{statistics.mean(scores):.2f}" if scores else "-",
-      ]
-      rows.append(cells)
+      returns = [run.mean_return for run in runs]
+      figures = ([getattr(run, field) for run in runs] for field in Measured._fields[1:])
+      cells = [f"{statistics.mean(found):.2f}" if None not in found else "-" for found in figures]
+      rows.append([name, f"{statistics.mean(returns):.2f}", ", ".join(f"{x:.2f}" for x in returns), *cells])
     lines += [f"## {figure}", "", markdown_table(rows), ""]
   return "\n".join(lines)
 
@@ -180,10 +168,12 @@ def _draw(figure: str, arms: Mapping[str, list[Measured]], path: pathlib.Path) -
   if plt is None:
     return
   fig, axes = plt.subplots(1, 2, figsize=(10, 0.4 * len(arms) + 1.4), layout="constrained", sharey=True)
-  sides = (("mean_return", "mean return"), ("error", "open-loop error (standard deviations)"))
+  sides = (("mean_return", "mean return"), ("error", "open-loop error over copying"))
   for ax, (attribute, label) in zip(axes, sides, strict=True):
     for row, (name, runs) in enumerate(arms.items()):
-      numbers = [getattr(run, attribute) for run in runs]
+      numbers = [x for run in runs if (x := getattr(run, attribute)) is not None]
+      if not numbers:
+        continue
       color = "tab:blue" if name in ("JEDI", "preset") else "tab:gray"
       ax.barh(row, statistics.mean(numbers), color=color, alpha=0.5, height=0.6)
       ax.plot(numbers, [row] * len(numbers), "k.", markersize=5)

@@ -258,8 +258,8 @@ def test_settings_that_do_not_fit_one_another_are_refused(values, parts):
 @pytest.mark.parametrize(
   ("values", "paths"),
   [
-    ({"denoiser.sigma_min": 30.0}, ["denoiser.sigma_min", "denoiser.sigma_max"]),
-    ({"sampler.sigma_min": 30.0}, ["sampler.sigma_min", "sampler.sigma_max"]),
+    ({"denoiser.sigma_min": 50.0}, ["denoiser.sigma_min", "denoiser.sigma_max"]),
+    ({"sampler.sigma_min": 50.0}, ["sampler.sigma_min", "sampler.sigma_max"]),
     ({"sampler.churn_min": 2.0, "sampler.churn_max": 1.0}, ["sampler.churn_min", "sampler.churn_max"]),
     ({"collect.first_epoch_min_steps": 20_000}, ["collect.first_epoch_min_steps", "collect.first_epoch_max_steps"]),
   ],

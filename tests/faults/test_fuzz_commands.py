@@ -114,7 +114,6 @@ PROGRAMS = {
     ["--preset=debug", "--seeds=1", "--out=new"],
     {
       "seeds": ("integer", "natural", "count"), "preset": ("preset",), "set": ("setting",), "env": ("game",),
-      "diagnosis_steps": ("integer", "natural", "count"),
     },
     (["--out="], ["--figure=gradient"], ["--figure=λ"], ["--arms=jedi"], ["--arms=JEDI,λ"], ["--out=file"],
      ["--figure=targets", "--arms=MSE"], ["--out=/dev/null"]),
