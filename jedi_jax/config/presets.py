@@ -70,9 +70,7 @@ _SMALL_WORLD = {
 
 # Measured on Catch and MinAtar; see docs/choices.md.
 _STABLE_LATENTS = {
-  "encoder.norm": "running",
   "encoder.learning_rate_factor": 0.1,
-  "sampler.start": "sigma_max",
   "training.order": "joint",
 }
 

@@ -45,7 +45,7 @@ class EncoderConfig:
   """Side of the squares of pixels that are stacked on the channels before the first stage; 1 for none."""
   clamp: float = setting(3.0, "R", low=0)
   """Scale s of the soft clamp s tanh(z / s) on latents; 0 for none."""
-  norm: str = setting("frame", "O", choices=("none", "frame", "running"))
+  norm: str = setting("running", "O", choices=("none", "frame", "running"))
   """Normalisation before the clamp, inside the gradient: of each frame over its positions and channels, or over time by
   a running mean of each position and channel and a running deviation of all. Latents without it have no fixed scale."""
   target_decay: float = setting(0.0, "R", low=0, high=1)
@@ -127,7 +127,7 @@ class SamplerConfig:
   """Last positive noise level (DIAMOND: 0.002)."""
   sigma_max: float = setting(10.0, "D", above=0, high=1e6)
   """First noise level (DIAMOND: 5)."""
-  start: str = setting("unit", "O", choices=("unit", "sigma_max"))
+  start: str = setting("sigma_max", "O", choices=("unit", "sigma_max"))
   """Standard deviation of the noise that sampling starts from: 1 as in DIAMOND, or the first noise level."""
   rho: float = setting(7.0, "D", low=0.1, high=1e3)
   """Curvature of the schedule."""

@@ -87,8 +87,8 @@ def learned(
   Encodes in chunks under `jax.checkpoint`; peak activation memory is one chunk's.
 
   The normalisation is part of what is differentiated, so that no gradient shrinks the latents. With 'running', values
-  are normalised by running statistics and gradients are those of a normalisation by the chunk's statistics (batch
-  renormalization, Ioffe 2017, arXiv:1702.03275).
+  are normalised by running statistics and gradients are those of a normalisation by the statistics of the given frames
+  (batch renormalization, Ioffe 2017, arXiv:1702.03275); each of several devices uses its own frames.
 
   Args:
     observation_shape: (H, W, C).
@@ -111,24 +111,26 @@ def learned(
     shape = jax.eval_shape(lambda: blocks.apply(network, params, jnp.zeros((1, *observation_shape)))).shape[1:]
     return {**params, "running": {"mean": jnp.zeros(shape), "std": jnp.ones(())}}
 
-  def encode_chunk(params: Params, images: Array) -> Array:
-    weights = {name: value for name, value in params.items() if name != "running"}
-    features = blocks.apply(network, weights, images).astype(jnp.float32)
+  def extract(params: Params, images: Array) -> Array:
+    return blocks.apply(network, params, images).astype(jnp.float32)
+
+  def extract_in_chunks(params: Params, images: Array) -> Array:
+    if not 0 < chunk < len(images):
+      return extract(params, images)
+    checkpointed = jax.checkpoint(extract)
+    rest = len(images) % chunk
+    chunks = images[: len(images) - rest].reshape(-1, chunk, *observation_shape)
+    features = jax.lax.map(lambda some: checkpointed(params, some), chunks)
+    features = features.reshape(-1, *features.shape[2:])
+    return jnp.concatenate([features, checkpointed(params, images[-rest:])]) if rest else features
+
+  def encode(params: Params, images: Array) -> Array:
+    features = extract_in_chunks({name: value for name, value in params.items() if name != "running"}, images)
     if norm == "frame":
       features = jax.nn.standardize(features, axis=(1, 2, 3))
     elif norm == "running":
       features = _renormalise(features, **jax.lax.stop_gradient(params["running"]))
     return soft_clamp(features, clamp)
-
-  def encode(params: Params, images: Array) -> Array:
-    if not 0 < chunk < len(images):
-      return encode_chunk(params, images)
-    checkpointed = jax.checkpoint(encode_chunk)
-    rest = len(images) % chunk
-    chunks = images[: len(images) - rest].reshape(-1, chunk, *observation_shape)
-    latents = jax.lax.map(lambda some: checkpointed(params, some), chunks)
-    latents = latents.reshape(-1, *latents.shape[2:])
-    return jnp.concatenate([latents, checkpointed(params, images[-rest:])]) if rest else latents
 
   shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
   return Codec(
