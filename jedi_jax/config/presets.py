@@ -192,6 +192,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.channels": (32,),
     "denoiser.conditioning_width": 64,
     "denoiser.optimizer.learning_rate": 1e-3,
+    "sampler.num_steps": 2,
+    "sampler.sigma_min": 1.0,  # Lower levels add no accuracy, and samples then vary too little.
     "reward_end.channels": (16,),
     "reward_end.depths": (1,),
     "reward_end.attention": (False,),
