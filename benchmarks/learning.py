@@ -3,8 +3,9 @@
   python benchmarks/learning.py --name=catch --runs='runs/catch/seed_*' --random=runs/catch/random.json
 
 Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
-run's command, final games, curve and seconds, and the figures of its diagnosis.json if there is one. --random is an
-output file of experiments/evaluate.py --random.
+run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
+else of the last evaluation during training. Errors are over those of copying. --random is an output file of
+experiments/evaluate.py --random.
 """
 
 import glob
@@ -36,8 +37,8 @@ def main() -> None:
     rows.append({"run": "random policy", **_games(workdir.read_json(pathlib.Path(_RANDOM.value)))})
   written = record.write(f"learning/{_NAME.value}", rows, started=record.machine())
   columns = ["run", "env_steps", "mean_return", "interval", "games", "seconds"]
-  if any("latent_std" in row for row in rows):
-    columns += ["latent_std", "error_first", "copying_first", "error_last", "copying_last", "f1_real", "f1_imagined"]
+  if any("error_last" in row for row in rows):
+    columns += ["latent_deviation", "error_1", "error_last", "f1_real", "f1_imagined", "calibration"]
   print(record.table(rows, columns))
   print(f"written to {written}")
   _draw(rows, written.with_suffix(".png"))
@@ -84,28 +85,32 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     "updates": result["updates"],
     "seconds": round(result["seconds"]),
     **_games(result),
-    **_world_model(run.diagnosis),
+    **_world_model(run.diagnosis, records),
     "curve": {name: [line.get(name) for line in records] for name in names},
   }
 
 
-def _world_model(path: pathlib.Path) -> dict[str, Any]:
-  """Returns the figures of a diagnosis.json; empty if the file does not exist."""
-  if not path.exists():
+def _world_model(diagnosis: pathlib.Path, records: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the figures of a world model on new games or, without a diagnosis, on replay; empty if there are none."""
+  if diagnosis.exists():
+    found = workdir.read_json(diagnosis)
+    over_copying = [e / c for e, c in zip(found["open_loop"]["error"], found["open_loop"]["copying"], strict=True)]
+    return {
+      "latent_deviation": found["latents"]["latent_deviation"],
+      "error_1": over_copying[0],
+      "error_last": over_copying[-1],
+      "f1_real": found["rewards_ends"]["on_real"]["f1"],
+      "f1_imagined": found["rewards_ends"]["in_imagination"]["f1"],
+      "calibration": found.get("sampler", {}).get("calibration"),
+      "value_correlation": found["value"]["correlation"],
+      "weakest": found["weakest"],
+    }
+  watched = [record for record in records if record.get("world_model/error_last") is not None]
+  if not watched:
     return {}
-  found = workdir.read_json(path)
-  loop, classes = found["open_loop"], found["rewards_ends"]
-  return {
-    "latent_std": found["latents"]["latent_std"],
-    "error_first": loop["error"][0],
-    "copying_first": loop["copying"][0],
-    "error_last": loop["error"][-1],
-    "copying_last": loop["copying"][-1],
-    "f1_real": classes["on_real"]["f1"],
-    "f1_imagined": classes["in_imagination"]["f1"],
-    "value_correlation": found["value"]["correlation"],
-    "weakest": found["weakest"],
-  }
+  names = ("error_1", "error_last", "f1_real", "f1_imagined", "calibration")
+  figures = {name: watched[-1].get(f"world_model/{name}") for name in names}
+  return {"latent_deviation": watched[-1].get("denoiser/latent_deviation"), **figures}
 
 
 def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
