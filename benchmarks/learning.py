@@ -96,7 +96,7 @@ def _world_model(diagnosis: pathlib.Path, records: list[dict[str, Any]]) -> dict
     found = workdir.read_json(diagnosis)
     over_copying = [e / c for e, c in zip(found["open_loop"]["error"], found["open_loop"]["copying"], strict=True)]
     return {
-      "latent_deviation": found["latents"]["latent_deviation"],
+      "latent_deviation": found["latents"].get("latent_deviation"),
       "error_1": over_copying[0],
       "error_last": over_copying[-1],
       "f1_real": found["rewards_ends"]["on_real"]["f1"],

@@ -15,7 +15,7 @@ class EnvConfig:
   """The environment."""
 
   name: str = setting("atari/Breakout", "O")
-  """'atari/<Game>' for any Atari game of EnvPool, 'catch', or the name of a registered environment."""
+  """'atari/<Game>' for any Atari game of EnvPool, 'minatar/<Game>', 'catch', or a registered environment."""
   num_envs: int = setting(1, "D", low=1, high=1024)
   """Environments that collect, each with its own stream of replay."""
   action_slots: int = setting(0, "O", low=0, high=1_000)
@@ -51,7 +51,8 @@ class EncoderConfig:
   target_decay: float = setting(0.0, "R", low=0, high=1)
   """Decay per update of the moving average of the encoder that encodes the targets; 0 for none."""
   learning_rate_factor: float = setting(0.3, "R", low=0)
-  """Ratio of the encoder's learning rate to that of the component it is trained with."""
+  """Ratio of the encoder's learning rate to that of the component it is trained with; in joint updates to that of the
+  denoiser if the denoiser's loss or a reconstruction trains the encoder, else of the reward / end model."""
   chunk: int = setting(64, "O", low=0, high=10**6)
   """Frames encoded at a time; their activations are recomputed for the gradient, which takes less memory and more
   operations; 0 for all frames at once."""
@@ -106,13 +107,13 @@ class DenoiserConfig:
   The noise levels of training and sampling are DIAMOND's in units of it."""
   offset_noise: float = setting(0.6, "O", low=0)
   """Standard deviation of noise shared by a channel's positions (DIAMOND: 0.3)."""
-  sigma_log_mean: float = setting(0.293, "D")
+  sigma_log_mean: float = setting(0.293, "O")
   """Mean of ln sigma in training (DIAMOND: -0.4)."""
   sigma_log_std: float = setting(1.2, "D", low=0)
   """Standard deviation of ln sigma in training."""
-  sigma_min: float = setting(4e-3, "D", above=0)
+  sigma_min: float = setting(4e-3, "O", above=0)
   """Smallest noise level in training (DIAMOND: 0.002)."""
-  sigma_max: float = setting(40.0, "D", above=0, high=1e6)
+  sigma_max: float = setting(40.0, "O", above=0, high=1e6)
   """Largest noise level in training (DIAMOND: 20)."""
   optimizer: OptimizerConfig = OptimizerConfig(max_grad_norm=1.0)
 
@@ -123,9 +124,9 @@ class SamplerConfig:
 
   num_steps: int = setting(3, "R", low=1, high=1_000)
   """Denoising steps per frame."""
-  sigma_min: float = setting(4e-3, "D", above=0)
+  sigma_min: float = setting(4e-3, "O", above=0)
   """Last positive noise level (DIAMOND: 0.002)."""
-  sigma_max: float = setting(10.0, "D", above=0, high=1e6)
+  sigma_max: float = setting(10.0, "O", above=0, high=1e6)
   """First noise level (DIAMOND: 5)."""
   start: str = setting("sigma_max", "O", choices=("unit", "sigma_max"))
   """Standard deviation of the noise that sampling starts from: 1 as in DIAMOND, or the first noise level."""
@@ -160,8 +161,8 @@ class RewardEndConfig:
   lstm_width: int = setting(512, "D", low=1, high=_MAX_WIDTH)
   """Width of the LSTM and of the head."""
   noise: float = setting(0.0, "O", low=0)
-  """Standard deviation of the noise on the latents of every second training segment, so that the model tolerates errors
-  of imagined latents."""
+  """Standard deviation of the noise on the latents of half of the training segments, drawn by a coin, so that the model
+  tolerates errors of imagined latents."""
   optimizer: OptimizerConfig = OptimizerConfig()
 
 

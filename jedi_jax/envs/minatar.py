@@ -33,8 +33,8 @@ def import_gymnax() -> Any:
   """
   try:
     import gymnax
-  except ImportError as error:
-    raise UserError(f"the MinAtar games need gymnax ({error}): pip install 'jedi_jax[minatar]'") from None
+  except Exception as error:  # A version of JAX that gymnax does not support raises other errors than ImportError.
+    raise UserError(f"the MinAtar games need gymnax ({error}): pip install gymnax six") from None
   return gymnax
 
 

@@ -190,12 +190,13 @@ def _imagination(agent: Agent, segment: Segment, dream_key: Array, sample_key: A
 
   figures = jax.device_get(measure(agent.params, segment, dream_key, sample_key))
   got = {name: np.asarray(x, np.float64) for name, x in figures.items()}
+  sampler = {
+    "calibration": float(got["calibration"]),
+    "error": float(got["error"][0] / max(got["copying"][0], 1e-8)),
+  }
   return {
     "open_loop": {name: [float(x) for x in got[name]] for name in ("error", "copying")},
-    "sampler": {
-      "calibration": float(got["calibration"]),
-      "error": float(got["error"][0] / max(got["copying"][0], 1e-8)),
-    },
+    **({} if agent.model.dynamics.denoise is None else {"sampler": sampler}),
     "rewards_ends": {
       name: {
         **telemetry.precision_and_recall("reward", got[f"reward_{source}"]),
@@ -284,14 +285,15 @@ def weakest(figures: Mapping[str, Any]) -> str:
       f"the dynamics: after {steps} steps its error is {error:.2f} standard deviations, that of copying {copying:.2f}",
     )
   )
-  calibration, error = figures["sampler"]["calibration"], figures["sampler"]["error"]
-  faults.append(
-    (
-      error * (1 - min(calibration, 1 / max(calibration, 1e-8))),
-      f"the sampler: the variance of its samples is {calibration:.2f} of their squared error, and the error of one "
-      f"step {error:.2f} of that of copying",
+  if "sampler" in figures:
+    calibration, error = figures["sampler"]["calibration"], figures["sampler"]["error"]
+    faults.append(
+      (
+        error * (1 - min(calibration, 1 / max(calibration, 1e-8))),
+        f"the sampler: the variance of its samples is {calibration:.2f} of their squared error, and the error of one "
+        f"step {error:.2f} of that of copying",
+      )
     )
-  )
   correlation = figures["value"]["correlation"]
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))

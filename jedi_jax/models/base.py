@@ -23,7 +23,8 @@ class Phase:
     beyond_end: whether segments may run past the end of their episode.
     final_frames: whether the final frame of an episode may be the last of a segment.
     segments: segments drawn for each element of the batch; the first of all elements come first.
-    after: (all parameters, metrics of the whole batch) -> all parameters, applied after each update.
+    after: (all parameters, metrics of the whole batch) -> all parameters, applied after each update. Of phases that
+      share an update only the first one's applies.
     clipped_apart: components whose gradients are clipped by a norm of their own.
   """
 
@@ -59,7 +60,7 @@ class Parts:
     forget_padding: see `imagination.imagine`.
     restart_after_end: whether imagined trajectories continue from a second segment after their first end.
     unroll: see `imagination.imagine`.
-    reward_end_noise: standard deviation of the noise on the latents of every second segment of the reward / end model.
+    reward_end_noise: standard deviation of the noise on the latents of half of the reward / end model's segments.
   """
 
   spec: EnvSpec

@@ -1,5 +1,6 @@
 """Codecs: map frames to latents."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,23 +21,26 @@ class Codec(NamedTuple):
   Attributes:
     latent_shape: (h, w, c) of one latent.
     init: key -> parameters; an empty dictionary if nothing is learned. The key is consumed.
-    encode: (parameters, images [N, H, W, C] float32 in [-1, 1]) -> latents [N, h, w, c] float32.
+    encode: (parameters, images [N, H, W, C] float32 in [-1, 1]) -> latents [N, h, w, c] float32. A codec with running
+      statistics takes a mask [N] bool as well, false for padding, which is then left out of its gradient's statistics.
     clamp: smooth map applied to every estimate of a latent, in the loss too.
     quantise: map applied after `clamp` to an estimate that is used as a latent; no gradient passes through it.
     limit: largest absolute value of a latent; None without a bound.
     decode: latents [N, h, w, c] -> images in [-1, 1], for a codec that decodes without learning; else None.
-    track: (parameters, mean and mean square [h, w, c] of the latents of a batch) -> parameters with updated running
-      statistics; None for a codec without them.
+    moments: (latents [B, T, h, w, c], mask [B, T] bool) -> [3, h, w, c], sums over real frames of 1, x and x^2, with x
+      the latents before the clamp; None for a codec without running statistics.
+    track: (parameters, these sums over the whole batch) -> parameters with updated running statistics; None likewise.
   """
 
   latent_shape: tuple[int, int, int]
   init: Callable[[Array], Params]
-  encode: Callable[[Params, Array], Array]
+  encode: Callable[..., Array]
   clamp: Callable[[Array], Array]
   quantise: Callable[[Array], Array]
   limit: float | None = None
   decode: Callable[[Array], Array] | None = None
-  track: Callable[[Params, Array, Array], Params] | None = None
+  moments: Callable[[Array, Array], Array] | None = None
+  track: Callable[[Params, Array], Params] | None = None
 
 
 def scale_pixels(observations: Array) -> Array:
@@ -66,7 +70,8 @@ def encode_frames(codec: Codec, params: Params, observations: Array, mask: Array
   batch, time = observations.shape[:2]
   chex.assert_shape(mask, (batch, time))
   images = scale_pixels(observations).reshape(batch * time, *observations.shape[2:])
-  latents = codec.encode(params, images).reshape(batch, time, *codec.latent_shape)
+  real = () if codec.track is None else (mask.reshape(-1),)
+  latents = codec.encode(params, images, *real).reshape(batch, time, *codec.latent_shape)
   return jnp.where(mask[:, :, None, None, None], latents, 0.0)
 
 
@@ -124,12 +129,12 @@ def learned(
     features = features.reshape(-1, *features.shape[2:])
     return jnp.concatenate([features, checkpointed(params, images[-rest:])]) if rest else features
 
-  def encode(params: Params, images: Array) -> Array:
+  def encode(params: Params, images: Array, mask: Array | None = None) -> Array:
     features = extract_in_chunks({name: value for name, value in params.items() if name != "running"}, images)
     if norm == "frame":
       features = jax.nn.standardize(features, axis=(1, 2, 3))
     elif norm == "running":
-      features = _renormalise(features, **jax.lax.stop_gradient(params["running"]))
+      features = _renormalise(features, mask, **jax.lax.stop_gradient(params["running"]))
     return soft_clamp(features, clamp)
 
   shape = jax.eval_shape(lambda key: encode(init(key), jnp.zeros((1, *observation_shape))), jax.random.key(0)).shape
@@ -140,6 +145,7 @@ def learned(
     clamp=(lambda z: soft_clamp(z, clamp)) if clamp_estimate else _identity,
     quantise=_identity,
     limit=clamp or None,
+    moments=functools.partial(_moments, clamp) if norm == "running" else None,
     track=_track if norm == "running" else None,
   )
 
@@ -150,19 +156,41 @@ _LEAST_FEATURE_STD = 1e-2
 """Lower bound of a running standard deviation, so that what never changes is not scaled up without bound."""
 
 
-def _renormalise(features: Array, mean: Array, std: Array) -> Array:
-  """Returns (features - mean) / std, differentiated as if mean [h, w, c] and std [] were those of the batch."""
-  batch_mean = jnp.mean(features, axis=0)
-  batch_std = jnp.sqrt(jnp.mean(jnp.var(features, axis=0)) + _LEAST_FEATURE_STD**2)
-  shift = mean + batch_mean - jax.lax.stop_gradient(batch_mean)
-  scale = std * batch_std / jax.lax.stop_gradient(batch_std)
-  return (features - shift) / scale
+def _renormalise(features: Array, mask: Array | None, mean: Array, std: Array) -> Array:
+  """Returns (features - mean) / std, differentiated as a normalisation by the statistics of the real frames.
+
+  Args:
+    features: [N, h, w, c].
+    mask: [N] bool, false for padding; None if all frames are real.
+    mean: [h, w, c], running.
+    std: [], running.
+  """
+  weights = jnp.ones(len(features)) if mask is None else mask.astype(jnp.float32)
+  weights /= jnp.maximum(jnp.sum(weights), 1.0)
+  batch_mean = jnp.einsum("n,nhwc->hwc", weights, features)
+  variance = jnp.mean(jnp.einsum("n,nhwc->hwc", weights, jnp.square(features - batch_mean)))
+  batch_std = jnp.sqrt(variance + _LEAST_FEATURE_STD**2)
+  normalised = (features - batch_mean) / batch_std
+  batch_mean, batch_std = jax.lax.stop_gradient((batch_mean, batch_std))
+  return (normalised * batch_std + batch_mean - mean) / std
 
 
-def _track(params: Params, mean: Array, square: Array) -> Params:
-  """Moves the running statistics so that the latents' means tend to 0 and their mean variance to 1."""
-  old = params["running"]
-  ratio = jnp.clip(jnp.mean(square - jnp.square(mean)), 1e-2, 1e2) ** (_TRACKING_RATE / 2)
+def _moments(clamp: float, latents: Array, mask: Array) -> Array:
+  """See `Codec.moments`; recovers up to about 4 times the clamp from clamped latents."""
+  latents = jax.lax.stop_gradient(latents)
+  if clamp:
+    latents = clamp * jnp.arctanh(jnp.clip(latents / clamp, -0.999, 0.999))
+  weights = mask.astype(jnp.float32)
+  powers = (jnp.ones_like(latents), latents, jnp.square(latents))
+  return jnp.stack([jnp.einsum("bt,bthwc->hwc", weights, x) for x in powers])
+
+
+def _track(params: Params, moments: Array) -> Params:
+  """Moves the running statistics so that the means over time tend to 0 and their mean variance to 1."""
+  old, (count, total, square) = params["running"], moments
+  count = jnp.maximum(count, 1.0)
+  mean = total / count
+  ratio = jnp.clip(jnp.mean(square / count - jnp.square(mean)), 1e-2, 1e2) ** (_TRACKING_RATE / 2)
   running = {
     "mean": old["mean"] + _TRACKING_RATE * old["std"] * mean,
     "std": jnp.maximum(old["std"] * ratio, _LEAST_FEATURE_STD),

@@ -29,14 +29,13 @@ def _phases(parts: Parts) -> tuple[Phase, ...]:
   length, learns_from = parts.conditioning_frames, parts.learns_from
   reconstructs = parts.decoder is not None
   encoder = ("encoder",) if "prediction" in learns_from or "reconstruction" in learns_from else ()
-  average = functools.partial(phases.average_encoder, parts)
   denoiser = Phase(
     name="denoiser",
     components=(*encoder, *(("decoder",) if reconstructs else ()), "denoiser"),
     length=length + parts.targets,
     losses=functools.partial(phases.denoiser_losses, parts),
     final_frames=parts.final_frames,
-    after=functools.partial(phases.measure_latents, parts),
+    after=functools.partial(phases.measure_change, parts),
     # An autoencoder that the prediction does not train is a separate model in the same update.
     clipped_apart=("encoder", "decoder") if reconstructs and "prediction" not in learns_from else (),
   )
@@ -47,7 +46,7 @@ def _phases(parts: Parts) -> tuple[Phase, ...]:
     losses=functools.partial(phases.reward_end_losses, parts),
     beyond_end=True,
     final_frames=True,
-    after=average,
+    after=functools.partial(phases.follow_encoder, parts),
   )
   actor_critic = Phase(
     name="actor_critic",

@@ -49,6 +49,7 @@ def denoiser_losses(
   if parts.decoder is not None:
     terms["reconstruction"] = reconstruction(parts.decoder, params["decoder"], inputs, segment)
   statistics = latent_statistics(inputs, segment.mask[:, :-1], parts.codec.limit)
+  statistics |= _feature_moments(parts, inputs, segment.mask[:, :-1])
   return Losses(terms, {**losses.metrics, **statistics})
 
 
@@ -59,7 +60,8 @@ def reward_end_losses(
   del shared_key, count
   latents = encode(parts, params, segment.observations, segment.mask)
   if parts.reward_end_noise:
-    latents += parts.reward_end_noise * jax.vmap(_noise_or_zeros, in_axes=(0, None))(keys, latents.shape[1:])
+    noise = jax.vmap(_noise_or_zeros, in_axes=(0, None))(keys, latents.shape[1:])
+    latents += parts.reward_end_noise * noise * segment.mask[:, :, None, None, None]
   real = segment.mask[:, :-1] & segment.mask[:, 1:]
   rewards, ends = segment.rewards[:, :-1], segment.ends[:, :-1]
   losses = parts.reward_end.losses(
@@ -72,7 +74,12 @@ def reward_end_losses(
     "replay_return": Term(replay_return, real[:, start].astype(jnp.float32)),
     "replay_end_rate": Term(ends.astype(jnp.float32), real.astype(jnp.float32)),
   }
-  return losses._replace(metrics={**losses.metrics, **metrics})
+  return losses._replace(metrics={**losses.metrics, **metrics, **_feature_moments(parts, latents, segment.mask)})
+
+
+def _feature_moments(parts: Parts, latents: Array, mask: Array) -> dict[str, Array]:
+  """Returns what `track_latents` needs; empty without running statistics."""
+  return {} if parts.codec.moments is None else {"feature_moments": parts.codec.moments(latents, mask)}
 
 
 def _noise_or_zeros(key: Array, shape: tuple[int, ...]) -> Array:
@@ -121,22 +128,19 @@ def imagine(
   )
 
 
-def average_encoder(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
-  """Moves 'target_encoder', if there is one, towards the encoder."""
-  del metrics
+def follow_encoder(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+  """Updates the encoder's running statistics and then the averaged encoder 'target_encoder', if they exist."""
+  if parts.codec.track is not None:
+    params = {**params, "encoder": parts.codec.track(params["encoder"], metrics["feature_moments"])}
   if not parts.target_decay:
     return params
   target = optax.incremental_update(params["encoder"], params["target_encoder"], 1.0 - parts.target_decay)
   return {**params, "target_encoder": target}
 
 
-def measure_latents(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
-  """Updates the averaged encoder, the encoder's running statistics and the denoiser's 'change_std', if they exist."""
-  params = average_encoder(parts, params, metrics)
-  if parts.codec.track is not None:
-    height, width, _ = parts.codec.latent_shape
-    frames = jnp.maximum(metrics["latent_gram"][0, 0] / (height * width), 1.0)
-    params = {**params, "encoder": parts.codec.track(params["encoder"], *metrics["latent_moments"] / frames)}
+def measure_change(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+  """Follows the encoder, and updates the denoiser's 'change_std' if it has one."""
+  params = follow_encoder(parts, params, metrics)
   before = params["denoiser"]
   if "change_std" not in before:
     return params

@@ -136,7 +136,7 @@ def summarise(sums: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]) 
       values[f"{phase}/skipped"] = skipped
     for name, value in metrics.items() if done else ():
       array = np.asarray(value, np.float64)
-      if name in ("skipped", "latent_moments"):
+      if name in ("skipped", "latent_moments", "feature_moments"):
         continue
       if name.endswith("_confusion"):
         figures = precision_and_recall(name.removesuffix("_confusion"), array)

@@ -70,7 +70,7 @@ def make_epoch(
     for name, in_turn in groups.items():
       state, own = _repeat(_in_turn(in_turn), state, replay, counts[name])
       sums |= own
-    if jax.tree.leaves(before):
+    if jax.tree.leaves(before) and "denoiser" in sums:
       movement = _encoder_movement(model, before, state, replay)
       sums["denoiser"] = {**sums["denoiser"], "encoder_movement": movement}
     return state, sums

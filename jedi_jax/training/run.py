@@ -168,7 +168,7 @@ class Run:
     """Sets `collapsed` by the metrics of an epoch; returns whether it changed."""
     bounds, before = self.config.training, self.collapsed
     deviation, rank = (values.get(f"denoiser/latent_{name}") for name in ("deviation", "rank"))
-    if deviation is not None and rank is not None:
+    if self.config.encoder.kind == "learned" and deviation is not None and rank is not None:
       # NaN counts as collapsed.
       self.collapsed = not (deviation >= bounds.collapse_std and rank >= bounds.collapse_rank)
     return self.collapsed != before

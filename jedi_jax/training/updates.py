@@ -1,7 +1,5 @@
 """One update: draw a batch of each of its phases, differentiate the sum of their losses, apply their optimisers."""
 
-import functools
-import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -155,12 +153,13 @@ def make_update(
     def loss(trained: dict[str, Any]) -> tuple[Array, dict[str, dict[str, Term | Array]]]:
       values, metrics = [], {}
       for phase in phases.values():
-        losses = phase.losses({**state.params, **trained}, *draws[phase.name])
+        own = {name: trained[name] for name in phase.components}
+        losses = phase.losses({**state.params, **own}, *draws[phase.name])
         value, means = weighted_loss(losses.terms)
         named = {f"loss_{name}": mean for name, mean in means.items()}
         metrics[phase.name] = {"loss": value, **named, **losses.metrics}
         values.append(value)
-      return functools.reduce(operator.add, values), metrics
+      return sum(values[1:], values[0]), metrics
 
     trained = {name: state.params[name] for names in owned.values() for name in names}
     gradient, metrics = jax.grad(loss, has_aux=True)(trained)

@@ -228,7 +228,7 @@ for attempt in (lambda: envs.check_installed(name), lambda: envs.make(name, num_
   try:
     attempt()
   except UserError as error:
-    assert "pip install 'jedi_jax[minatar]'" in str(error) and "\\n" not in str(error), error
+    assert "pip install gymnax six" in str(error) and "\\n" not in str(error), error
   else:
     raise AssertionError
 """
