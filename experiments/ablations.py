@@ -18,7 +18,6 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax.config import VARIANTS
 from jedi_jax.errors import nearest
 from jedi_jax.runs import figures as figures_lib
 from jedi_jax.runs import program, workdir
@@ -53,8 +52,15 @@ class Measured(NamedTuple):
 
 _WATCHED = ("error_last", "f1_real", "f1_imagined", "calibration")
 _PIXEL_SCALE = {
-  path: VARIANTS["diamond"][path] for path in VARIANTS["diamond"] if path.split(".")[1].startswith(("sigma", "offset"))
+  "denoiser.sigma_data": 0.5,
+  "denoiser.offset_noise": 0.3,
+  "denoiser.sigma_log_mean": -0.4,
+  "denoiser.sigma_min": 0.002,
+  "denoiser.sigma_max": 20.0,
+  "sampler.sigma_min": 0.002,
+  "sampler.sigma_max": 5.0,
 }
+"""DIAMOND's noise levels."""
 
 # In the paper's order, best first. An arm is a variant and its settings.
 FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
@@ -77,8 +83,8 @@ FIGURES: Mapping[str, Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "sequential order": ("jedi", {"training.order": "sequential"}),
     "alternating order": ("jedi", {"training.order": "alternating"}),
     "norm per frame": ("jedi", {"encoder.norm": "frame"}),
-    "no norm, DIAMOND's scale": ("jedi", {"encoder.norm": "none", **_PIXEL_SCALE}),
-    "no norm, DIAMOND's scale, policy's input normalised": (
+    "no norm, DIAMOND's noise levels": ("jedi", {"encoder.norm": "none", **_PIXEL_SCALE}),
+    "no norm, DIAMOND's noise levels, policy's input normalised": (
       "jedi",
       {"encoder.norm": "none", "actor_critic.input_norm": "frame", **_PIXEL_SCALE},
     ),

@@ -2,7 +2,7 @@
 
   python experiments/sweep.py --games=atari100k --seeds=5 --variants=jedi --out=runs/sweep --dry_run
   python experiments/sweep.py --games=Pong,Boxing --seeds=2 --preset=cpu --out=runs/sweep
-  python experiments/sweep.py --games=minatar --seeds=5 --out=runs/minatar
+  python experiments/sweep.py --games=minatar --seeds=5 --preset=minatar --out=runs/minatar
 
 Each run is a process of experiments/train.py with the workdir <out>/<variant>/<game>/seed_<n>. The same command
 resumes a sweep that was stopped. With --launcher=slurm the runs become one array job (needs submitit). A table shows

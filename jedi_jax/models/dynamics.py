@@ -153,7 +153,7 @@ def diffusion(
   The estimate is D = clamp(c_skip x + c_out F). The loss of a target z' is mean ||(D - z') / c_out||^2. Without a clamp
   this is EDM's loss on F. With a clamp it is still minimal at D = z'. The soft clamp is not the identity, so F has to
   undo it: for large latents and a small c_out (no offset noise, low sigma) F leaves the unit range that the
-  preconditioning assumes. With offset noise 0.3 and latents below 1 it stays there.
+  preconditioning assumes.
 
   Args:
     codec: gives the shape of a latent and the maps that estimates go through.

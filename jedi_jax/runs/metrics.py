@@ -44,7 +44,11 @@ SECTIONS = (
     "The metrics of all phases are means over the epoch's updates that are not skipped.",
     {
       "<phase>/loss": ("-", "Loss: the sum of all `loss_` metrics of the phase."),
-      "<phase>/grad_norm": ("-", "Global norm of the gradient before clipping."),
+      "<phase>/grad_norm": (
+        "-",
+        "Global norm of the gradient before clipping. In a joint update that of the encoder is part of the phase whose "
+        "optimiser moves it, and has both losses.",
+      ),
       "<phase>/skipped": ("updates", "Updates in this epoch that are skipped: their loss or gradient is not finite."),
     },
   ),
@@ -216,7 +220,11 @@ SECTIONS = (
       "time/collect_seconds": ("s", "Collection; with `collect.overlap` it runs beside the updates."),
       "time/update_seconds": ("s", "All updates."),
       "time/updates_per_second": ("1/s", "Updates of one run per second."),
-      "time/<phase>_seconds": ("s", "Updates of the phase; every `training.time_phases_every` epochs."),
+      "time/<phase>_seconds": (
+        "s",
+        "Updates of the phase, or of `world_model` where `training.order` runs denoiser and reward_end together; every "
+        "`training.time_phases_every` epochs.",
+      ),
       "time/<phase>_updates_per_second": ("1/s", "Updates of the phase per second; as often."),
       "time/epoch_seconds": ("s", "Collection and updates."),
       "time/evaluation_seconds": ("s", "Evaluation of this epoch."),

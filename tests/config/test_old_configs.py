@@ -9,7 +9,7 @@ import pathlib
 
 import pytest
 
-from jedi_jax.config import VARIANTS, from_dict, make_config, to_dict
+from jedi_jax.config import PRESETS, VARIANTS, flatten, from_dict, make_config, to_dict
 from jedi_jax.errors import UserError
 
 OLD = json.loads((pathlib.Path(__file__).parents[1] / "data" / "old_configs.json").read_text())
@@ -89,3 +89,12 @@ def test_what_no_longer_exists_is_refused_in_one_line(variant, path, value):
 def test_a_file_with_a_wrong_variant_is_refused(variant):
   with pytest.raises(UserError, match="variant"):
     from_dict({**OLD["jedi"], "variant": variant})
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_pixel_baseline_keeps_diamonds_constants_in_every_preset(preset):
+  config = make_config(variant="diamond", preset=preset)
+  found = flatten(to_dict(config))
+  assert {path: found[path] for path in BEFORE} == BEFORE
+  assert (config.sampler.num_steps, config.sampler.order, config.sampler.churn) == (3, 1, 0.0)
+  assert config.denoiser.target == "latent"

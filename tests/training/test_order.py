@@ -12,6 +12,7 @@ from refusals import refused
 from jedi_jax.config import make_config, override
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.models.base import Phase
+from jedi_jax.models.build import build
 from jedi_jax.training import parallel
 from jedi_jax.training.learner import Learner
 from jedi_jax.training.loop import plan_calls
@@ -74,10 +75,12 @@ def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state
     ]
     assert max(moved) > 1e-4, name
   chex.assert_trees_all_equal(before.params["probe"], after.params["probe"])
-  sizes = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in after.params.items()}
-  moments = {name: sum(x.size for x in jax.tree.leaves(tree)) for name, tree in after.optimizers.items()}
-  assert abs(moments["denoiser"] - 2 * (sizes["encoder"] + sizes["denoiser"])) < 10
-  assert abs(moments["reward_end"] - 2 * sizes["reward_end"]) < 10
+  count = lambda *names: sum(x.size for name in names for x in jax.tree.leaves(after.params[name]))  # noqa: E731
+  vectors = {
+    name: sorted(x.size for x in jax.tree.leaves(tree) if x.size > 1) for name, tree in after.optimizers.items()
+  }
+  assert vectors["denoiser"] == [count("encoder", "denoiser")] * 2
+  assert vectors["reward_end"] == [count("reward_end")] * 2
   assert made.updates() == {"denoiser": 3, "reward_end": 3, "actor_critic": 3, "probe": 0}
   for phase in ("denoiser", "reward_end"):
     assert sums[phase]["grad_norm"] > 0
@@ -104,6 +107,56 @@ def test_the_gradient_of_a_joint_update_is_the_sum_of_those_of_its_phases(tiny):
   both, first, second = step(phases), step({0: phases[0]}), step({1: phases[1]})
   chex.assert_trees_all_close(both, jax.tree.map(np.add, first, second), rtol=1e-3, atol=1e-5)
   assert max(np.abs(x).max() for x in jax.tree.leaves(second)) > 1e-4
+
+
+def test_a_joint_update_keeps_a_loss_from_components_that_its_phase_does_not_train(tiny):
+  """The encoder of `learns_from=prediction` gets the gradient of the denoiser's loss alone."""
+  config = override(tiny.config, {"encoder.learns_from": ("prediction",)})
+  model = build(config, SPEC)
+  plain = dict.fromkeys(PHASES, optax.sgd(1.0))
+  params = model.init(jax.random.key(1))
+  zeros = {name: np.int32(0) for name in PHASES}
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+
+  def encoder(chosen):
+    owned = owned_components(chosen.values())
+    states = {name: plain[name].init({n: params[n] for n in names}) for name, names in owned.items()}
+    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
+    update = make_update(chosen, plain, batch_size=4, age_weights=(0.5, 0.5))
+    return jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)[0].params
+
+  both, alone = encoder(dict(enumerate(model.phases[:2]))), encoder({0: model.phases[0]})
+  chex.assert_trees_all_close(both["encoder"], alone["encoder"], rtol=1e-4, atol=1e-6)
+  assert any(
+    np.any(x[0] != y) for x, y in zip(*map(jax.tree.leaves, (both["reward_end"], params["reward_end"])), strict=True)
+  )
+
+
+def test_an_update_moves_the_running_statistics_and_a_skipped_one_does_not(tiny):
+  model = build(override(tiny.config, {"encoder.norm": "running"}), SPEC)
+  plain = dict.fromkeys(PHASES, optax.adamw(1e-3))
+  params = model.init(jax.random.key(1))
+  zeros = {name: np.int32(0) for name in PHASES}
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+
+  def running(phase, params):
+    states = {phase.name: plain[phase.name].init({n: params[n] for n in phase.components})}
+    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
+    update = make_update({0: phase}, plain, batch_size=4, age_weights=(0.5, 0.5))
+    after, metrics = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)
+    return jax.tree.map(lambda x: np.asarray(x[0]), after.params["encoder"]["running"]), metrics[phase.name]
+
+  for phase in model.phases[:2]:
+    before = params["encoder"]["running"]
+    after, metrics = running(phase, params)
+    assert np.abs(after["mean"] - before["mean"]).max() > 1e-4
+    # One step of the tracking rate, and no optimiser's step besides.
+    assert 0 < abs(np.log(after["std"] / before["std"])) <= 0.01 / 2 * np.log(1e2) + 1e-6
+    assert metrics["skipped"] == 0
+    broken = {**params, phase.name: jax.tree.map(lambda x: x * np.nan, params[phase.name])}
+    after, metrics = running(phase, broken)
+    chex.assert_trees_all_equal(after, jax.tree.map(np.asarray, before))
+    assert metrics["skipped"] == 1
 
 
 def test_calls_keep_the_phases_of_a_group_together():
