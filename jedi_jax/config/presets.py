@@ -25,6 +25,8 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "sampler.sigma_max": 5.0,
     "denoiser.target": "latent",
     "denoiser.clamp_estimate": True,
+    "denoiser.optimizer.beta2": 0.999,
+    "reward_end.optimizer.beta2": 0.999,
     "encoder.norm": "none",
     "sampler.start": "unit",
     "reward_end.noise": 0.0,
@@ -73,6 +75,8 @@ _SMALL_WORLD = {
 # Measured on Catch and MinAtar; see docs/choices.md.
 _STABLE_LATENTS = {
   "encoder.learning_rate_factor": 0.1,
+  "denoiser.optimizer.beta2": 0.99,  # With 0.999 the reward / end loss can jump after hundreds of tiny gradients.
+  "reward_end.optimizer.beta2": 0.99,
   "training.order": "joint",
 }
 

@@ -64,6 +64,8 @@ class OptimizerConfig:
 
   learning_rate: float = setting(1e-4, "D", above=0)
   """Step size after the warm-up."""
+  beta2: float = setting(0.999, "D", low=0, high=0.999_999)
+  """Adam's decay of the second moments. With a lower one a sudden large gradient makes no step larger than usual."""
   epsilon: float = setting(1e-8, "D", above=0)
   """Adam's epsilon, outside the root."""
   weight_decay: float = setting(1e-2, "D", low=0)

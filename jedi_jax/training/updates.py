@@ -68,7 +68,7 @@ def make_optimizer(
   return optax.chain(
     clip,
     # One flat vector: a few large operations instead of some twenty small ones for each of a hundred arrays.
-    optax.flatten(optax.scale_by_adam(eps=config.epsilon)),
+    optax.flatten(optax.scale_by_adam(b2=config.beta2, eps=config.epsilon)),
     optax.add_decayed_weights(config.weight_decay, mask=decayed),
     optax.scale_by_learning_rate(schedule),
     optax.stateless(scale),
