@@ -28,10 +28,6 @@ def test_catch_is_learned(learned):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  reason="the reward / end loss can jump after hundreds of tiny gradients, as in the last epoch of this seed; it moves "
-  "the encoder, and the dynamics needs some epochs to follow (docs/choices.md)"
-)
 def test_the_world_model_of_catch_is_right(learned):
   directory, _ = learned
   figures = diagnosis.diagnose_run(directory, steps=800, num_envs=8)
