@@ -139,13 +139,29 @@ def _check_order(values: Mapping[str, Any]) -> None:
 
 
 def _check_shared_updates(config: "Config") -> None:
-  order = config.training.order
-  for name, updates in (("updates", config.training.updates), ("first_updates", config.training.first_updates)):
-    if order != "sequential" and updates.denoiser != updates.reward_end:
-      raise UserError(
-        f"training.{name}.denoiser={updates.denoiser} and training.{name}.reward_end={updates.reward_end} differ, but "
-        f"training.order={order} trains both together: make them equal or set training.order=sequential"
-      )
+  for name in ("updates", "first_updates"):
+    updates = getattr(config.training, name)
+    counts = {f"training.{name}.{phase}": getattr(updates, phase) for phase in ("denoiser", "reward_end")}
+    if misfit := misfit_together(config.training.order, counts):
+      given = " and ".join(f"{path}={count}" for path, count in counts.items())
+      raise UserError(f"{given}: {misfit}, or set training.order=sequential")
+
+
+def misfit_together(order: str, counts: Mapping[str, int]) -> str | None:
+  """Says why phases cannot run together with these numbers of updates, with the cure; None if they can.
+
+  Args:
+    order: see `TrainingConfig.order`.
+    counts: of the phases of a group.
+  """
+  least = min(counts.values())
+  if order == "sequential" or len(set(counts.values())) == 1:
+    return None
+  if order == "joint":
+    return "training.order=joint trains both in one update; make them equal"
+  if least and not any(count % least for count in counts.values()):
+    return None
+  return f"training.order={order} trains them in turns; make one a multiple of the other"
 
 
 def _check_replay(config: "Config") -> None:

@@ -265,8 +265,8 @@ class TrainingConfig:
   """The training loop."""
 
   order: str = setting("sequential", "R", choices=("sequential", "alternating", "joint"))
-  """How the denoiser and the reward / end model share an epoch: one after the other, in turns of one update each, or in
-  one update with the sum of their losses. The actor-critic follows."""
+  """How the denoiser and the reward / end model share an epoch: one after the other; in turns, of which the one with
+  more updates has several each time; or in one update with the sum of their losses. The actor-critic follows."""
   batch_size: int = setting(32, "R", low=1, high=10**6)
   """Segments or imagined trajectories per update, over all devices (the paper: 32 or 64)."""
   updates: Updates = Updates()

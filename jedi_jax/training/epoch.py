@@ -1,6 +1,7 @@
 """The epoch: the updates of all phases in one compiled call."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import optax
 
 from jedi_jax.models.base import Model
 from jedi_jax.replay import ReplayState, sample
-from jedi_jax.training.order import group_phases, group_updates
+from jedi_jax.training.order import group_phases
 from jedi_jax.training.state import TrainState
 from jedi_jax.training.updates import Update, make_update
 from jedi_jax.types import Array, Metrics, Params
@@ -36,39 +37,39 @@ def make_epoch(
   Args:
     model: the composed model.
     optimizers: by phase.
-    order: see `order.group_phases`.
+    order: see `order.group_phases`. Phases in turns may differ in their numbers of updates; see `_in_turn`.
     batch_size: of the global batch.
     age_weights: see `replay.sample`.
     age_groups: see `replay.sample`.
 
   Returns:
     (state, replay, number of updates by phase, [] int32) -> (state, sums of each phase's metrics over its updates). The
-    phases run in order; phases of a group have the same number. The numbers are traced, so one compilation serves the
+    phases run in order. The numbers are traced, so one compilation serves the
     long first epoch, the others, and each group by itself. With a learned encoder the denoiser has one more figure,
     'encoder_movement', which belongs to the whole call and to all phases; see `_encoder_movement`.
   """
   numbers = {phase.name: index for index, phase in enumerate(model.phases)}
-  updates = {
-    phases[0].name: make_update(
-      {numbers[phase.name]: phase for phase in phases},
-      optimizers,
-      batch_size=batch_size,
-      age_weights=age_weights,
-      age_groups=age_groups,
-    )
-    for phases in group_updates(model.phases, order)
-  }
-  # By the first phase of the group, whose number of updates is that of the group.
-  groups = {
-    names[0]: [updates[name] for name in names if name in updates]
-    for names in group_phases(list(numbers), order).values()
-  }
+  # By the first phase of each update, whose number of updates is that of the update.
+  groups = [
+    {
+      phases[0].name: make_update(
+        {numbers[phase.name]: phase for phase in phases},
+        optimizers,
+        batch_size=batch_size,
+        age_weights=age_weights,
+        age_groups=age_groups,
+      )
+      for phases in turns
+    }
+    for turns in group_phases(model.phases, order).values()
+  ]
 
   def epoch(state: TrainState, replay: ReplayState, counts: dict[str, Array]) -> tuple[TrainState, dict[str, Metrics]]:
     before = state.params["encoder"]
     sums: dict[str, Metrics] = {}
-    for name, in_turn in groups.items():
-      state, own = _repeat(_in_turn(in_turn), state, replay, counts[name])
+    for turns in groups:
+      own_counts = {name: counts[name] for name in turns}
+      state, own = _in_turn(turns, state, replay, own_counts)
       sums |= own
     if jax.tree.leaves(before) and "denoiser" in sums:
       movement = _encoder_movement(model, before, state, replay)
@@ -78,17 +79,26 @@ def make_epoch(
   return epoch
 
 
-def _in_turn(updates: Sequence[Update]) -> Update:
-  """Returns the update that applies each of `updates` once."""
+def _in_turn(
+  turns: Mapping[str, Update], state: TrainState, replay: ReplayState, counts: Mapping[str, Array]
+) -> tuple[TrainState, dict[str, Metrics]]:
+  """Runs each update its number of times, in rounds, and adds up the metrics.
 
-  def update(state: TrainState, replay: ReplayState) -> tuple[TrainState, dict[str, Metrics]]:
+  The smallest number is that of the rounds; the others are multiples of it.
+  """
+  if len(turns) == 1:
+    [(name, update)] = turns.items()
+    return _repeat(update, state, replay, counts[name])
+  rounds = functools.reduce(jnp.minimum, counts.values())
+
+  def update_all(state: TrainState, replay: ReplayState) -> tuple[TrainState, dict[str, Metrics]]:
     metrics: dict[str, Metrics] = {}
-    for one in updates:
-      state, own = one(state, replay)
+    for name, update in turns.items():
+      state, own = _repeat(update, state, replay, counts[name] // jnp.maximum(rounds, 1))
       metrics |= own
     return state, metrics
 
-  return update
+  return _repeat(update_all, state, replay, rounds)
 
 
 def _encoder_movement(model: Model, before: Params, state: TrainState, replay: ReplayState) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.config import Config
+from jedi_jax.config.checks import misfit_together
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
@@ -71,7 +72,10 @@ class Learner:
     self.model = build(config, spec, packed=self.devices.packed)
     self.optimizers = make_optimizers(config, self.model.phases)
     order = config.training.order
-    self.groups = group_phases(self.phases, order)
+    self.groups = {
+      name: tuple(phase.name for phases in turns for phase in phases)
+      for name, turns in group_phases(self.model.phases, order).items()
+    }
     epoch = make_epoch(
       self.model,
       self.optimizers,
@@ -152,13 +156,13 @@ class Learner:
     """Runs updates, phase by phase.
 
     Args:
-      counts: updates by phase; a phase that is missing has none. Phases of a group have the same number.
+      counts: updates by phase; a phase that is missing has none. Those of a group fit together; see `training.order`.
 
     Returns:
       For each run, by phase, the sums of its metrics over its updates; NumPy arrays.
 
     Raises:
-      UserError: for an unknown phase, a negative number, different numbers in a group, or before `start`.
+      UserError: for an unknown phase, a negative number, numbers that do not fit together, or before `start`.
     """
     for name, count in counts.items():
       if name not in self.phases:
@@ -169,11 +173,9 @@ class Learner:
       raise UserError("the learner has no state and no replay: call start first")
     counts = {name: counts.get(name, 0) for name in self.phases}
     for names in self.groups.values():
-      if len({counts[name] for name in names}) > 1:
-        given = ", ".join(f"{name} {counts[name]}" for name in names)
-        raise UserError(
-          f"updates of {given}: training.order={self.config.training.order} trains them together; make them equal"
-        )
+      own = {name: counts[name] for name in names}
+      if misfit := misfit_together(self.config.training.order, own):
+        raise UserError(f"updates of {', '.join(f'{name} {count}' for name, count in own.items())}: {misfit}")
     with self._announce(Operation.UPDATE, counts):
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))
       return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]

@@ -379,7 +379,7 @@ def plan_calls(
   Args:
     counts: the epoch's updates by phase, in order.
     groups: names of the phases that run together.
-    limit: updates of one call at most, over all phases; a call has at least one update of each phase of its group.
+    limit: updates of one call at most, over all phases; a call has at least one round of its group.
     split: whether every group is a call of its own, however few its updates.
   """
   if sum(counts.values()) <= limit and not split:
@@ -387,6 +387,8 @@ def plan_calls(
     return
   nothing = dict.fromkeys(counts, 0)
   for names in groups:
-    count, most = counts[names[0]], max(limit // len(names), 1)
-    for done in range(0, count, most):
-      yield nothing | dict.fromkeys(names, min(count - done, most))
+    rounds = min(counts[name] for name in names)
+    each = {name: counts[name] // max(rounds, 1) for name in names}
+    most = max(limit // max(sum(each.values()), 1), 1)
+    for done in range(0, rounds, most):
+      yield nothing | {name: min(rounds - done, most) * count for name, count in each.items()}

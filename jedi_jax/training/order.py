@@ -6,26 +6,24 @@ from jedi_jax.models.base import Phase
 
 _WORLD_MODEL = ("denoiser", "reward_end")
 
+Turns = tuple[tuple[Phase, ...], ...]
+"""The updates of a group in turn, each as the phases whose losses it adds up."""
 
-def group_phases(names: Sequence[str], order: str) -> dict[str, tuple[str, ...]]:
-  """Returns the names of the phases that run together, by the name of their group, in order.
+
+def group_phases(phases: Sequence[Phase], order: str) -> dict[str, Turns]:
+  """Returns the phases that run together, by the name of their group, in order.
 
   Args:
-    names: of the phases.
+    phases: of the model.
     order: 'sequential' runs every phase by itself; 'alternating' and 'joint' run denoiser and reward_end together, as
-      group 'world_model'.
+      group 'world_model', in turns or in one update.
   """
-  together = tuple(name for name in names if name in _WORLD_MODEL)
+  together = tuple(phase for phase in phases if phase.name in _WORLD_MODEL)
+  alone: dict[str, Turns] = {phase.name: ((phase,),) for phase in phases}
   if order == "sequential" or len(together) < 2:
-    return {name: (name,) for name in names}
-  return {"world_model": together, **{name: (name,) for name in names if name not in together}}
-
-
-def group_updates(phases: Sequence[Phase], order: str) -> list[tuple[Phase, ...]]:
-  """Returns the phases whose losses one update adds up: those of a group with order 'joint', else each by itself."""
-  by_name = {phase.name: phase for phase in phases}
-  groups = group_phases(list(by_name), order if order == "joint" else "sequential")
-  return [tuple(by_name[name] for name in names) for names in groups.values()]
+    return alone
+  turns = (together,) if order == "joint" else tuple((phase,) for phase in together)
+  return {"world_model": turns, **{name: own for name, own in alone.items() if name not in _WORLD_MODEL}}
 
 
 def owned_components(phases: Iterable[Phase]) -> dict[str, tuple[str, ...]]:

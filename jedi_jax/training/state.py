@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jedi_jax.models.base import Model
-from jedi_jax.training.order import group_updates, owned_components
+from jedi_jax.training.order import group_phases, owned_components
 from jedi_jax.types import Array, Params
 
 
@@ -35,7 +35,8 @@ def make_init(
   model: Model, optimizers: Mapping[str, optax.GradientTransformation], order: str = "sequential"
 ) -> Callable[[Array], TrainState]:
   """Returns a pure function from a key to a fresh state; `order` as in `epoch.make_epoch`."""
-  owned = {k: names for phases in group_updates(model.phases, order) for k, names in owned_components(phases).items()}
+  updates = [phases for turns in group_phases(model.phases, order).values() for phases in turns]
+  owned = {name: components for phases in updates for name, components in owned_components(phases).items()}
 
   def init(key: Array) -> TrainState:
     params_key, run_key = jax.random.split(key)

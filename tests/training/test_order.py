@@ -38,32 +38,39 @@ def joint(tiny):
   return before, made.snapshot()[0], sums, made
 
 
+def phase(name, *components):
+  return Phase(name=name, components=components, length=1, losses=lambda *_: None)
+
+
 def test_groups_by_order():
-  assert group_phases(PHASES, "sequential") == {name: (name,) for name in PHASES}
-  together = {"world_model": PHASES[:2], "actor_critic": ("actor_critic",), "probe": ("probe",)}
-  assert group_phases(PHASES, "joint") == group_phases(PHASES, "alternating") == together
-  assert list(group_phases(PHASES, "joint")) == ["world_model", "actor_critic", "probe"]
+  phases = [phase(name) for name in PHASES]
+  denoiser, reward_end, actor_critic, probe = phases
+  assert group_phases(phases, "sequential") == {one.name: ((one,),) for one in phases}
+  rest = {"actor_critic": ((actor_critic,),), "probe": ((probe,),)}
+  joint = group_phases(phases, "joint")
+  assert joint == {"world_model": ((denoiser, reward_end),), **rest}
+  assert group_phases(phases, "alternating") == {"world_model": ((denoiser,), (reward_end,)), **rest}
+  assert list(joint) == ["world_model", "actor_critic", "probe"]
 
 
 def test_the_first_phase_of_an_update_moves_what_both_train():
-  def phase(name, *components):
-    return Phase(name=name, components=components, length=1, losses=lambda *_: None)
-
   both = (phase("denoiser", "encoder", "denoiser"), phase("reward_end", "encoder", "reward_end"))
   assert owned_components(both) == {"denoiser": ("encoder", "denoiser"), "reward_end": ("reward_end",)}
   late = (phase("denoiser", "denoiser"), phase("reward_end", "encoder", "reward_end"))
   assert owned_components(late) == {"denoiser": ("denoiser",), "reward_end": ("encoder", "reward_end")}
 
 
-def test_turns_are_single_updates_of_each_phase(tiny):
+def test_turns_are_updates_of_one_phase_after_the_other(tiny):
   turns = learner(tiny, "alternating")
-  turns.update({"denoiser": 3, "reward_end": 3})
   single = learner(tiny, "sequential")
   single.epoch = tiny.epoch()
   single.start([turns.init(seed=0)], [tiny.devices().to_host(tiny.replay())])
-  for _ in range(3):
-    single.update({"denoiser": 1, "reward_end": 1})
-  chex.assert_trees_all_close(turns.snapshot()[0], single.snapshot()[0], rtol=1e-4, atol=1e-6)
+  for rounds, each in ((3, {"denoiser": 1, "reward_end": 1}), (2, {"denoiser": 3, "reward_end": 1})):
+    [sums] = turns.update({name: rounds * count for name, count in each.items()})
+    parts = [single.update(each)[0] for _ in range(rounds)]
+    for name in each:
+      np.testing.assert_allclose(sums[name]["loss"], sum(part[name]["loss"] for part in parts), rtol=1e-3)
+  chex.assert_trees_all_close(turns.snapshot()[0], single.snapshot()[0], rtol=1e-3, atol=1e-5)
 
 
 def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state_for_the_encoder(joint):
@@ -168,11 +175,16 @@ def test_calls_keep_the_phases_of_a_group_together():
     {"denoiser": 0, "reward_end": 0, "actor_critic": 3},
   ]
   assert sum(call["denoiser"] for call in plan_calls(counts, groups, limit=1, split=True)) == 7
+  turns = list(plan_calls({"denoiser": 9, "reward_end": 3, "actor_critic": 0}, groups, limit=9, split=False))
+  assert turns == [{"denoiser": 3 * n, "reward_end": n, "actor_critic": 0} for n in (2, 1)]
 
 
 def test_different_numbers_of_updates_are_refused(joint):
   refused(lambda: joint[3].update({"denoiser": 1}), "denoiser 1, reward_end 0", "training.order=joint", "equal")
   for order, name in (("joint", "updates"), ("alternating", "first_updates")):
-    overrides = {"training.order": order, f"training.{name}.denoiser": 3}
-    refused(functools.partial(make_config, overrides=overrides), f"training.{name}.denoiser=3", order, "sequential")
-  assert make_config(overrides={"training.order": "sequential", "training.updates.denoiser": 3})
+    for count in (0, 799):
+      overrides = {"training.order": order, f"training.{name}.denoiser": count}
+      given = f"training.{name}.denoiser={count}"
+      refused(functools.partial(make_config, overrides=overrides), given, order, "sequential")
+  for order in ("sequential", "alternating"):
+    assert make_config(overrides={"training.order": order, "training.updates.denoiser": 1_200})
