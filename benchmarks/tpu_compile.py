@@ -3,13 +3,8 @@
   pip install libtpu
   python benchmarks/tpu_compile.py --slices=v5e:2x2,v5p:2x2x1 --chips=1,4 --variants=jedi,diamond
 
-Nothing is executed. libtpu compiles the programs of training (`pmap` over the devices) for the chips of a named slice:
-
-  draw: drawing the denoiser's batch from the preset's replay.
-  denoiser, reward_end, actor_critic: one update, from a replay of --slots frames, so that the working memory is that of
-    the networks.
-  epoch: all updates in their loops, from the preset's replay, as a run executes them. It takes as long to compile as
-    the others together and is not part of the default.
+Nothing is executed. libtpu compiles the programs of training (`pmap` over the devices) for the chips of a named slice;
+absent.py describes the programs.
 
 Memory is XLA's `Compiled.memory_analysis` for one chip. The time is not a measurement but the estimate of XLA's cost
 model (`optimal_seconds`) for one chip. The cost model counts the body of a loop once, and imagination is a loop, so the
@@ -26,37 +21,28 @@ import importlib.util
 import json
 import math
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flops
+import absent
 import jax
-import numpy as np
 import record
 import throughput
 from absl import flags
 from jax.experimental import topologies
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs, replay
+from jedi_jax import envs
 from jedi_jax.errors import UserError
 from jedi_jax.runs import program
-from jedi_jax.training import memory
-from jedi_jax.training.learner import Learner
 from jedi_jax.training.parallel import Devices
-from jedi_jax.training.updates import make_update
-from jedi_jax.types import Array, EnvSpec
+from jedi_jax.types import EnvSpec
 
-_PROGRAMS = ("draw", *throughput.PHASES, "epoch")
 _SLICES = flags.DEFINE_list("slices", ["v5e:2x2"], "libtpu's names of slices, such as v5e:2x2 or v5p:2x2x1.")
 _CHIPS = flags.DEFINE_list("chips", ["1"], "Numbers of chips of a slice that share the run.")
-_PARTS = flags.DEFINE_list("programs", ["draw", *throughput.PHASES], f"Programs: {', '.join(_PROGRAMS)}.")
-_SLOTS = flags.DEFINE_integer("slots", 2_000, "Capacity in frames of the replay of updates.", lower_bound=100)
 _LEVEL = flags.DEFINE_enum(
   "level", "default", ["default", "O0", "O1", "O2", "O3"], "The compiler's effort (jax_optimization_level)."
 )
-_ADD = flags.DEFINE_bool("add", default=False, help="Keeps the record's programs and compiles the missing ones.")
 _FLAGS = flags.FLAGS
 
 _NAME = "tpu_compile"
@@ -66,9 +52,7 @@ _COLUMNS = [*_KEY, "compile s", "arguments MiB", "working MiB", "output MiB", "T
 
 def main() -> None:
   """Runs the benchmark."""
-  unknown = [name for name in _PARTS.value if name not in _PROGRAMS]
-  if unknown:
-    raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(_PROGRAMS)}")
+  absent.check_programs()
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("libtpu is missing, the compiler for TPUs: pip install libtpu")
   jax.config.update("jax_platforms", "cpu")  # Keeps libtpu from searching for a TPU.
@@ -78,7 +62,7 @@ def main() -> None:
   started = {**record.machine(), "libtpu": importlib.metadata.version("libtpu")}
   spec = envs.spec(_FLAGS.env)
   path = record.RESULTS / f"{_NAME}.json"
-  rows = json.loads(path.read_text())["rows"] if _ADD.value and path.exists() else []
+  rows = json.loads(path.read_text())["rows"] if absent.ADD.value and path.exists() else []
   done = {tuple(row[name] for name in _KEY) for row in rows}
   for name in _SLICES.value:
     chips = _chips(name)
@@ -88,7 +72,7 @@ def main() -> None:
         raise UserError(f"--chips: {text!r} is not a number from 1 to {len(chips)}, the chips of {name}")
       devices = Devices(chips[:count])
       devices.check_batch(_FLAGS.batch_size)
-      for part in _PARTS.value:
+      for part in absent.PARTS.value:
         for variant in _FLAGS.variants:
           settings = " ".join(_FLAGS.set)
           key = (name, count, variant, settings, part, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
@@ -111,48 +95,12 @@ def _chips(name: str) -> list[jax.Device]:
 def _measure(part: str, variant: str, spec: EnvSpec, devices: Devices) -> dict[str, Any]:
   """Compiles one program and returns the compiler's analysis of it."""
   config = config_lib.override(throughput.make_config(variant), {"precision.convolution": "lax"})
-  if part in throughput.PHASES:
-    config = config_lib.override(config, {"replay.capacity": _SLOTS.value, "replay.final_frames": 0})
-  learner = Learner(config, spec, devices)
-  settings: dict[str, Any] = {"batch_size": _FLAGS.batch_size, "age_weights": config.replay.age_weights}
-  state, stored = learner.shapes
-  distributed = devices.shapes((state, stored))
-  phases = {phase.name: (i, phase) for i, phase in enumerate(learner.model.phases)}
-  row: dict[str, Any] = {"state MiB": memory.size(state) / 2**20, "replay MiB": memory.size(stored) / 2**20}
-  if part == "epoch":
-    lowered = learner.lower()
-  elif part == "draw":
-    draw = _draw(phases["denoiser"][1].length, **settings)
-    lowered = devices.map(draw, in_axes=(0, None)).lower(distributed[1], jax.ShapeDtypeStruct((2,), np.uint32))
-  else:
-    index, phase = phases[part]
-    update = make_update({index: phase}, learner.optimizers, **settings)
-    row["TFLOP"] = flops.count(update, state, stored) / devices.count / 1e12
-    lowered = devices.map(update, donate=(0,)).lower(*distributed)
-  start = time.perf_counter()
-  compiled = lowered.compile()
-  row["compile s"] = time.perf_counter() - start
-  found = compiled.memory_analysis()
-  row |= {
-    "arguments MiB": found.argument_size_in_bytes / 2**20,
-    "working MiB": found.temp_size_in_bytes / 2**20,
-    "output MiB": (found.output_size_in_bytes - found.alias_size_in_bytes) / 2**20,  # Without donated buffers.
-  }
+  compiled, row = absent.compile_program(part, config, spec, devices)
   costs = compiled.cost_analysis()
   row |= {name: costs.get(name) for name in ("optimal_seconds", "flops", "bytes accessed")}
   if "TFLOP" in row:
     row |= estimate(row["optimal_seconds"], row["flops"], 1e12 * row["TFLOP"])
   return row
-
-
-def _draw(
-  length: int, *, batch_size: int, age_weights: tuple[float, ...]
-) -> Callable[[replay.ReplayState, Array], Any]:
-  def draw(stored: replay.ReplayState, key: Array) -> Any:
-    keys = jax.random.split(jax.random.wrap_key_data(key), batch_size)
-    return replay.sample(stored, keys, length=length, age_weights=age_weights, beyond_end=False, final_frames=True)
-
-  return draw
 
 
 def estimate(seconds: float | None, counted: float | None, traced: float) -> dict[str, Any]:
@@ -188,7 +136,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
   differing = (key for key in ("preset", "batch", "level") if len({row[key] for row in rows}) > 1)
   place = ("slice", "chips", "program", *differing)
   programs: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
-  for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], _PROGRAMS.index(row["program"]))):
+  for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], absent.PROGRAMS.index(row["program"]))):
     same = tuple(row[key] for key in _KEY if key not in ("variant", "set"))
     programs.setdefault(same, {})[row["variant"], row["set"]] = row
   lines = []

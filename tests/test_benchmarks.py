@@ -159,3 +159,40 @@ def test_the_growth_of_a_soak_is_that_of_its_samples_after_the_first_fifth():
   assert row["resident MiB, last fifth"] == pytest.approx(100.0 + 0.03 * 89.5)
   assert row["files, growth an hour"] == pytest.approx(0.0, abs=1e-9)
   assert (row["threads, second fifth"], row["device MiB, last fifth"]) == (4, 5.0)
+
+
+@pytest.fixture(scope="module")
+def gpu_program():
+  """The text of a program for a GPU: a gather, a loop of five convolutions, a product, and a loop of traced length."""
+  return (pathlib.Path(__file__).parent / "data" / "gpu_program.txt").read_text()
+
+
+def test_kernels_of_a_program_for_a_gpu_are_counted(benchmark_module, gpu_program):
+  hlo = benchmark_module("hlo")
+  kernels = hlo.read(gpu_program)
+  gather = next(kernel for kernel in kernels if kernel.source == "model.py:12 f")
+  assert gather.bytes == 4 * 8 * 8 * 16 * (1 + 4) + 4 * 4  # Of 1,000 frames only the four that are read.
+  [convolution] = [kernel for kernel in kernels if kernel.kind == "convolution"]
+  assert convolution.source == "model.py:14 f.step"
+  assert convolution.launches == 5
+  assert convolution.flop == 2 * (4 * 8 * 8 * 16) * (3 * 3 * 16)
+  products = [kernel.flop for kernel in kernels if kernel.kind == "product"]
+  assert products == [2 * 4 * 32 * 1024, 2 * 4 * 4 * 32, 2 * 4 * 4 * 32]
+  assert hlo.loops_of_unknown_length(gpu_program) == 1
+  with pytest.raises(ValueError, match="entry"):
+    hlo.read("HloModule empty")
+
+
+def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_module, gpu_program):
+  hlo = benchmark_module("hlo")
+  kernels = hlo.read(gpu_program)
+  total = hlo.total(kernels)[""]
+  for by in ("kind", "source", "module"):
+    parts = hlo.total(kernels, by=by)
+    assert {key: sum(part[key] for part in parts.values()) for key in total} == total
+    launches = [part["launches"] for part in parts.values()]
+    assert launches == sorted(launches, reverse=True)
+  slow = {"launch": 1.0, "bandwidth": 1e30, "peak": 1e30}
+  assert hlo.seconds(kernels, **slow) == pytest.approx(total["launches"])
+  assert hlo.seconds(kernels, **slow | {"launch": 0.0, "bandwidth": 2.0}) == pytest.approx(total["bytes"] / 2)
+  assert hlo.seconds(kernels, **slow | {"launch": 0.0, "peak": 2.0}) == pytest.approx(total["flop"] / 2)

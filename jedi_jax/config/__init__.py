@@ -117,6 +117,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
+_ABSENT = {"encoder.norm": "none", "sampler.start": "unit"}
+"""What the absence of a setting means in a configuration written before it existed, where that is not the default."""
+
+
 def from_dict(tree: Mapping[str, Any]) -> Config:
   """Builds a configuration from the form of `to_dict`, also as written before variants were settings.
 
@@ -132,17 +136,6 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
     routes = tuple(name for name in routes if name != "reward_end")
   implied = {path: variant[path] for path in ("encoder.kind", "denoiser.kind") if path in variant}
   return override(Config(), {**_ABSENT, **implied, "encoder.learns_from": routes, **values})
-
-
-_ABSENT = {
-  "encoder.norm": "none",
-  "sampler.start": "unit",
-  "reward_end.noise": 0.0,
-  "actor_critic.input_norm": "none",
-  "replay.age_groups": "episodes",
-  "training.order": "sequential",
-}
-"""What the absence of a setting means in a configuration that was written before the setting existed."""
 
 
 def describe(config: Config) -> str:
