@@ -41,12 +41,14 @@ class ActorCritic(NamedTuple):
     apply: (parameters, latents [B, T, h, w, c], state, keep [B, T] or None, fallback or None) -> (logits [B, T, A],
       values [B, T], state); see `ActorCriticNetwork`.
     losses: (parameters, `Trajectory`) -> `Losses`.
+    cast: parameters -> those in the dtypes in which `apply` uses them; see `blocks.cast_kernels`.
   """
 
   init: Callable[[Array], Params]
   initial_state: Callable[[int], LstmState]
   apply: Callable[..., tuple[Array, Array, LstmState]]
   losses: Callable[[Params, Trajectory], Losses]
+  cast: Callable[[Params], Params] = lambda params: params
 
 
 def actor_critic(
@@ -134,4 +136,8 @@ def actor_critic(
       },
     )
 
-  return ActorCritic(init, initial_state, apply, losses)
+  def cast(params: Params) -> Params:
+    heads = {name: params[name] for name in ("actor", "critic")}  # They compute in float32.
+    return {**blocks.cast_kernels(params, compute.dtype), **heads}
+
+  return ActorCritic(init, initial_state, apply, losses, cast)

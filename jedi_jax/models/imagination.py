@@ -103,6 +103,10 @@ def imagine(
   if actions is not None:
     chex.assert_shape(actions, (batch, horizon))
   params, past = jax.lax.stop_gradient((params, past))
+  params = {
+    name: part.cast(params[name])
+    for name, part in (("denoiser", dynamics), ("reward_end", reward_end), ("actor_critic", actor_critic))
+  }
   reward_end_state = reward_end.initial_state(rows)
   policy_state = actor_critic.initial_state(rows)
   if length > 1:

@@ -23,12 +23,14 @@ class RewardEnd(NamedTuple):
     predict: (parameters, frames [B, T, h, w, c], actions [B, T], next frames [B, T, h, w, c], state) ->
       (reward logits [B, T, 3], end logits [B, T, 2], state).
     losses: (parameters, frames, actions, next frames, raw rewards [B, T], ends [B, T], weights [B, T]) -> `Losses`.
+    cast: parameters -> those in the dtypes in which `predict` uses them; see `blocks.cast_kernels`.
   """
 
   init: Callable[[Array], Params]
   initial_state: Callable[[int], LstmState]
   predict: Callable[[Params, Array, Array, Array, LstmState], tuple[Array, Array, LstmState]]
   losses: Callable[[Params, Array, Array, Array, Array, Array, Array], Losses]
+  cast: Callable[[Params], Params] = lambda params: params
 
 
 def reward_end_model(
@@ -88,4 +90,4 @@ def reward_end_model(
       },
     )
 
-  return RewardEnd(init, initial_state, predict, losses)
+  return RewardEnd(init, initial_state, predict, losses, lambda params: blocks.cast_kernels(params, compute.dtype))

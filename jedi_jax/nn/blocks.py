@@ -6,7 +6,7 @@ be loaded. Activations have the module's `dtype`; parameters and the statistics 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +44,21 @@ def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
     *args: example arguments; only shapes and dtypes matter.
   """
   return network.lazy_init(key, *jax.eval_shape(lambda: args))["params"]
+
+
+def cast_kernels(params: Params, dtype: Any) -> Params:
+  """Casts kernels, and the biases beside them, to the dtype in which layers of that `dtype` use them.
+
+  A loop whose layers cast the same parameters again in each iteration casts them once if this precedes it.
+  """
+
+  def cast(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+      return tree
+    used = {name for name in tree if name.startswith("kernel")} | ({"bias"} if "kernel" in tree else set())
+    return {name: value.astype(dtype) if name in used else cast(value) for name, value in tree.items()}
+
+  return cast(params)
 
 
 def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:
@@ -104,8 +119,51 @@ class Conv3x3(nn.Module):
     return images.conv3x3(x, kernel, stride=self.stride, lowering=self.lowering) + bias
 
 
-def group_norm(channels: int, *, dtype: Any, name: str, affine: bool = True) -> nn.GroupNorm:
+class OnePassGroupNorm(nn.Module):
+  """Group norm with the parameters of `nn.GroupNorm`, and statistics that a GPU computes in one reduction.
+
+  The variance is E[x^2] - E[x]^2, in float32. It cancels where the mean is large, which the rounding of narrower
+  activations hides.
+  """
+
+  affine: bool = True
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    channels = x.shape[-1]
+    groups = max(1, channels // GROUP_SIZE)
+    wide = x.astype(jnp.float32)
+    count = math.prod(x.shape[1:]) // groups
+    mean, square = (_group_sums(part, groups) / count for part in (wide, jnp.square(wide)))
+    factor = jax.lax.rsqrt(jnp.maximum(square - jnp.square(mean), 0.0) + GROUP_NORM_EPSILON)
+    mean, factor = (jnp.repeat(part, channels // groups, axis=-1)[:, None, None, :] for part in (mean, factor))
+    x = (wide - mean) * factor
+    if self.affine:
+      x = x * self.param("scale", nn.initializers.ones_init(), (channels,))
+      x = x + self.param("bias", nn.initializers.zeros_init(), (channels,))
+    return x.astype(self.dtype)
+
+
+def _group_sums(x: Array, groups: int) -> Array:
+  """Adds over positions and over the channels of each group: [B, H, W, C] -> [B, G].
+
+  One group is one reduction. With several, a reduction over positions comes first, whose reads are contiguous, and then
+  additions of halves, which XLA puts in one kernel with what is computed of the sums.
+  """
+  if groups == 1:
+    return jnp.sum(x, axis=(1, 2, 3))[:, None]
+  sums = jnp.sum(x, axis=(1, 2)).reshape(x.shape[0], groups, -1)
+  while sums.shape[-1] % 2 == 0:
+    half = sums.shape[-1] // 2
+    sums = sums[..., :half] + sums[..., half:]
+  return jnp.sum(sums, axis=-1)
+
+
+def group_norm(channels: int, *, dtype: Any, name: str, affine: bool = True) -> nn.Module:
   """Returns group norm over groups of `GROUP_SIZE` channels, with float32 statistics."""
+  if dtype != jnp.float32:
+    return OnePassGroupNorm(affine=affine, dtype=dtype, name=name)
   return nn.GroupNorm(
     num_groups=max(1, channels // GROUP_SIZE),
     epsilon=GROUP_NORM_EPSILON,
@@ -145,10 +203,13 @@ class SelfAttention(nn.Module):
     heads = max(1, channels // HEAD_WIDTH)
     x = group_norm(channels, dtype=self.dtype, name="norm")(x)
     h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(x)
-    query, key, value = (
-      part.reshape(batch, height * width, heads, channels // heads) for part in jnp.split(h, 3, axis=-1)
-    )
-    h = jax.nn.dot_product_attention(query, key, value).reshape(batch, height, width, channels)
+    # Positions last, so that all products have their batch in front and nothing is transposed between them.
+    h = jnp.swapaxes(h.reshape(batch, height * width, 3 * channels), 1, 2)
+    query, key, value = jnp.unstack(h.reshape(batch, 3, heads, channels // heads, height * width), axis=1)
+    logits = jnp.einsum("bnhp,bnhq->bnpq", query, key, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * (channels // heads) ** -0.5).astype(self.dtype)
+    h = jnp.einsum("bnpq,bnhq->bnhp", weights, value).reshape(batch, channels, height * width)
+    h = jnp.swapaxes(h, 1, 2).reshape(batch, height, width, channels)
     zeros = nn.initializers.zeros_init()
     return x + nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=self.dtype)(h)
 

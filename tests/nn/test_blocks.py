@@ -107,6 +107,22 @@ def test_group_norm_takes_statistics_over_groups_of_32_channels(channels, groups
   np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(8, 1), (48, 1), (64, 2), (80, 2), (96, 3)])
+def test_one_pass_group_norm_agrees_with_that_of_float32(channels, groups):
+  x = (normal((2, 3, 4, channels)) * jnp.linspace(0.5, 3, channels) + jnp.linspace(-2, 5, channels)).astype(
+    jnp.bfloat16
+  )
+  module = blocks.group_norm(channels, dtype=jnp.bfloat16, name="norm")
+  params = {"scale": normal((channels,), seed=1), "bias": normal((channels,), seed=2)}
+  given = {"params": params}
+  expected = group_norm(x.astype(jnp.float32), groups) * np.asarray(params["scale"]) + np.asarray(params["bias"])
+  np.testing.assert_allclose(module.apply(given, x).astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
+  plain = blocks.group_norm(channels, dtype=jnp.float32, name="norm")
+  assert jax.tree.map(jnp.shape, module.init(jax.random.key(0), x)) == jax.tree.map(
+    jnp.shape, plain.init(jax.random.key(0), x.astype(jnp.float32))
+  )
+
+
 def test_group_norm_has_float32_statistics_under_bfloat16():
   # Near 64 bfloat16 resolves 0.5 only; the mean of the squares, 4097, it would round to 4096.
   x = (64 + 2 * normal((2, 8, 8, 8))).astype(jnp.bfloat16)

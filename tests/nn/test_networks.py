@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.nn.encoder import EncoderNetwork
@@ -87,6 +88,24 @@ def test_bfloat16_is_for_activations_only(name):
   }
   assert (name == "actor_critic") == (not inside)  # This one is an LSTM and two linear heads only.
   assert set(inside.values()) <= {jnp.dtype(jnp.bfloat16)}, inside
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_kernels_that_are_cast_before_change_nothing(name):
+  network, arguments = NETWORKS[name](dtype=jnp.bfloat16)
+  _, params, _ = compiled(name)
+  cast = blocks.cast_kernels(params["params"], jnp.bfloat16)
+  dtypes = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(cast)}
+  narrow = {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16}
+  assert {path for path in dtypes if "kernel" in path} <= narrow
+  assert not any("scale" in path or "embedding" in path or "frequencies" in path for path in narrow)
+  if name == "actor_critic":  # Its heads compute in float32.
+    cast |= {head: params["params"][head] for head in ("actor", "critic")}
+  apply = jit(network.apply)
+  before, after = apply(params, *arguments), apply({"params": cast}, *arguments)
+  for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    np.testing.assert_array_equal(x, y)
+  assert jax.tree.map(jnp.shape, cast) == jax.tree.map(jnp.shape, params["params"])
 
 
 def test_the_inner_network_starts_at_its_bias():
