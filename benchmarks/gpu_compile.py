@@ -133,6 +133,7 @@ CARDS = {
   ),
 }
 
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 _CARDS = flags.DEFINE_list("cards", ["H100"], f"Cards: {', '.join(CARDS)}.")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16"], "Data types of activations: bfloat16, float32.")
 _LAUNCH = flags.DEFINE_float("launch_us", 2.5, "Microseconds that a launch costs at least.", lower_bound=0.0)
@@ -154,14 +155,15 @@ def main() -> None:
   for name in _DTYPES.value:
     if name not in CARDS["H100"].peaks:
       raise UserError(f"--dtypes: {name!r} is not bfloat16 or float32")
-  if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
+  plugins = [name for name in _PLUGINS if importlib.util.find_spec(name)]
+  if not plugins:
     raise UserError("XLA's compiler for NVIDIA GPUs is missing: pip install 'jax[cuda12]'")
   # No GPU is searched for, and nothing is tuned.
   os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
   jax.config.update("jax_platforms", "cpu")
-  plugin = importlib.metadata.version("jax-cuda12-plugin")
-  started = {**record.machine(), "jax-cuda12-plugin": plugin, "launch_us": _LAUNCH.value}
+  versions = {name: importlib.metadata.version(name) for name in plugins}
+  started = {**record.machine(), **versions, "launch_us": _LAUNCH.value}
   path = record.RESULTS / f"{_RECORD.value}.json"
   rows = json.loads(path.read_text())["rows"] if absent.ADD.value and path.exists() else []
   done = {tuple(row[name] for name in _KEY) for row in rows}

@@ -2,12 +2,14 @@
 
   python benchmarks/world_model.py --seeds=3 --arm=preset --arm='norm per frame; encoder.norm=frame'
 
-An arm is a name and the settings in which it differs from the preset. Prints a table of means over seeds and writes
+An arm is a name and the settings in which it differs from the preset. It has the updates of a run's first epoch
+(training.first_updates), without those of the actor-critic. Prints a table of means over seeds and writes
 benchmarks/results/learning/<name>.json. It shows within minutes whether a choice makes a better world model, but not
 whether a policy learns more from it.
 """
 
 import statistics
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +32,6 @@ _PRESET = flags.DEFINE_string("preset", "minatar", "Preset.")
 _ARMS = flags.DEFINE_multi_string("arm", ["preset"], "Name and settings: 'name; path=value; path=value'; repeatable.")
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of each arm.", lower_bound=1, upper_bound=1_000)
 _STEPS = flags.DEFINE_integer("steps", 8_000, "Random steps for training.", lower_bound=100, upper_bound=10**6)
-_UPDATES = flags.DEFINE_integer("updates", 1_500, "Updates of each phase.", lower_bound=1, upper_bound=10**6)
 
 _FIGURES = ("f1_real", "f1_imagined", "error_1", "error_last", "calibration")
 
@@ -45,13 +46,14 @@ def main() -> None:
     config = config_lib.make_config(env=_ENV.value, preset=_PRESET.value, overrides=settings)
     rows += _measure(name, config)
     jax.clear_caches()
-  print(record.table(_means(rows), ["arm", *_FIGURES, "latent_deviation", "encoder_movement"]))
+  print(record.table(_means(rows), ["arm", *_FIGURES, "latent_deviation", "encoder_movement", "seconds"]))
   print(f"written to {record.write(f'learning/{_NAME.value}', rows, started=started)}")
 
 
 def _measure(name: str, config: Config) -> list[dict[str, Any]]:
   """Returns a row for each seed."""
   learner = Learner(config, envs.spec(config.env.name))
+  updates = {name: getattr(config.training.first_updates, name) for name in ("denoiser", "reward_end")}
   rows = []
   for seed in range(_SEEDS.value):
     state = learner.init(seed)
@@ -59,11 +61,14 @@ def _measure(name: str, config: Config) -> list[dict[str, Any]]:
     learner.start([state], [training])
     if not rows:
       learner.compile()
-    [sums] = learner.update({"denoiser": _UPDATES.value, "reward_end": _UPDATES.value})
-    metrics = telemetry.summarise(sums, {**dict.fromkeys(learner.phases, 0), "denoiser": _UPDATES.value})
+    begun = time.monotonic()
+    [sums] = learner.update(updates)
+    seconds = time.monotonic() - begun
+    metrics = telemetry.summarise(sums, {**dict.fromkeys(learner.phases, 0), "denoiser": updates["denoiser"]})
     learner.start([learner.snapshot()[0]], [held_out])
     [figures] = learner.watch([jax.random.key_data(jax.random.key(seed))])
-    rows.append({"arm": name, "seed": seed, **_named(telemetry.world_model_summary(figures)), **_named(metrics)})
+    measured = _named({**telemetry.world_model_summary(figures), **metrics})
+    rows.append({"arm": name, "seed": seed, **measured, "seconds": seconds})
     print(rows[-1], flush=True)
   return rows
 

@@ -14,9 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
   str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
 )
-SCALING, AGAINST_TORCH, TPU_COMPILE = (
-  str(ROOT / "benchmarks" / f"{name}.py") for name in ("scaling", "against_torch", "tpu_compile")
+SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE = (
+  str(ROOT / "benchmarks" / f"{name}.py") for name in ("scaling", "against_torch", "tpu_compile", "gpu_compile")
 )
+CUDA = importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin")
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
 
@@ -270,9 +271,14 @@ MISTAKES = {
   "against no clone": ([AGAINST_TORCH], ["--diamond_repo", "git clone"]),
   "against another clone": ([AGAINST_TORCH, "--diamond_repo=empty"], ["empty", "config/trainer.yaml"]),
   "unknown program for a TPU": ([TPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
+  "unknown program for a GPU": ([GPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
+  "unknown GPU": ([GPU_COMPILE, "--cards=H10"], ["--cards", "H10", "H100"]),
+  "unknown data type": ([GPU_COMPILE, "--dtypes=float8"], ["--dtypes", "float8", "bfloat16"]),
 }
 if importlib.util.find_spec("libtpu") is None:
   MISTAKES["no compiler for TPUs"] = ([TPU_COMPILE], ["libtpu is missing", "pip install libtpu"])
+if CUDA is None:
+  MISTAKES["no compiler for GPUs"] = ([GPU_COMPILE], ["compiler", "pip install 'jax[cuda12]'"])
 
 ANSWERS = {
   "train help": [TRAIN, "--help"],
@@ -358,3 +364,16 @@ def test_a_mistake_in_its_own_process(tmp_path):
   assert done.stderr.startswith("train.py: unknown environment 'atari/Brekout'; nearest: atari/Breakout")
   assert done.stderr.count("\n") == 1
   assert not os.listdir(tmp_path)
+
+
+@pytest.mark.skipif(CUDA is None, reason="jax[cuda12], XLA's compiler for NVIDIA GPUs, is not installed")
+def test_programs_are_compiled_for_a_gpu_that_is_not_there(tmp_path):
+  record = tmp_path / "gpu"
+  flags = ["--preset=debug", "--batch_size=4", "--programs=act", "--variants=jedi", "--by=source"]
+  done = command(GPU_COMPILE, *flags, f"--record={record}")
+  assert done.returncode == 0, done.stderr
+  [row] = json.loads(record.with_suffix(".json").read_text())["rows"]
+  assert row["launches"] == sum(row["by kind"].values()) > 10
+  assert "nn/blocks.py" in done.stdout
+  # Kernels that take no time but their launch.
+  assert row["estimate ms"] >= row["launches"] * 2.5e-3

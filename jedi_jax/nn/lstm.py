@@ -1,5 +1,6 @@
 """LSTM over time."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,28 +50,92 @@ class Lstm(nn.Module):
     projected = jnp.dot(inputs.astype(self.dtype), kernel_ih.astype(self.dtype), preferred_element_type=jnp.float32) + (
       bias_ih + bias_hh
     )
-    recurrent = kernel_hh.astype(self.dtype)
+    keep = jnp.ones(inputs.shape[:2]) if keep is None else keep
+    fallback = zero_lstm_state(inputs.shape[0], self.width) if fallback is None else fallback
+    hidden, state = _recur(self.dtype, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
+    return jnp.moveaxis(hidden, 0, 1), state
 
-    def step(carry: LstmState, xs: tuple[Array, Array | None]) -> tuple[LstmState, Array]:
-      projection, kept = xs
-      hidden = carry.hidden.astype(self.dtype)
-      total = projection + jnp.dot(hidden, recurrent, preferred_element_type=jnp.float32)
-      i, f, g, o = jnp.split(total, 4, axis=-1)
-      cell = nn.sigmoid(f) * carry.cell + nn.sigmoid(i) * jnp.tanh(g)
-      hidden = nn.sigmoid(o) * jnp.tanh(cell)
-      after = LstmState(hidden, cell)
-      if kept is not None:
-        after = jax.tree.map(lambda x: x * kept[:, None], after)
-        if fallback is not None:
-          after = jax.tree.map(lambda x, other: x + other * (1.0 - kept[:, None]), after, fallback)
-      return after, hidden
 
-    if inputs.shape[1] == 1:
-      state, hidden = step(state, (projected[:, 0], None if keep is None else keep[:, 0]))
-      return hidden[:, None], state
-    by_time = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (projected, keep))
-    state, hiddens = lax.scan(step, state, by_time)
-    return jnp.moveaxis(hiddens, 0, 1), state
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recur(
+  dtype: Any, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+) -> tuple[Array, LstmState]:
+  """Runs the recurrence; its gradient is written out, so that a step saves one array and kernels have one product.
+
+  Args:
+    dtype: of the products.
+    projected: [T, B, 4 D] what inputs and biases add to the gates.
+    kernel: [D, 4 D], of the hidden state.
+    state: before the first step.
+    keep: [T, B]; has no gradient.
+    fallback: see `Lstm`.
+
+  Returns:
+    Hidden states [T, B, D], before `keep` applies, and the state after the last step.
+  """
+  return _forward(dtype, projected, kernel, state, keep, fallback)[0]
+
+
+def _forward(
+  dtype: Any, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+) -> tuple[tuple[Array, LstmState], tuple[Any, ...]]:
+  recurrent = kernel.astype(dtype)
+
+  def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, Array]:
+    projection, kept = xs
+    total = projection + jnp.dot(carry.hidden.astype(dtype), recurrent, preferred_element_type=jnp.float32)
+    i, f, g, o = jnp.split(total, 4, axis=-1)
+    i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+    cell = f * carry.cell + i * g
+    hidden = o * jnp.tanh(cell)
+    return _blend(LstmState(hidden, cell), kept, fallback), jnp.concatenate([hidden, cell, i, f, g, o], axis=-1)
+
+  if len(projected) == 1:  # As in imagination and acting, without a loop.
+    after, one = step(state, (projected[0], keep[0]))
+    saved = one[None]
+  else:
+    after, saved = lax.scan(step, state, (projected, keep))
+  return (saved[..., : kernel.shape[0]], after), (saved, kernel, state, keep, fallback)
+
+
+def _backward(
+  dtype: Any, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
+) -> tuple[Array, Array, LstmState, Array, LstmState]:
+  saved, kernel, state, keep, fallback = residuals
+  hidden, cell, i, f, g, o = jnp.split(saved, 6, axis=-1)
+  before = _blend(LstmState(hidden[:-1], cell[:-1]), keep[:-1], fallback)
+  before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, before)
+  recurrent = kernel.astype(dtype)
+  squashed = jnp.tanh(cell)
+  # What each gate's gradient takes from the cell's and, last, from the hidden state's.
+  into_gates = jnp.stack([g * i * (1 - i), before.cell * f * (1 - f), i * (1 - jnp.square(g)), squashed * o * (1 - o)])
+  into_cell = o * (1 - jnp.square(squashed))
+
+  def step(after: LstmState, xs: tuple[Array, ...]) -> tuple[LstmState, tuple[Array, LstmState]]:
+    of_hidden, kept, into_gate, through, forget = xs
+    of_hidden = of_hidden + kept[:, None] * after.hidden
+    of_cell = kept[:, None] * after.cell + of_hidden * through
+    of_gates = jnp.concatenate([*(of_cell * into_gate[:3]), of_hidden * into_gate[3]], axis=-1)
+    of_before = jnp.dot(of_gates.astype(dtype), recurrent.T, preferred_element_type=jnp.float32)
+    lost = jax.tree.map(lambda x: (1 - kept)[:, None] * x, after)
+    return LstmState(of_before, of_cell * forget), (of_gates, lost)
+
+  of_hiddens, of_after = cotangents
+  xs = (of_hiddens, keep, jnp.moveaxis(into_gates, 1, 0), into_cell, f)
+  of_state, (of_gates, lost) = lax.scan(step, of_after, xs, reverse=True)
+  of_kernel = jnp.einsum(
+    "tbi,tbj->ij", before.hidden.astype(dtype), of_gates.astype(dtype), preferred_element_type=jnp.float32
+  )
+  of_fallback = jax.tree.map(lambda x: jnp.sum(x, axis=0), lost)
+  return of_gates, of_kernel.astype(kernel.dtype), of_state, jnp.zeros_like(keep), of_fallback
+
+
+_recur.defvjp(_forward, _backward)
+
+
+def _blend(state: LstmState, keep: Array, fallback: LstmState) -> LstmState:
+  """Returns keep state + (1 - keep) fallback, for state [..., B, D], keep [..., B] and fallback [B, D]."""
+  return jax.tree.map(lambda x, other: x * keep[..., None] + other * (1 - keep)[..., None], state, fallback)
 
 
 def _forget_gate_one(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:

@@ -82,6 +82,41 @@ def test_single_steps_and_the_scan_give_the_same(lstm_case, with_keep):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_the_gradient_of_the_lstm_is_that_of_its_steps(lstm_case):
+  """Automatic differentiation of a plain recurrence, for parameters, inputs, state and fallback."""
+  module, params, inputs, state = lstm_case
+  keep = jnp.asarray([[1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 1.0, 1.0]])
+  fallback = LstmState(normal((2, 5), seed=3), normal((2, 5), seed=4))
+
+  def plain(params, inputs, state, fallback):
+    outputs = []
+    for t in range(4):
+      gates = inputs[:, t] @ params["kernel_ih"] + state.hidden @ params["kernel_hh"]
+      i, f, g, o = jnp.split(gates + params["bias_ih"] + params["bias_hh"], 4, axis=-1)
+      cell = jax.nn.sigmoid(f) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+      outputs.append(jax.nn.sigmoid(o) * jnp.tanh(cell))
+      kept = keep[:, t, None]
+      state = jax.tree.map(lambda x, y, k=kept: k * x + (1 - k) * y, LstmState(outputs[-1], cell), fallback)
+    return jnp.stack(outputs, axis=1), state
+
+  def loss(function):
+    def value(*arguments):
+      outputs, after = function(*arguments)
+      return jnp.sum(jnp.sin(outputs)) + jnp.sum(jnp.cos(3 * after.hidden)) + jnp.sum(jnp.square(after.cell))
+
+    return value
+
+  def ours(params, inputs, state, fallback):
+    return module.apply({"params": params}, inputs, state, keep, fallback)
+
+  arguments = (dict(params), inputs, state, fallback)
+  expected, actual = (jax.grad(loss(function), argnums=(0, 1, 2, 3))(*arguments) for function in (plain, ours))
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    assert np.any(np.abs(y) > 1e-3)
+
+
 def test_the_lstm_starts_with_open_forget_gates_and_an_orthogonal_recurrence():
   module = Lstm(4)
   params = module.init(jax.random.key(0), jnp.zeros((1, 1, 3)), zero_lstm_state(1, 4))["params"]
