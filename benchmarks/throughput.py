@@ -5,12 +5,16 @@
 Variants are timed in turn, so that other load on the machine affects all of them alike. The replay contains noise,
 since no time depends on its contents. `triple` is one update of the denoiser, of the reward / end model and of the
 actor-critic in one call, or with --nofused the sum of their times; its FLOP are counted in the trace (see flops.py).
-The projected hours are those of all updates of a run of the preset, without collection and evaluation. The result is
-written to benchmarks/results/throughput_<platform>.json.
+With --launches each program runs once more under JAX's profiler, which on a GPU gives the kernels that it launches and
+the time for which they keep the device busy, of all runs together. The projected hours are those of all updates of a
+run of the preset, without collection and evaluation. The result is written to
+benchmarks/results/throughput_<platform>.json.
 """
 
 import math
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +49,7 @@ _FUSED = flags.DEFINE_bool("fused", default=True, help="Times the triple as one 
 _DTYPE = flags.DEFINE_string("dtype", "float32", "Data type of activations: float32 or bfloat16.")
 _PEAK = flags.DEFINE_float("peak_tflops", 0.0, "Peak TFLOP/s of the device, to report the share of it; 0 for none.")
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting.")
+_LAUNCHES = flags.DEFINE_bool("launches", default=False, help="Also counts the launches on a GPU.")
 _NAME = flags.DEFINE_string("name", None, "Name of the record; throughput_<platform> if left out.")
 
 PHASES = ("denoiser", "reward_end", "actor_critic")
@@ -154,6 +159,24 @@ def noise_replay(config: Config, spec: EnvSpec, slots: int = SLOTS) -> replay.Re
   return jax.device_get(jax.jit(replay.add)(state, chunk))
 
 
+def device_events(call: Callable[[], Any]) -> tuple[int, float]:
+  """Profiles one call; returns the number of kernels and copies on GPUs, and the sum of their seconds."""
+  with tempfile.TemporaryDirectory() as directory:
+    with jax.profiler.trace(directory):
+      call()
+    (file,) = pathlib.Path(directory).rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(file))
+  events = [
+    event.duration_ns
+    for plane in profile.planes
+    if plane.name.startswith("/device:GPU")
+    for line in plane.lines
+    if line.name.startswith("Stream")
+    for event in line.events
+  ]
+  return len(events), sum(events) / 1e9
+
+
 def projected_hours(config: Config, seconds: dict[str, float]) -> float:
   """Returns the hours of all updates of a run with the shortest first collection that its settings allow."""
   c, t = config.collect, config.training
@@ -173,8 +196,9 @@ def main() -> None:
     together = dict.fromkeys(PHASES, _UPDATES.value)
     calls = [{**own, "triple": lambda case=case: case.run(**together)} for own, case in zip(calls, cases, strict=True)]
   times = record.in_turn(calls, repeats=_REPEATS.value, warmup=_WARMUP.value)
+  counted = [{name: device_events(call) for name, call in own.items()} if _LAUNCHES.value else {} for own in calls]
   rows = []
-  for case, taken in zip(cases, times, strict=True):
+  for case, taken, events in zip(cases, times, counted, strict=True):
     each = {name: [t / _UPDATES.value / case.runs for t in taken[name]] for name in taken if name != "sampling"}
     each.setdefault("triple", [sum(parts) for parts in zip(*each.values(), strict=True)])
     medians = {name: statistics.median(values) for name, values in each.items()}
@@ -192,6 +216,8 @@ def main() -> None:
       "compile s": case.compile_seconds,
       "projected hours": projected_hours(case.config, medians),
       "flop": case.flop,
+      "launches": {name: count for name, (count, _) in events.items()},
+      "busy ms": {name: 1e3 * busy for name, (_, busy) in events.items()},
     }
     if _PEAK.value:
       row["share of peak"] = row["TFLOP/s"] / _PEAK.value

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -196,3 +197,14 @@ def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_mod
   assert hlo.seconds(kernels, **slow) == pytest.approx(total["launches"])
   assert hlo.seconds(kernels, **slow | {"launch": 0.0, "bandwidth": 2.0}) == pytest.approx(total["bytes"] / 2)
   assert hlo.seconds(kernels, **slow | {"launch": 0.0, "peak": 2.0}) == pytest.approx(total["flop"] / 2)
+
+
+def test_an_item_on_a_gpu_ends_by_itself_or_is_stopped(benchmark_module, tmp_path):
+  on_gpu = benchmark_module("on_gpu")
+  outcome = on_gpu.run_item(on_gpu.Item("fine", ("-c", "print('text')"), 60), tmp_path, 60)
+  assert (outcome["status"], outcome["command"]) == (0, "python -c print('text')")
+  assert (tmp_path / "fine.log").read_text() == "text\n"
+  slow = on_gpu.Item("slow", ("-c", "import time; time.sleep(100)"), 1)
+  outcome = on_gpu.run_item(slow, tmp_path, 1)
+  assert outcome["status"] == -signal.SIGTERM
+  assert outcome["seconds"] < 30

@@ -14,8 +14,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
   str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
 )
-SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE = (
-  str(ROOT / "benchmarks" / f"{name}.py") for name in ("scaling", "against_torch", "tpu_compile", "gpu_compile")
+SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
+  str(ROOT / "benchmarks" / f"{name}.py")
+  for name in ("scaling", "against_torch", "tpu_compile", "gpu_compile", "on_gpu")
 )
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin")
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
@@ -273,6 +274,7 @@ MISTAKES = {
   "unknown program for a TPU": ([TPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
   "unknown program for a GPU": ([GPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
   "unknown GPU": ([GPU_COMPILE, "--cards=H10"], ["--cards", "H10", "H100"]),
+  "unknown item for a GPU": ([ON_GPU, "--items=sped"], ["--items", "sped", "speed"]),
   "unknown data type": ([GPU_COMPILE, "--dtypes=float8"], ["--dtypes", "float8", "bfloat16"]),
 }
 if importlib.util.find_spec("libtpu") is None:

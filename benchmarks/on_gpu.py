@@ -1,0 +1,143 @@
+"""Measures on a GPU what waits for one, in order of worth, within the minutes that it is at hand.
+
+  python benchmarks/on_gpu.py --minutes=9 --out=gpu --work=/tmp/gpu
+
+Each item is a program of its own with a limit of time. Its outcome is written as soon as it ends, and a later call goes
+on with the items that have not succeeded:
+
+  smoke: tests of networks, operations and updates.
+  speed: throughput.py, jedi and diamond, one run, bfloat16, with the launches and the busy time of each update.
+  packed: the same for jedi with 8 and 16 packed runs.
+  memory_jedi, memory_diamond: memory.py with the peak of one update of each component.
+  float32: the throughput of one run in float32.
+  torch: against_torch.py, where --diamond_repo names a clone.
+  learn: train.py on --games in one program, for the minutes that are left. The runs stay in --work and go on.
+
+The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
+summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import against_torch  # noqa: F401
+import record
+from absl import flags
+
+from jedi_jax.errors import UserError, nearest
+from jedi_jax.runs import program
+
+_MINUTES = flags.DEFINE_float("minutes", 9.0, "Minutes of this call.", lower_bound=0.1)
+_OUT = flags.DEFINE_string("out", "gpu", "Directory of logs and records.")
+_WORK = flags.DEFINE_string("work", None, "Directory of the learning runs; <out>/work by default.")
+_ITEMS = flags.DEFINE_list("items", [], "Items to run; all by default.")
+_GAMES = flags.DEFINE_list("games", ["atari/Krull", "atari/Boxing", "atari/Pong", "atari/Breakout"], "Games to learn.")
+_FLAGS = flags.FLAGS
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_RESERVE = 25.0
+"""Seconds of a call that are kept for writing."""
+_GRACE = 15.0
+"""Seconds that an item has to end after SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+  """One program.
+
+  Attributes:
+    name: of its log and record.
+    command: its arguments.
+    limit: seconds at most.
+    resumes: whether it goes on where it was interrupted, so that it never counts as done.
+  """
+
+  name: str
+  command: Sequence[str]
+  limit: float
+  resumes: bool = False
+
+
+def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
+  """Returns all items that the flags allow, in order of worth."""
+
+  def benchmark(name: str, script: str, *arguments: str, limit: float) -> Item:
+    shared = (f"--preset={_FLAGS.preset}", f"--batch_size={_FLAGS.batch_size}", f"--name={(out / name).resolve()}")
+    return Item(name, (f"benchmarks/{script}.py", *shared, *arguments), limit)
+
+  narrow = "--dtype=bfloat16"
+  tests = ("-m", "pytest", "-x", "-o", "addopts=", "tests/nn", "tests/ops", "tests/training/test_updates.py")
+  found = [
+    Item("smoke", tests, 150),
+    benchmark("speed", "throughput", "--variants=jedi,diamond", narrow, "--launches", limit=300),
+    benchmark("packed", "throughput", "--variants=jedi", "--runs=8,16", narrow, limit=300),
+    *(
+      benchmark(f"memory_{variant}", "memory", f"--variants={variant}", "--measure", narrow, limit=150)
+      for variant in ("jedi", "diamond")
+    ),
+    benchmark("float32", "throughput", "--variants=jedi,diamond", limit=300),
+  ]
+  if _FLAGS.diamond_repo:
+    repo = f"--diamond_repo={_FLAGS.diamond_repo}"
+    found.append(benchmark("torch", "against_torch", "--variants=diamond,jedi", repo, limit=300))
+  settings = ("--set=precision.compute_dtype=bfloat16", f"--grace={_GRACE - 5}", f"--workdir={work.resolve()}")
+  learn = ("experiments/train.py", f"--env={','.join(_GAMES.value)}", f"--preset={_FLAGS.preset}", *settings)
+  return [*found, Item("learn", learn, 10**6, resumes=True)]
+
+
+def main() -> None:
+  """Runs the items."""
+  deadline = time.monotonic() + 60 * _MINUTES.value - _RESERVE
+  out = pathlib.Path(_OUT.value)
+  work = pathlib.Path(_WORK.value) if _WORK.value else out / "work"
+  known = {item.name: item for item in items(out, work)}
+  for name in _ITEMS.value:
+    if name not in known:
+      raise UserError(f"--items: no item {name!r}{nearest(name, known)}")
+  out.mkdir(parents=True, exist_ok=True)
+  path = out / "summary.json"
+  done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+  for item in (known[name] for name in _ITEMS.value or known):
+    left = deadline - time.monotonic()
+    if left < min(item.limit, 2 * _GRACE) or (not item.resumes and done.get(item.name, {}).get("status") == 0):
+      continue
+    done[item.name] = run_item(item, out, min(item.limit, left))
+    path.write_text(json.dumps(done, indent=1) + "\n")
+    print(f"{item.name}: status {done[item.name]['status']}, {done[item.name]['seconds']:.0f} s", flush=True)
+  for file in [*work.rglob("metrics.jsonl"), *work.rglob("result.json")]:
+    copy = out / "_".join(file.relative_to(work).parts)
+    copy.write_bytes(file.read_bytes())
+  for name in known:
+    log = out / f"{name}.log"
+    if log.exists():
+      print(f"---- {name}\n" + "\n".join(log.read_text().splitlines()[-12:]))
+
+
+def run_item(item: Item, out: pathlib.Path, limit: float) -> dict[str, Any]:
+  """Runs an item, which gets SIGTERM `_GRACE` seconds before `limit` seconds are over; returns its outcome."""
+  begun = time.monotonic()
+  with (out / f"{item.name}.log").open("a") as log:
+    process = subprocess.Popen([sys.executable, *item.command], cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT)
+    try:
+      process.wait(max(limit - _GRACE, 1.0))
+    except subprocess.TimeoutExpired:
+      process.send_signal(signal.SIGTERM)
+      try:
+        process.wait(_GRACE)
+      except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+  command = " ".join(["python", *item.command])
+  seconds = time.monotonic() - begun
+  return {"status": process.returncode, "seconds": seconds, "command": command, "commit": record.commit()}
+
+
+if __name__ == "__main__":
+  program.run(main, __doc__ or "")
