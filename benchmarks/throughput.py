@@ -5,9 +5,9 @@
 Variants are timed in turn, so that other load on the machine affects all of them alike. The replay contains noise,
 since no time depends on its contents. `triple` is one update of the denoiser, of the reward / end model and of the
 actor-critic in one call, or with --nofused the sum of their times; its FLOP are counted in the trace (see flops.py).
-With --launches each program runs once more under JAX's profiler, which on a GPU gives the kernels that it launches and
-the time for which they keep the device busy, of all runs together. The projected hours are those of all updates of a
-run of the preset, without collection and evaluation. The result is written to
+With --launches each program runs once more under JAX's profiler, which on a GPU gives the kernels that an update
+launches and the time for which they keep the device busy, of all runs together. The projected hours are those of all
+updates of a run of the preset, without collection and evaluation. The result is written to
 benchmarks/results/throughput_<platform>.json.
 """
 
@@ -159,6 +159,11 @@ def noise_replay(config: Config, spec: EnvSpec, slots: int = SLOTS) -> replay.Re
   return jax.device_get(jax.jit(replay.add)(state, chunk))
 
 
+def _per_call(name: str) -> int:
+  """Returns the updates of a timed call; 1 for sampling."""
+  return 1 if name == "sampling" else _UPDATES.value
+
+
 def device_events(call: Callable[[], Any]) -> tuple[int, float]:
   """Profiles one call; returns the number of kernels and copies on GPUs, and the sum of their seconds."""
   with tempfile.TemporaryDirectory() as directory:
@@ -216,8 +221,8 @@ def main() -> None:
       "compile s": case.compile_seconds,
       "projected hours": projected_hours(case.config, medians),
       "flop": case.flop,
-      "launches": {name: count for name, (count, _) in events.items()},
-      "busy ms": {name: 1e3 * busy for name, (_, busy) in events.items()},
+      "launches": {name: count / _per_call(name) for name, (count, _) in events.items()},
+      "busy ms": {name: 1e3 * busy / _per_call(name) for name, (_, busy) in events.items()},
     }
     if _PEAK.value:
       row["share of peak"] = row["TFLOP/s"] / _PEAK.value

@@ -216,7 +216,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 1_000,
     "replay.capacity": 100_000,
     "replay.final_frames": 30_000,
-    "training.order": "alternating",  # The dynamics needs more updates than the reward / end model.
+    "training.order": "alternating",  # See docs/choices.md.
     "training.batch_size": 16,
     "training.first_updates.denoiser": 4_500,
     "training.first_updates.reward_end": 1_500,

@@ -203,7 +203,7 @@ class SelfAttention(nn.Module):
     heads = max(1, channels // HEAD_WIDTH)
     x = group_norm(channels, dtype=self.dtype, name="norm")(x)
     h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(x)
-    # Positions last, so that all products have their batch in front and nothing is transposed between them.
+    # Positions last, so that both products have their batch in front and nothing is transposed between them.
     h = jnp.swapaxes(h.reshape(batch, height * width, 3 * channels), 1, 2)
     query, key, value = jnp.unstack(h.reshape(batch, 3, heads, channels // heads, height * width), axis=1)
     logits = jnp.einsum("bnhp,bnhq->bnpq", query, key, preferred_element_type=jnp.float32)

@@ -50,7 +50,7 @@ class Lstm(nn.Module):
     projected = jnp.dot(inputs.astype(self.dtype), kernel_ih.astype(self.dtype), preferred_element_type=jnp.float32) + (
       bias_ih + bias_hh
     )
-    keep = jnp.ones(inputs.shape[:2]) if keep is None else keep
+    keep = jnp.ones(inputs.shape[:2]) if keep is None else keep.astype(jnp.float32)
     fallback = zero_lstm_state(inputs.shape[0], self.width) if fallback is None else fallback
     hidden, state = _recur(self.dtype, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
     return jnp.moveaxis(hidden, 0, 1), state
@@ -60,7 +60,7 @@ class Lstm(nn.Module):
 def _recur(
   dtype: Any, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
 ) -> tuple[Array, LstmState]:
-  """Runs the recurrence; its gradient is written out, so that a step saves one array and kernels have one product.
+  """Runs the recurrence; its gradient is written out, so that a step saves two arrays and the kernel's is one product.
 
   Args:
     dtype: of the products.
@@ -81,28 +81,29 @@ def _forward(
 ) -> tuple[tuple[Array, LstmState], tuple[Any, ...]]:
   recurrent = kernel.astype(dtype)
 
-  def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, Array]:
+  def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, tuple[Array, Array]]:
     projection, kept = xs
     total = projection + jnp.dot(carry.hidden.astype(dtype), recurrent, preferred_element_type=jnp.float32)
     i, f, g, o = jnp.split(total, 4, axis=-1)
     i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
     cell = f * carry.cell + i * g
     hidden = o * jnp.tanh(cell)
-    return _blend(LstmState(hidden, cell), kept, fallback), jnp.concatenate([hidden, cell, i, f, g, o], axis=-1)
+    saved = jnp.concatenate([cell, i, f, g, o], axis=-1)  # For the gradient only.
+    return _blend(LstmState(hidden, cell), kept, fallback), (hidden, saved)
 
   if len(projected) == 1:  # As in imagination and acting, without a loop.
     after, one = step(state, (projected[0], keep[0]))
-    saved = one[None]
+    hidden, saved = jax.tree.map(lambda x: x[None], one)
   else:
-    after, saved = lax.scan(step, state, (projected, keep))
-  return (saved[..., : kernel.shape[0]], after), (saved, kernel, state, keep, fallback)
+    after, (hidden, saved) = lax.scan(step, state, (projected, keep))
+  return (hidden, after), (hidden, saved, kernel, state, keep, fallback)
 
 
 def _backward(
   dtype: Any, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
 ) -> tuple[Array, Array, LstmState, Array, LstmState]:
-  saved, kernel, state, keep, fallback = residuals
-  hidden, cell, i, f, g, o = jnp.split(saved, 6, axis=-1)
+  hidden, saved, kernel, state, keep, fallback = residuals
+  cell, i, f, g, o = jnp.split(saved, 5, axis=-1)
   before = _blend(LstmState(hidden[:-1], cell[:-1]), keep[:-1], fallback)
   before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, before)
   recurrent = kernel.astype(dtype)

@@ -225,7 +225,10 @@ SECTIONS = (
         "Updates of the phase, or of `world_model` where `training.order` runs denoiser and reward_end together; every "
         "`training.time_phases_every` epochs.",
       ),
-      "time/<phase>_updates_per_second": ("1/s", "Updates of the phase per second; as often."),
+      "time/<phase>_updates_per_second": (
+        "1/s",
+        "Updates of the phase per second, of `world_model` those of the denoiser; as often.",
+      ),
       "time/epoch_seconds": ("s", "Collection and updates."),
       "time/evaluation_seconds": ("s", "Evaluation of this epoch."),
       "time/total_seconds": ("s", "The run so far, resumed or not; without compilation and saving."),

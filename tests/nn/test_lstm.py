@@ -117,6 +117,27 @@ def test_the_gradient_of_the_lstm_is_that_of_its_steps(lstm_case):
     assert np.any(np.abs(y) > 1e-3)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_gradient_of_the_lstm_under_bfloat16_and_vmap(lstm_case, steps):
+  """Near that of float32, alone and mapped over the parameters of two runs that share the rest."""
+  _, params, inputs, state = lstm_case
+  both = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), dict(params))
+
+  def gradient(dtype):
+    def loss(params):
+      outputs, after = Lstm(5, dtype=dtype).apply({"params": params}, inputs[:, :steps], state)
+      return jnp.sum(jnp.sin(outputs)) + jnp.sum(after.cell)
+
+    return jax.grad(loss)
+
+  mapped = jax.vmap(gradient(jnp.bfloat16))(both)
+  assert {x.dtype for x in jax.tree.leaves(mapped)} == {jnp.dtype(jnp.float32)}
+  for run in range(2):
+    expected = gradient(jnp.float32)(jax.tree.map(lambda x, run=run: x[run], both))
+    for name, value in expected.items():
+      np.testing.assert_allclose(mapped[name][run], value, rtol=0.05, atol=0.05)
+
+
 def test_the_lstm_starts_with_open_forget_gates_and_an_orthogonal_recurrence():
   module = Lstm(4)
   params = module.init(jax.random.key(0), jnp.zeros((1, 1, 3)), zero_lstm_state(1, 4))["params"]
