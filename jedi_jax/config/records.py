@@ -184,6 +184,8 @@ class ActorCriticConfig:
   """Whether padding in the burn-in leaves the LSTM's state empty, as at the start of real episodes; not in DIAMOND."""
   restart_after_end: bool = setting(False, "O")
   """Whether a trajectory continues from other frames of replay after its first imagined end; otherwise it stops."""
+  batch_size: int = setting(0, "R", low=0, high=10**6)
+  """Imagined trajectories per update, over all devices; 0 for `training.batch_size`."""
   horizon: int = setting(15, "R", low=1, high=10_000)
   """Imagined steps H."""
   unroll: int = setting(1, "O", low=1, high=1_000)
@@ -268,7 +270,8 @@ class TrainingConfig:
   """How the denoiser and the reward / end model share an epoch: one after the other; in turns, of which the one with
   more updates has several each time; or in one update with the sum of their losses. The actor-critic follows."""
   batch_size: int = setting(32, "R", low=1, high=10**6)
-  """Segments or imagined trajectories per update, over all devices (the paper: 32 or 64)."""
+  """Segments or imagined trajectories per update, over all devices (the paper: 32 or 64). The actor-critic may have a
+  number of its own, `actor_critic.batch_size`."""
   updates: Updates = Updates()
   first_updates: Updates = Updates(denoiser=10_000, reward_end=10_000, actor_critic=5_000)
   final_epochs: int = setting(50, "D", low=0, high=10**9)

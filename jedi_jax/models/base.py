@@ -23,6 +23,7 @@ class Phase:
     beyond_end: whether segments may run past the end of their episode.
     final_frames: whether the final frame of an episode may be the last of a segment.
     segments: segments drawn for each element of the batch; the first of all elements come first.
+    batch_size: elements of the global batch; 0 for as many as the other phases have.
     after: (all parameters, metrics of the whole batch) -> all parameters, applied after each update. Of phases that
       share an update only the first one's applies.
     clipped_apart: components whose gradients are clipped by a norm of their own.
@@ -35,6 +36,7 @@ class Phase:
   beyond_end: bool = False
   final_frames: bool = False
   segments: int = 1
+  batch_size: int = 0
   after: Callable[[dict[str, Params], Metrics], dict[str, Params]] = lambda params, metrics: params
   clipped_apart: tuple[str, ...] = ()
 
@@ -55,6 +57,7 @@ class Parts:
     conditioning_frames: L.
     targets: n, targets of one denoising segment.
     horizon: H, imagined steps of one actor-critic update.
+    trajectories: imagined in one actor-critic update; 0 for the batch size of the other updates.
     target_decay: decay an update of the average encoder ('target_encoder') that gives the targets; 0 for none.
     final_frames: whether the final frames of episodes are targets too.
     forget_padding: see `imagination.imagine`.
@@ -74,6 +77,7 @@ class Parts:
   conditioning_frames: int = 4
   targets: int = 2
   horizon: int = 15
+  trajectories: int = 0
   target_decay: float = 0.0
   final_frames: bool = True
   forget_padding: bool = True

@@ -78,6 +78,7 @@ def build(
       conditioning_frames=config.denoiser.conditioning_frames,
       targets=config.denoiser.targets,
       horizon=config.actor_critic.horizon,
+      trajectories=config.actor_critic.batch_size,
       target_decay=config.encoder.target_decay,
       final_frames=config.denoiser.final_frames,
       forget_padding=config.actor_critic.forget_padding,

@@ -54,6 +54,7 @@ def _phases(parts: Parts) -> tuple[Phase, ...]:
     length=length,
     losses=functools.partial(phases.actor_critic_losses, parts),
     segments=2 if parts.restart_after_end else 1,
+    batch_size=parts.trajectories,
   )
   probe = Phase(
     name="probe",

@@ -38,7 +38,7 @@ def make_epoch(
     model: the composed model.
     optimizers: by phase.
     order: see `order.group_phases`. Phases in turns may differ in their numbers of updates; see `_in_turn`.
-    batch_size: of the global batch.
+    batch_size: of the global batch, for phases without one of their own.
     age_weights: see `replay.sample`.
     age_groups: see `replay.sample`.
 

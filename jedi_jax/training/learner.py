@@ -69,6 +69,7 @@ class Learner:
   ):
     self.config, self.spec, self.devices = config, spec, devices or Devices()
     self.devices.check_batch(config.training.batch_size)
+    self.devices.check_batch(config.actor_critic.batch_size, "actor_critic.batch_size")
     self.model = build(config, spec, packed=self.devices.packed)
     self.optimizers = make_optimizers(config, self.model.phases)
     order = config.training.order

@@ -86,7 +86,7 @@ class Devices:
   def _runs_of_a_device(self) -> int:
     return max(self.runs // self.count, 1)
 
-  def check_batch(self, batch_size: int) -> None:
+  def check_batch(self, batch_size: int, setting: str = "training.batch_size") -> None:
     """Checks that the devices of one run can share a batch equally.
 
     Raises:
@@ -94,7 +94,7 @@ class Devices:
     """
     if not self.packed and batch_size % self.count:
       raise UserError(
-        f"training.batch_size={batch_size} is not divisible by {self.count} devices: "
+        f"{setting}={batch_size} is not divisible by {self.count} devices: "
         f"take a multiple of {self.count}, or fewer devices (--devices)"
       )
 

@@ -119,7 +119,7 @@ def make_update(
   Args:
     phases: the phases by number; the number separates a phase's random numbers from those of others.
     optimizers: by phase, each for the phase's `owned_components`.
-    batch_size: segments of the global batch.
+    batch_size: segments of the global batch, for phases without a number of their own.
     age_weights: see `replay.sample`.
     age_groups: see `replay.sample`.
   """
@@ -132,7 +132,7 @@ def make_update(
     count = state.updates[phase.name]
     key = jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(state.key), index), count)
     batch_key, shared_key = jax.random.split(key)
-    keys = parallel.local_share(jax.random.split(batch_key, batch_size))
+    keys = parallel.local_share(jax.random.split(batch_key, phase.batch_size or batch_size))
     *segment_keys, loss_keys = jnp.unstack(
       jax.vmap(lambda key: jax.random.split(key, phase.segments + 1))(keys), axis=1
     )
