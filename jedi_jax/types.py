@@ -161,10 +161,12 @@ class Compute(NamedTuple):
   Attributes:
     dtype: of activations and products; parameters stay float32.
     lowering: of 3 x 3 convolutions; see `ops.images.conv3x3`.
+    kernels: of group norm and attention: 'xla', or see `ops.kernels`.
   """
 
   dtype: Any = np.dtype("float32")
   lowering: str = "lax"
+  kernels: str = "xla"
 
 
 class Trajectory(flax.struct.PyTreeNode):

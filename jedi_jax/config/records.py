@@ -324,6 +324,8 @@ class PrecisionConfig:
   """Format of activations and products; parameters, losses and group-norm statistics stay float32."""
   convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul"))
   """Lowering of 3 x 3 convolutions; 'auto' uses 'matmul_gradient' on CPUs and 'lax' elsewhere."""
+  kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
+  """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs."""
 
 
 @dataclasses.dataclass(frozen=True)

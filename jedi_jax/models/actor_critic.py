@@ -41,14 +41,14 @@ class ActorCritic(NamedTuple):
     apply: (parameters, latents [B, T, h, w, c], state, keep [B, T] or None, fallback or None) -> (logits [B, T, A],
       values [B, T], state); see `ActorCriticNetwork`.
     losses: (parameters, `Trajectory`) -> `Losses`.
-    cast: parameters -> those in the dtypes in which `apply` uses them; see `blocks.cast_kernels`.
+    prepare: parameters -> those that a loop of `apply` takes; see `blocks.prepare`.
   """
 
   init: Callable[[Array], Params]
   initial_state: Callable[[int], LstmState]
   apply: Callable[..., tuple[Array, Array, LstmState]]
   losses: Callable[[Params, Trajectory], Losses]
-  cast: Callable[[Params], Params] = lambda params: params
+  prepare: Callable[[Params], Params] = lambda params: params
 
 
 def actor_critic(
@@ -75,15 +75,14 @@ def actor_critic(
     lstm_width: width of the LSTM.
     input_norm: 'frame' to normalise each latent to mean 0 and variance 1 over positions and channels, or 'none'.
     objective: discount and weights of the loss.
-    compute: dtype and lowering.
+    compute: how the network computes.
   """
   network = ActorCriticNetwork(
     num_actions=action_slots or num_actions,
     channels=tuple(channels),
     downsample=tuple(downsample),
     lstm_width=lstm_width,
-    lowering=compute.lowering,
-    dtype=compute.dtype,
+    compute=compute,
   )
 
   def initial_state(batch: int) -> LstmState:
@@ -136,8 +135,8 @@ def actor_critic(
       },
     )
 
-  def cast(params: Params) -> Params:
+  def prepare(params: Params) -> Params:
     heads = {name: params[name] for name in ("actor", "critic")}  # They compute in float32.
-    return {**blocks.cast_kernels(params, compute.dtype), **heads}
+    return {**blocks.prepare(params, compute), **heads}
 
-  return ActorCritic(init, initial_state, apply, losses, cast)
+  return ActorCritic(init, initial_state, apply, losses, prepare)

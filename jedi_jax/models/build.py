@@ -15,6 +15,7 @@ from jedi_jax.models.compose import compose
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.ops import sampler
 from jedi_jax.ops.images import MAX_CHANNELS, resolve_convolution
+from jedi_jax.ops.kernels import resolve_kernels
 from jedi_jax.types import Compute, EnvSpec, Params
 
 BuildDynamics = Callable[[codecs.Codec], dynamics.Dynamics]
@@ -91,7 +92,7 @@ def build(
 
 def _compute(config: Config, *, packed: bool) -> Compute:
   lowering = resolve_convolution(config.precision.convolution, packed=packed)
-  return Compute(jnp.dtype(config.precision.compute_dtype), lowering)
+  return Compute(jnp.dtype(config.precision.compute_dtype), lowering, resolve_kernels(config.precision.kernels))
 
 
 def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: Compute) -> codecs.Codec:
@@ -148,8 +149,7 @@ def _inner_network(config: Config, num_actions: int, compute: Compute) -> InnerN
     depths=c.depths,
     attention=c.attention,
     conditioning_width=c.conditioning_width,
-    lowering=compute.lowering,
-    dtype=compute.dtype,
+    compute=compute,
   )
 
 

@@ -105,9 +105,9 @@ def learned(
     clamp: scale of the soft clamp; 0 for none.
     clamp_estimate: whether estimates are clamped as well.
     chunk: frames encoded at a time; 0 for all.
-    compute: dtype and lowering.
+    compute: how the network computes.
   """
-  network = EncoderNetwork(tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype)
+  network = EncoderNetwork(tuple(channels), tuple(downsample), patch, compute=compute)
 
   def init(key: Array) -> Params:
     params = blocks.init_params(network, key, jnp.zeros((1, *observation_shape)))
@@ -237,9 +237,7 @@ def decoder(
   compute: Compute = Compute(),
 ) -> Decoder:
   """Builds a decoder that mirrors the learned encoder; arguments as in `learned`."""
-  network = DecoderNetwork(
-    observation_shape, tuple(channels), tuple(downsample), patch, lowering=compute.lowering, dtype=compute.dtype
-  )
+  network = DecoderNetwork(observation_shape, tuple(channels), tuple(downsample), patch, compute=compute)
   return Decoder(
     init=lambda key: blocks.init_params(network, key, jnp.zeros((1, *latent_shape))),
     decode=lambda params, latents: blocks.apply(network, params, latents),

@@ -104,7 +104,7 @@ class Dynamics(NamedTuple):
     denoise: D(x, sigma) as samplers use it: (parameters, x [B, h, w, c], sigma [B], past [B, L, h, w, c], actions
       [B, L]) -> estimate [B, h, w, c] of the clean x, clamped and quantised by the codec; x and the estimate are as
       `normalise` returns them. None without diffusion.
-    cast: parameters -> those in the dtypes in which `sample` uses them; see `blocks.cast_kernels`.
+    prepare: parameters -> those that a loop of `sample` takes; see `blocks.prepare`.
   """
 
   init: Callable[[Array], Params]
@@ -115,7 +115,7 @@ class Dynamics(NamedTuple):
   normalise: Callable[[Params, Array, Array], Array]
   denormalise: Callable[[Params, Array, Array], Array]
   denoise: Callable[[Params, Array, Array, Array, Array], Array] | None = None
-  cast: Callable[[Params], Params] = lambda params: params
+  prepare: Callable[[Params], Params] = lambda params: params
 
 
 def switch(mode: str, key: Array, count: Array) -> Array:
@@ -181,7 +181,7 @@ def diffusion(
     normalise=lambda params, latents, last: parts.coordinates(params, last).normalise(latents),
     denormalise=lambda params, x, last: parts.coordinates(params, last).denormalise(x),
     denoise=parts.denoise,
-    cast=lambda params: blocks.cast_kernels(params, network.dtype),
+    prepare=lambda params: blocks.prepare(params, network.compute),
   )
 
 
@@ -357,7 +357,7 @@ def regression(
     sample=lambda params, past, actions, noise: codec.quantise(estimate(params, past, actions)),
     normalise=lambda params, latents, last: latents - last,
     denormalise=lambda params, x, last: last + x,
-    cast=lambda params: blocks.cast_kernels(params, network.dtype),
+    prepare=lambda params: blocks.prepare(params, network.compute),
   )
 
 

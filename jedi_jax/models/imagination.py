@@ -104,7 +104,7 @@ def imagine(
     chex.assert_shape(actions, (batch, horizon))
   params, past = jax.lax.stop_gradient((params, past))
   params = {
-    name: part.cast(params[name])
+    name: part.prepare(params[name])
     for name, part in (("denoiser", dynamics), ("reward_end", reward_end), ("actor_critic", actor_critic))
   }
   reward_end_state = reward_end.initial_state(rows)

@@ -23,14 +23,14 @@ class RewardEnd(NamedTuple):
     predict: (parameters, frames [B, T, h, w, c], actions [B, T], next frames [B, T, h, w, c], state) ->
       (reward logits [B, T, 3], end logits [B, T, 2], state).
     losses: (parameters, frames, actions, next frames, raw rewards [B, T], ends [B, T], weights [B, T]) -> `Losses`.
-    cast: parameters -> those in the dtypes in which `predict` uses them; see `blocks.cast_kernels`.
+    prepare: parameters -> those that a loop of `predict` takes; see `blocks.prepare`.
   """
 
   init: Callable[[Array], Params]
   initial_state: Callable[[int], LstmState]
   predict: Callable[[Params, Array, Array, Array, LstmState], tuple[Array, Array, LstmState]]
   losses: Callable[[Params, Array, Array, Array, Array, Array, Array], Losses]
-  cast: Callable[[Params], Params] = lambda params: params
+  prepare: Callable[[Params], Params] = lambda params: params
 
 
 def reward_end_model(
@@ -54,8 +54,7 @@ def reward_end_model(
     downsample=downsample,
     conditioning_width=conditioning_width,
     lstm_width=lstm_width,
-    lowering=compute.lowering,
-    dtype=compute.dtype,
+    compute=compute,
   )
 
   def initial_state(batch: int) -> LstmState:
@@ -90,4 +89,4 @@ def reward_end_model(
       },
     )
 
-  return RewardEnd(init, initial_state, predict, losses, lambda params: blocks.cast_kernels(params, compute.dtype))
+  return RewardEnd(init, initial_state, predict, losses, lambda params: blocks.prepare(params, compute))

@@ -1,7 +1,6 @@
 """The network of the actor-critic."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from jedi_jax.nn.encoder import EncoderNetwork
 from jedi_jax.nn.lstm import Lstm
-from jedi_jax.types import LstmState
+from jedi_jax.types import Compute, LstmState
 
 Array = jax.Array
 
@@ -23,16 +22,14 @@ class ActorCriticNetwork(nn.Module):
     channels: channels of the encoder stages; empty to read the flattened frame.
     downsample: whether each stage pools.
     lstm_width: width of the LSTM.
-    lowering: see `images.conv3x3`.
-    dtype: of the activations.
+    compute: how it computes.
   """
 
   num_actions: int
   channels: Sequence[int]
   downsample: Sequence[bool]
   lstm_width: int
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(
@@ -54,9 +51,9 @@ class ActorCriticNetwork(nn.Module):
     x = frames
     if self.channels:
       x = x.reshape(batch * time, *x.shape[2:])
-      x = EncoderNetwork(self.channels, self.downsample, lowering=self.lowering, dtype=self.dtype, name="encoder")(x)
+      x = EncoderNetwork(self.channels, self.downsample, compute=self.compute, name="encoder")(x)
     x = x.reshape(batch, time, -1)
-    hidden, state = Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state, keep, fallback)
+    hidden, state = Lstm(self.lstm_width, dtype=self.compute.dtype, name="lstm")(x, state, keep, fallback)
     zeros = nn.initializers.zeros_init()
     logits = nn.Dense(self.num_actions, kernel_init=zeros, name="actor")(hidden)
     values = nn.Dense(1, kernel_init=zeros, name="critic")(hidden)[..., 0]

@@ -7,15 +7,15 @@ be loaded. Activations have the module's `dtype`; parameters and the statistics 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax.ops import images
-from jedi_jax.types import Params
+from jedi_jax.ops import images, kernels
+from jedi_jax.types import Compute, Params
 
 Array = jax.Array
 Initializer = Callable[..., Array]
@@ -46,19 +46,71 @@ def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
   return network.lazy_init(key, *jax.eval_shape(lambda: args))["params"]
 
 
-def cast_kernels(params: Params, dtype: Any) -> Params:
-  """Casts kernels, and the biases beside them, to the dtype in which layers of that `dtype` use them.
+def prepare(params: Params, compute: Compute) -> Params:
+  """Prepares the parameters of a network for a loop that evaluates it many times without a gradient.
 
-  A loop whose layers cast the same parameters again in each iteration casts them once if this precedes it.
+  Kernels, and the biases beside them, are cast to the dtype in which layers use them. For `compute.kernels` other than
+  'xla' what several layers can share is joined: see `Condition` and `FusedGroupNorm`.
   """
 
   def cast(tree: Any) -> Any:
     if not isinstance(tree, Mapping):
       return tree
     used = {name for name in tree if name.startswith("kernel")} | ({"bias"} if "kernel" in tree else set())
-    return {name: value.astype(dtype) if name in used else cast(value) for name, value in tree.items()}
+    return {name: value.astype(compute.dtype) if name in used else cast(value) for name, value in tree.items()}
 
-  return cast(params)
+  def join(tree: Any) -> Any:
+    if not isinstance(tree, Mapping):
+      return tree
+    joined = {"affine": jnp.concatenate([tree["scale"], tree["bias"]])} if "scale" in tree else {}
+    return {**{name: join(value) for name, value in tree.items()}, **joined}
+
+  params = cast(params)
+  if compute.kernels == "xla":
+    return params
+  linear = [functools.reduce(lambda tree, name: tree[name], path, params) for path in _adaptive_norms(params)]
+  if linear:
+    kernel, bias = (jnp.concatenate([own[name] for own in linear], axis=-1) for name in ("kernel", "bias"))
+    params = {**params, _JOINT: {"kernel": kernel, "bias": bias}}
+  return join(params)
+
+
+_JOINT = "adaptive_norms"
+"""Name of the joint linear layer of all adaptive group norms among the parameters that `prepare` returns."""
+
+
+def _adaptive_norms(params: Params) -> list[tuple[str, ...]]:
+  """Returns the paths of the linear layers of all adaptive group norms, in the order in which they are joined."""
+  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+  paths = (tuple(key.key for key in path) for path, _ in leaves)
+  return sorted(path[:-1] for path in paths if path[-2:] == ("linear", "kernel"))
+
+
+class Condition(NamedTuple):
+  """What adaptive group norms are conditioned on.
+
+  Attributes:
+    value: [B, D].
+    joint: [B, N], the gains and shifts of all norms of the network, computed in one product; None if there is none.
+    starts: the column of `joint` at which those of a norm start, by the norm's path in the network.
+  """
+
+  value: Array
+  joint: Array | None = None
+  starts: Mapping[tuple[str, ...], int] = {}
+
+  @classmethod
+  def of(cls, network: nn.Module, value: Array) -> "Condition":
+    """Returns the condition `value` of a network, which this is called by."""
+    params = network.variables.get("params", {})
+    if _JOINT not in params:
+      return cls(value)
+    kernel, bias = params[_JOINT]["kernel"], params[_JOINT]["bias"]
+    starts, start = {}, 0
+    for path in _adaptive_norms(params):
+      starts[path[:-1]] = start
+      start += functools.reduce(lambda tree, name: tree[name], path, params)["bias"].size
+    return cls(value, value.astype(kernel.dtype) @ kernel + bias, starts)
 
 
 def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:
@@ -106,17 +158,16 @@ class Conv3x3(nn.Module):
 
   features: int
   stride: int = 1
-  lowering: str = "lax"
   kernel_init: Initializer = fan_in_uniform
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     fan_in = 9 * x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
     bias = self.param("bias", bias_uniform(fan_in), (self.features,))
-    x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-    return images.conv3x3(x, kernel, stride=self.stride, lowering=self.lowering) + bias
+    x, kernel, bias = (value.astype(self.compute.dtype) for value in (x, kernel, bias))
+    return images.conv3x3(x, kernel, stride=self.stride, lowering=self.compute.lowering) + bias
 
 
 class OnePassGroupNorm(nn.Module):
@@ -160,33 +211,78 @@ def _group_sums(x: Array, groups: int) -> Array:
   return jnp.sum(sums, axis=-1)
 
 
-def group_norm(channels: int, *, dtype: Any, name: str, affine: bool = True) -> nn.Module:
-  """Returns group norm over groups of `GROUP_SIZE` channels, with float32 statistics."""
-  if dtype != jnp.float32:
-    return OnePassGroupNorm(affine=affine, dtype=dtype, name=name)
-  return nn.GroupNorm(
-    num_groups=max(1, channels // GROUP_SIZE),
-    epsilon=GROUP_NORM_EPSILON,
-    use_bias=affine,
-    use_scale=affine,
-    use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large.
-    dtype=dtype,
-    name=name,
-  )
+class FusedGroupNorm(nn.Module):
+  """Group norm with the parameters of `nn.GroupNorm`, and SiLU after it if asked, in one GPU kernel."""
+
+  silu: bool
+  compute: Compute
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+    bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+    prepared = self.get_variable("params", "affine")
+    affine = jnp.concatenate([scale, bias]) if prepared is None else prepared
+    return _fused_norm(x, affine[None], offset=0.0, silu=self.silu, compute=self.compute)
+
+
+def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: Compute, start: int = 0) -> Array:
+  settings = kernels.GroupNormSettings(_group_size(x), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start)
+  return kernels.group_norm(x.astype(compute.dtype), affine, settings)
+
+
+def _group_size(x: Array) -> int:
+  return x.shape[-1] // max(1, x.shape[-1] // GROUP_SIZE)
+
+
+def _fuses_norm(x: Array, compute: Compute) -> bool:
+  return compute.kernels != "xla" and kernels.fits_group_norm(x, _group_size(x))
+
+
+def group_norm(x: Array, *, compute: Compute, name: str, silu: bool = False, affine: bool = True) -> Array:
+  """Applies group norm over groups of `GROUP_SIZE` channels, with float32 statistics, and SiLU if asked.
+
+  Called in a compact method, whose module gets a submodule `name` with the parameters of `nn.GroupNorm`.
+  """
+  if affine and _fuses_norm(x, compute):
+    return FusedGroupNorm(silu, compute, name=name)(x)
+  norm: nn.Module
+  if compute.dtype != jnp.float32:
+    norm = OnePassGroupNorm(affine=affine, dtype=compute.dtype, name=name)
+  else:
+    norm = nn.GroupNorm(
+      num_groups=max(1, x.shape[-1] // GROUP_SIZE),
+      epsilon=GROUP_NORM_EPSILON,
+      use_bias=affine,
+      use_scale=affine,
+      use_fast_variance=False,  # E[x^2] - E[x]^2 cancels where the mean is large.
+      dtype=compute.dtype,
+      name=name,
+    )
+  x = norm(x)
+  return nn.silu(x) if silu else x
 
 
 class AdaptiveGroupNorm(nn.Module):
-  """Group norm with gain and shift linear in a condition: ([B, H, W, C], [B, D]) -> [B, H, W, C]."""
+  """Group norm with gain and shift linear in a condition, then SiLU: [B, H, W, C] -> [B, H, W, C]."""
 
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: Array, condition: Array) -> Array:
-    channels = x.shape[-1]
-    x = group_norm(channels, dtype=self.dtype, name="norm", affine=False)(x)
-    affine = dense(2 * channels, condition.shape[-1], name="linear", dtype=self.dtype)(condition)
-    scale, shift = jnp.split(affine[:, None, None, :], 2, axis=-1)
-    return x * (1 + scale) + shift
+  def __call__(self, x: Array, condition: Condition) -> Array:
+    channels, compute = x.shape[-1], self.compute
+    if condition.joint is None:
+      linear = dense(2 * channels, condition.value.shape[-1], name="linear", dtype=compute.dtype)
+      affine, start = linear(condition.value), 0
+    else:
+      affine, start = condition.joint, condition.starts[self.path]
+    if _fuses_norm(x, compute):
+      return _fused_norm(x, affine, offset=1.0, silu=True, compute=compute, start=start)
+    affine = affine[:, start : start + 2 * channels]
+    x = group_norm(x, compute=compute, name="norm", affine=False)
+    gain, shift = jnp.split(affine[:, None, None, :], 2, axis=-1)
+    return nn.silu(x * (1 + gain) + shift)
 
 
 class SelfAttention(nn.Module):
@@ -195,23 +291,21 @@ class SelfAttention(nn.Module):
   The residual path starts after the group norm, as in DIAMOND's code, so at initialisation the block is the group norm.
   """
 
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     batch, height, width, channels = x.shape
-    heads = max(1, channels // HEAD_WIDTH)
-    x = group_norm(channels, dtype=self.dtype, name="norm")(x)
-    h = dense(3 * channels, channels, name="qkv", dtype=self.dtype)(x)
-    # Positions last, so that both products have their batch in front and nothing is transposed between them.
-    h = jnp.swapaxes(h.reshape(batch, height * width, 3 * channels), 1, 2)
-    query, key, value = jnp.unstack(h.reshape(batch, 3, heads, channels // heads, height * width), axis=1)
-    logits = jnp.einsum("bnhp,bnhq->bnpq", query, key, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits * (channels // heads) ** -0.5).astype(self.dtype)
-    h = jnp.einsum("bnpq,bnhq->bnhp", weights, value).reshape(batch, channels, height * width)
-    h = jnp.swapaxes(h, 1, 2).reshape(batch, height, width, channels)
+    heads, dtype = max(1, channels // HEAD_WIDTH), self.compute.dtype
+    x = group_norm(x, compute=self.compute, name="norm")
+    h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
+    if self.compute.kernels != "xla" and kernels.fits_attention(x):
+      h = kernels.attention(h, heads, self.compute.kernels)
+    else:
+      h = kernels.attention_reference(h, heads)
     zeros = nn.initializers.zeros_init()
-    return x + nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=self.dtype)(h)
+    out = nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=dtype)
+    return x + out(h.reshape(batch, height, width, channels))
 
 
 class FourierFeatures(nn.Module):
@@ -231,64 +325,60 @@ class SmallResidualBlock(nn.Module):
   """x + conv(silu(norm(x))), with a linear skip where the channels change: [B, H, W, I] -> [B, H, W, O]."""
 
   features: int
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     channels = x.shape[-1]
-    h = nn.silu(group_norm(channels, dtype=self.dtype, name="norm")(x))
-    h = Conv3x3(self.features, lowering=self.lowering, dtype=self.dtype, name="conv")(h)
+    h = group_norm(x, compute=self.compute, name="norm", silu=True)
+    h = Conv3x3(self.features, compute=self.compute, name="conv")(h)
     if channels != self.features:
-      x = dense(self.features, channels, name="skip", dtype=self.dtype)(x)
+      x = dense(self.features, channels, name="skip", dtype=self.compute.dtype)(x)
     return x + h
 
 
 class ResidualBlock(nn.Module, kw_only=True):
   """Two convolutions under adaptive group norm, a skip connection, optional self-attention.
 
-  ([B, H, W, I], [B, D]) -> [B, H, W, O]. The second kernel is zero at initialisation.
+  ([B, H, W, I], condition) -> [B, H, W, O]. The second kernel is zero at initialisation.
   """
 
   features: int
   attention: bool = False
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: Array, condition: Array) -> Array:
+  def __call__(self, x: Array, condition: Condition) -> Array:
     channels = x.shape[-1]
-    h = nn.silu(AdaptiveGroupNorm(dtype=self.dtype, name="norm_1")(x, condition))
-    h = Conv3x3(self.features, lowering=self.lowering, dtype=self.dtype, name="conv_1")(h)
-    h = nn.silu(AdaptiveGroupNorm(dtype=self.dtype, name="norm_2")(h, condition))
+    h = AdaptiveGroupNorm(self.compute, name="norm_1")(x, condition)
+    h = Conv3x3(self.features, compute=self.compute, name="conv_1")(h)
+    h = AdaptiveGroupNorm(self.compute, name="norm_2")(h, condition)
     zeros = nn.initializers.zeros_init()
-    h = Conv3x3(self.features, lowering=self.lowering, kernel_init=zeros, dtype=self.dtype, name="conv_2")(h)
+    h = Conv3x3(self.features, kernel_init=zeros, compute=self.compute, name="conv_2")(h)
     if channels != self.features:
-      x = dense(self.features, channels, name="skip", dtype=self.dtype)(x)
+      x = dense(self.features, channels, name="skip", dtype=self.compute.dtype)(x)
     x = x + h
-    return SelfAttention(dtype=self.dtype, name="attention")(x) if self.attention else x
+    return SelfAttention(self.compute, name="attention")(x) if self.attention else x
 
 
 class Downsample(nn.Module):
   """3 x 3 convolution of stride 2, orthogonal at initialisation: [B, H, W, C] -> [B, H / 2, W / 2, C]."""
 
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     return Conv3x3(
       x.shape[-1],
       stride=2,
-      lowering=self.lowering,
       kernel_init=nn.initializers.orthogonal(),
-      dtype=self.dtype,
+      compute=self.compute,
       name="conv",
     )(x)
 
 
 class UNet(nn.Module, kw_only=True):
-  """U-Net of residual blocks: ([B, H, W, C_0], [B, D]) -> [B, H, W, C_0], C_0 = channels[0].
+  """U-Net of residual blocks: ([B, H, W, C_0], condition) -> [B, H, W, C_0], C_0 = channels[0].
 
   Level i has depths[i] blocks down and depths[i] + 1 blocks up; the resolution halves between levels. Two blocks with
   self-attention follow the last level down. Inputs are padded with zeros at the bottom and right to a multiple of the
@@ -298,19 +388,18 @@ class UNet(nn.Module, kw_only=True):
   channels: Sequence[int]
   depths: Sequence[int]
   attention: Sequence[bool]
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: Array, condition: Array) -> Array:
-    block = functools.partial(ResidualBlock, lowering=self.lowering, dtype=self.dtype)
+  def __call__(self, x: Array, condition: Condition) -> Array:
+    block = functools.partial(ResidualBlock, compute=self.compute)
     height, width = x.shape[1:3]
     multiple = 2 ** (len(self.channels) - 1)
     x = jnp.pad(x, ((0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)))
     skips: list[list[Array]] = []
     for level, (features, depth, attention) in enumerate(zip(self.channels, self.depths, self.attention, strict=True)):
       if level > 0:
-        x = Downsample(lowering=self.lowering, dtype=self.dtype, name=f"downsample_{level}")(x)
+        x = Downsample(compute=self.compute, name=f"downsample_{level}")(x)
       outputs = [x]
       for i in range(depth):
         x = block(features=features, attention=attention, name=f"down_{level}_{i}")(x, condition)
@@ -326,5 +415,5 @@ class UNet(nn.Module, kw_only=True):
         x = block(features=out, attention=attention, name=f"up_{level}_{i}")(x, condition)
       if level > 0:
         x = images.upsample_nearest(x)
-        x = Conv3x3(x.shape[-1], lowering=self.lowering, dtype=self.dtype, name=f"upsample_{level}")(x)
+        x = Conv3x3(x.shape[-1], compute=self.compute, name=f"upsample_{level}")(x)
     return x[:, :height, :width]

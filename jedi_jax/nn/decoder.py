@@ -1,7 +1,6 @@
 """The decoder network, from latents to images."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.ops import images
+from jedi_jax.types import Compute
 
 Array = jax.Array
 
@@ -21,28 +21,26 @@ class DecoderNetwork(nn.Module):
     channels: channels of the encoder's stages, first to last.
     downsample: whether each stage of the encoder pools.
     patch: side of the encoder's patches.
-    lowering: see `images.conv3x3`.
-    dtype: of the activations.
+    compute: how it computes.
   """
 
   image_shape: tuple[int, int, int]
   channels: Sequence[int]
   downsample: Sequence[bool]
   patch: int = 1
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, latents: Array) -> Array:
-    x = blocks.Conv3x3(self.channels[-1], lowering=self.lowering, dtype=self.dtype, name="conv_in")(latents)
+    x = blocks.Conv3x3(self.channels[-1], compute=self.compute, name="conv_in")(latents)
     for stage in reversed(range(len(self.channels))):
       x = images.upsample_nearest(x) if self.downsample[stage] else x
       features = self.channels[max(0, stage - 1)]
-      x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
+      x = blocks.SmallResidualBlock(features, compute=self.compute, name=f"stage_{stage}")(x)
     height, width, channels = self.image_shape
     rows, columns = height // self.patch, width // self.patch
     # The encoder's pooling drops an odd last row or column.
     x = jnp.pad(x, ((0, 0), (0, max(0, rows - x.shape[1])), (0, max(0, columns - x.shape[2])), (0, 0)), mode="edge")
-    x = nn.silu(blocks.group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
-    x = blocks.Conv3x3(channels * self.patch**2, lowering=self.lowering, dtype=self.dtype, name="conv_out")(x)
+    x = blocks.group_norm(x, silu=True, compute=self.compute, name="norm_out")
+    x = blocks.Conv3x3(channels * self.patch**2, compute=self.compute, name="conv_out")(x)
     return images.spread_patches(x[:, :rows, :columns], self.patch).astype(jnp.float32)

@@ -1,7 +1,6 @@
 """The inner network F of the denoiser (arXiv:2206.00364, eq. 7)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
+from jedi_jax.types import Compute
 
 Array = jax.Array
 
@@ -22,8 +22,7 @@ class InnerNetwork(nn.Module):
     depths: residual blocks per side of each level.
     attention: whether each level has self-attention.
     conditioning_width: width of the condition.
-    lowering: see `images.conv3x3`.
-    dtype: of the activations.
+    compute: how it computes.
   """
 
   num_actions: int
@@ -31,8 +30,7 @@ class InnerNetwork(nn.Module):
   depths: Sequence[int]
   attention: Sequence[bool]
   conditioning_width: int
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, noisy: Array, c_noise: Array, past: Array, actions: Array) -> Array:
@@ -60,20 +58,19 @@ class InnerNetwork(nn.Module):
     )
     condition = noise + embed(actions).reshape(batch, self.conditioning_width)
     embedded = self.conditioning_width
-    condition = blocks.dense(embedded, embedded, name="condition_0", dtype=self.dtype)(condition)
-    condition = blocks.dense(embedded, embedded, name="condition_1", dtype=self.dtype)(nn.silu(condition))
+    condition = blocks.dense(embedded, embedded, name="condition_0", dtype=self.compute.dtype)(condition)
+    condition = blocks.dense(embedded, embedded, name="condition_1", dtype=self.compute.dtype)(nn.silu(condition))
     stacked = jnp.moveaxis(past, 1, 3).reshape(batch, height, width, length * channels)
     x = jnp.concatenate([stacked, noisy], axis=-1)
-    x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
+    x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
     x = blocks.UNet(
       channels=self.channels,
       depths=self.depths,
       attention=self.attention,
-      lowering=self.lowering,
-      dtype=self.dtype,
+      compute=self.compute,
       name="unet",
-    )(x, condition)
-    x = nn.silu(blocks.group_norm(self.channels[0], dtype=self.dtype, name="norm_out")(x))
+    )(x, blocks.Condition.of(self, condition))
+    x = blocks.group_norm(x, silu=True, compute=self.compute, name="norm_out")
     zeros = nn.initializers.zeros_init()
-    x = blocks.Conv3x3(channels, lowering=self.lowering, kernel_init=zeros, dtype=self.dtype, name="conv_out")(x)
+    x = blocks.Conv3x3(channels, kernel_init=zeros, compute=self.compute, name="conv_out")(x)
     return x.astype(jnp.float32)

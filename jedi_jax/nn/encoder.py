@@ -1,14 +1,13 @@
 """The encoder network, from images to latents."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.ops import images
+from jedi_jax.types import Compute
 
 Array = jax.Array
 
@@ -22,21 +21,19 @@ class EncoderNetwork(nn.Module):
     channels: channels of the stages.
     downsample: whether each stage pools.
     patch: side of the square patches that are stacked on the channels first.
-    lowering: see `images.conv3x3`.
-    dtype: of the activations and the result.
+    compute: how it computes.
   """
 
   channels: Sequence[int]
   downsample: Sequence[bool]
   patch: int = 1
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     x = images.stack_patches(x, self.patch) if self.patch > 1 else x
-    x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
+    x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
     for stage, (features, pool) in enumerate(zip(self.channels, self.downsample, strict=True)):
-      x = blocks.SmallResidualBlock(features, lowering=self.lowering, dtype=self.dtype, name=f"stage_{stage}")(x)
+      x = blocks.SmallResidualBlock(features, compute=self.compute, name=f"stage_{stage}")(x)
       x = images.max_pool_2x2(x) if pool else x
     return x

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import chex
 import flax.linen as nn
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.lstm import Lstm
-from jedi_jax.types import LstmState
+from jedi_jax.types import Compute, LstmState
 
 Array = jax.Array
 
@@ -27,8 +26,7 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     downsample: whether the resolution halves between levels.
     conditioning_width: width of the action embedding.
     lstm_width: width of LSTM and head.
-    lowering: see `images.conv3x3`.
-    dtype: of the activations.
+    compute: how it computes.
   """
 
   num_actions: int
@@ -38,8 +36,7 @@ class RewardEndNetwork(nn.Module, kw_only=True):
   downsample: bool
   conditioning_width: int
   lstm_width: int
-  lowering: str = "lax"
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(
@@ -62,20 +59,22 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     batch, time = frames.shape[:2]
     chex.assert_shape(actions, (batch, time))
 
-    block = functools.partial(blocks.ResidualBlock, lowering=self.lowering, dtype=self.dtype)
+    block = functools.partial(blocks.ResidualBlock, compute=self.compute)
     x = jnp.concatenate([frames, next_frames], axis=-1).reshape(batch * time, *frames.shape[2:4], -1)
     embed = nn.Embed(self.num_actions, self.conditioning_width, embedding_init=blocks.normal, name="action_embedding")
-    condition = embed(actions.reshape(batch * time))
-    x = blocks.Conv3x3(self.channels[0], lowering=self.lowering, dtype=self.dtype, name="conv_in")(x)
+    condition = blocks.Condition.of(self, embed(actions.reshape(batch * time)))
+    x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
     for level, (features, depth, attention) in enumerate(zip(self.channels, self.depths, self.attention, strict=True)):
       if self.downsample and level > 0:
-        x = blocks.Downsample(lowering=self.lowering, dtype=self.dtype, name=f"downsample_{level}")(x)
+        x = blocks.Downsample(compute=self.compute, name=f"downsample_{level}")(x)
       for i in range(depth):
         x = block(features=features, attention=attention, name=f"block_{level}_{i}")(x, condition)
     for i in range(2):
       x = block(features=self.channels[-1], attention=True, name=f"last_{i}")(x, condition)
     x = x.reshape(batch, time, -1)
-    hidden, state = Lstm(self.lstm_width, dtype=self.dtype, name="lstm")(x, state)
-    h = nn.silu(blocks.dense(self.lstm_width, self.lstm_width, name="head_0", dtype=self.dtype)(hidden))
-    logits = blocks.dense(5, self.lstm_width, name="head_1", dtype=self.dtype, use_bias=False)(h).astype(jnp.float32)
+    hidden, state = Lstm(self.lstm_width, dtype=self.compute.dtype, name="lstm")(x, state)
+    h = nn.silu(blocks.dense(self.lstm_width, self.lstm_width, name="head_0", dtype=self.compute.dtype)(hidden))
+    logits = blocks.dense(5, self.lstm_width, name="head_1", dtype=self.compute.dtype, use_bias=False)(h).astype(
+      jnp.float32
+    )
     return logits[..., :3], logits[..., 3:], state

@@ -61,7 +61,7 @@ def test_imported_run_acts_and_imagines(pt, arrays, params, tmp_path):
   imagine = jax.jit(agent.model.imagine, static_argnums=3)
   trajectory = imagine(agent.params, segment, jax.random.split(jax.random.key(1), 2), 2)
   assert trajectory.latents.shape == (2, 3, *SPEC.observation_shape)
-  assert np.all(np.abs(trajectory.latents) <= 1)
+  assert np.all(np.abs(trajectory.latents) <= 1 + 1e-6)  # Up to rounding.
 
 
 def test_second_import_is_refused(pt, arrays, tmp_path, snapshot):

@@ -23,6 +23,7 @@ from jedi_jax.nn import blocks
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.ops import edm
+from jedi_jax.types import Compute
 
 DATA = pathlib.Path(__file__).parents[1] / "data"
 REFERENCE = np.load(DATA / "diamond_small.npz")
@@ -102,8 +103,7 @@ def test_inner_network_and_denoiser(loaded, monkeypatch):
     c.depths,
     c.attention,
     c.conditioning_width,
-    lowering="lax",
-    dtype=jnp.dtype("float32"),
+    compute=Compute(),
   )
   output = APPLY(
     network,

@@ -15,7 +15,7 @@ from jedi_jax.models.compose import compose
 from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.types import Compute, EnvSpec, Segment
 
-NETWORK = InnerNetwork(3, (8,), (0,), (False,), conditioning_width=8, lowering="matmul_gradient")
+NETWORK = InnerNetwork(3, (8,), (0,), (False,), conditioning_width=8, compute=Compute(lowering="matmul_gradient"))
 TARGETS = {"conditioning_frames": 2, "targets": 2}
 SCHEDULE = dynamics_lib.Schedule((5.0, 0.5, 0.0))
 

@@ -9,6 +9,7 @@ from plain_layers import convolve, group_norm, normal, random_params, silu
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.lstm import Lstm, zero_lstm_state
+from jedi_jax.types import Compute
 
 # Compiling is nearly all that these tests take, and the tiny networks gain nothing from LLVM's optimisations.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -23,7 +24,7 @@ class Everything(nn.Module):
   @nn.compact
   def __call__(self, x, state):
     condition = blocks.FourierFeatures(6)(x[:, 0, 0, 0]) + nn.Embed(3, 6, embedding_init=blocks.normal)(jnp.arange(2))
-    x = blocks.UNet(channels=(8, 8), depths=(1, 0), attention=(True, False))(x, condition)
+    x = blocks.UNet(channels=(8, 8), depths=(1, 0), attention=(True, False))(x, blocks.Condition(condition))
     return Lstm(5)(x.reshape(2, 1, -1), state)
 
 
@@ -97,14 +98,28 @@ def test_downsampling_is_orthogonal_at_initialisation():
 # ---- Norms and attention ----
 
 
+class Norm(nn.Module):
+  """`blocks.group_norm` alone."""
+
+  compute: Compute = Compute()
+  silu: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    return blocks.group_norm(x, compute=self.compute, name="norm", silu=self.silu)
+
+
 @pytest.mark.parametrize(("channels", "groups"), [(8, 1), (32, 1), (48, 1), (64, 2), (96, 3)])
 def test_group_norm_takes_statistics_over_groups_of_32_channels(channels, groups):
   # Every channel has a mean and a scale of its own, so that wrong groups show.
   x = normal((2, 3, 4, channels)) * jnp.linspace(0.5, 3, channels) + jnp.linspace(-2, 5, channels)
-  module = blocks.group_norm(channels, dtype=jnp.float32, name="norm")
   params = {"scale": normal((channels,), seed=1), "bias": normal((channels,), seed=2)}
   expected = group_norm(x, groups) * np.asarray(params["scale"]) + np.asarray(params["bias"])
-  np.testing.assert_allclose(module.apply({"params": params}, x), expected, rtol=1e-3, atol=1e-4)
+  given = {"params": {"norm": params}}
+  for kernels in ("xla", "interpret"):
+    np.testing.assert_allclose(Norm(Compute(kernels=kernels)).apply(given, x), expected, rtol=1e-3, atol=1e-4)
+    activated = Norm(Compute(kernels=kernels), silu=True).apply(given, x)
+    np.testing.assert_allclose(activated, silu(expected), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(8, 1), (48, 1), (64, 2), (80, 2), (96, 3)])
@@ -112,12 +127,12 @@ def test_one_pass_group_norm_agrees_with_that_of_float32(channels, groups):
   x = (normal((2, 3, 4, channels)) * jnp.linspace(0.5, 3, channels) + jnp.linspace(-2, 5, channels)).astype(
     jnp.bfloat16
   )
-  module = blocks.group_norm(channels, dtype=jnp.bfloat16, name="norm")
+  module = Norm(Compute(jnp.bfloat16))
   params = {"scale": normal((channels,), seed=1), "bias": normal((channels,), seed=2)}
-  given = {"params": params}
+  given = {"params": {"norm": params}}
   expected = group_norm(x.astype(jnp.float32), groups) * np.asarray(params["scale"]) + np.asarray(params["bias"])
   np.testing.assert_allclose(module.apply(given, x).astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
-  plain = blocks.group_norm(channels, dtype=jnp.float32, name="norm")
+  plain = Norm()
   assert jax.tree.map(jnp.shape, module.init(jax.random.key(0), x)) == jax.tree.map(
     jnp.shape, plain.init(jax.random.key(0), x.astype(jnp.float32))
   )
@@ -126,7 +141,7 @@ def test_one_pass_group_norm_agrees_with_that_of_float32(channels, groups):
 def test_group_norm_has_float32_statistics_under_bfloat16():
   # Near 64 bfloat16 resolves 0.5 only; the mean of the squares, 4097, it would round to 4096.
   x = (64 + 2 * normal((2, 8, 8, 8))).astype(jnp.bfloat16)
-  module = blocks.group_norm(8, dtype=jnp.bfloat16, name="norm")
+  module = Norm(Compute(jnp.bfloat16))
   params = module.init(jax.random.key(0), x)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
   y = module.apply(params, x)
@@ -135,12 +150,14 @@ def test_group_norm_has_float32_statistics_under_bfloat16():
 
 
 def test_adaptive_group_norm_is_scaled_and_shifted_by_the_condition():
-  x, condition = 3 + normal((2, 3, 4, 64)), normal((2, 5))
+  x, condition = 3 + normal((2, 3, 4, 64)), blocks.Condition(normal((2, 5)))
   module = blocks.AdaptiveGroupNorm()
-  params = module.init(jax.random.key(0), x, condition)["params"]
+  params = random_params(module, x, condition)
   assert set(params) == {"linear"}
-  scale, shift = np.split(np.asarray(condition @ params["linear"]["kernel"] + params["linear"]["bias"]), 2, axis=-1)
-  expected = group_norm(x, 2) * (1 + scale[:, None, None]) + shift[:, None, None]
+  scale, shift = np.split(
+    np.asarray(condition.value @ params["linear"]["kernel"] + params["linear"]["bias"]), 2, axis=-1
+  )
+  expected = silu(group_norm(x, 2) * (1 + scale[:, None, None]) + shift[:, None, None])
   np.testing.assert_allclose(module.apply({"params": params}, x, condition), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -200,7 +217,7 @@ def test_the_unet_keeps_the_shape(levels, size):
   output, variables = jax.eval_shape(
     lambda x, condition: network.init_with_output(jax.random.key(0), x, condition),
     jnp.zeros((2, *size, 8)),
-    jnp.zeros((2, 6)),
+    blocks.Condition(jnp.zeros((2, 6))),
   )
   assert output.shape == (2, *size, 8)
   params = variables["params"]
@@ -215,7 +232,7 @@ def test_the_unet_keeps_the_shape(levels, size):
 
 def test_the_unet_pads_at_the_bottom_and_right_and_crops():
   network = blocks.UNet(channels=(4, 4), depths=(0, 0), attention=(False, False))
-  x, condition = normal((1, 3, 5, 4)), normal((1, 3))
+  x, condition = normal((1, 3, 5, 4)), blocks.Condition(normal((1, 3)))
   params = random_params(network, x, condition)
   apply = jit(lambda x: network.apply({"params": params}, x, condition))
   expected = apply(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))))[:, :3, :5]
@@ -224,7 +241,7 @@ def test_the_unet_pads_at_the_bottom_and_right_and_crops():
 
 def test_every_parameter_of_the_unet_gets_a_gradient():
   network = blocks.UNet(channels=(8, 16), depths=(1, 0), attention=(True, False))
-  x, condition = normal((2, 4, 4, 8)), normal((2, 3))
+  x, condition = normal((2, 4, 4, 8)), blocks.Condition(normal((2, 3)))
   params = random_params(network, x, condition)
   gradient = jit(jax.grad(lambda params: jnp.sum(jnp.square(network.apply({"params": params}, x, condition)))))(params)
   for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):

@@ -11,7 +11,7 @@ from jedi_jax.nn.denoiser import InnerNetwork
 from jedi_jax.nn.encoder import EncoderNetwork
 from jedi_jax.nn.lstm import zero_lstm_state
 from jedi_jax.nn.reward_end import RewardEndNetwork
-from jedi_jax.types import LstmState
+from jedi_jax.types import Compute, LstmState
 
 B, T, L, A = 2, 3, 2, 4
 SHAPE = (4, 4, 2)
@@ -27,7 +27,7 @@ def normal(*shape, seed=0):
 
 def inner(dtype=jnp.float32):
   network = InnerNetwork(
-    num_actions=A, channels=(8,), depths=(1,), attention=(False,), conditioning_width=8, dtype=dtype
+    num_actions=A, channels=(8,), depths=(1,), attention=(False,), conditioning_width=8, compute=Compute(dtype)
   )
   arguments = (normal(B, *SHAPE), normal(B), normal(B, L, *SHAPE), jnp.asarray([[0, 1], [2, 3]]))
   return network, arguments
@@ -42,7 +42,7 @@ def reward_end(dtype=jnp.float32, downsample=False):
     downsample=downsample,
     conditioning_width=8,
     lstm_width=LSTM,
-    dtype=dtype,
+    compute=Compute(dtype),
   )
   actions = jnp.asarray([[0, 1, 2], [3, 2, 1]])
   frames, following = normal(B, T, *SHAPE), normal(B, T, *SHAPE, seed=1)
@@ -50,12 +50,14 @@ def reward_end(dtype=jnp.float32, downsample=False):
 
 
 def actor_critic(dtype=jnp.float32, channels=(), downsample=()):
-  network = ActorCriticNetwork(num_actions=A, channels=channels, downsample=downsample, lstm_width=LSTM, dtype=dtype)
+  network = ActorCriticNetwork(
+    num_actions=A, channels=channels, downsample=downsample, lstm_width=LSTM, compute=Compute(dtype)
+  )
   return network, (normal(B, T, *SHAPE), LstmState(normal(B, LSTM), normal(B, LSTM, seed=1)))
 
 
 def encoder(dtype=jnp.float32):
-  return EncoderNetwork(channels=(4, 4), downsample=(True, False), dtype=dtype), (normal(B, *SHAPE),)
+  return EncoderNetwork(channels=(4, 4), downsample=(True, False), compute=Compute(dtype)), (normal(B, *SHAPE),)
 
 
 NETWORKS = {"inner": inner, "reward_end": reward_end, "actor_critic": actor_critic, "encoder": encoder}
@@ -94,7 +96,7 @@ def test_bfloat16_is_for_activations_only(name):
 def test_kernels_that_are_cast_before_change_nothing(name):
   network, arguments = NETWORKS[name](dtype=jnp.bfloat16)
   _, params, _ = compiled(name)
-  cast = blocks.cast_kernels(params["params"], jnp.bfloat16)
+  cast = blocks.prepare(params["params"], Compute(jnp.bfloat16))
   dtypes = {jax.tree_util.keystr(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(cast)}
   narrow = {path for path, dtype in dtypes.items() if dtype == jnp.bfloat16}
   assert {path for path in dtypes if "kernel" in path} <= narrow
@@ -230,3 +232,17 @@ def test_wrong_shapes_are_refused():
   network, (frames, state) = actor_critic()
   with pytest.raises(AssertionError):
     jax.eval_shape(network.init, key, frames[:, 0], state)
+
+
+@pytest.mark.parametrize("name", ["inner", "reward_end"])
+def test_kernels_of_our_own_and_joint_layers_change_nothing(name):
+  network, _ = NETWORKS[name]()
+  apply, params, arguments = compiled(name)
+  expected = apply(params, *arguments)
+  fused = network.clone(compute=Compute(kernels="interpret"))
+  prepared = blocks.prepare(params["params"], fused.compute)
+  assert "adaptive_norms" in prepared
+  for given in (params["params"], prepared):
+    actual = jit(fused.apply)({"params": given}, *arguments)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

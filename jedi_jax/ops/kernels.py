@@ -1,0 +1,330 @@
+"""GPU kernels of the networks' small operations, in Pallas: group norm with gain, shift and SiLU, and self-attention.
+
+XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a
+kernel for its value and one for its gradient, in float32 whatever the inputs are. `kernels` is 'pallas', or 'interpret'
+for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is `blocks.OnePassGroupNorm`,
+of attention `attention_reference`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+Array = jax.Array
+
+_MAX_ELEMENTS = 16_384
+"""Elements that one program of a kernel holds in registers."""
+
+
+def resolve_kernels(kernels: str) -> str:
+  """Replaces 'auto' by 'pallas' on a GPU and by 'xla' elsewhere."""
+  if kernels != "auto":
+    return kernels
+  return "pallas" if jax.default_backend() == "gpu" else "xla"
+
+
+def fits_group_norm(x: Array, group: int) -> bool:
+  """Whether `group_norm` can hold a group of an image [H, W, C] of `x` [B, H, W, C]."""
+  return _padded(x.shape[1] * x.shape[2]) * _padded(group) <= _MAX_ELEMENTS
+
+
+def fits_attention(x: Array) -> bool:
+  """Whether `attention` can hold the weights of all pairs of positions of `x` [B, H, W, C]."""
+  return _padded(x.shape[1] * x.shape[2]) ** 2 <= _MAX_ELEMENTS
+
+
+class GroupNormSettings(NamedTuple):
+  """Settings of `group_norm`.
+
+  Attributes:
+    group: channels of a group; divides C.
+    epsilon: added to the variance.
+    offset: added to the gain.
+    silu: whether SiLU follows.
+    kernels: 'pallas' or 'interpret'.
+    start: column of `affine` at which the gains start; the shifts follow them.
+  """
+
+  group: int
+  epsilon: float
+  offset: float
+  silu: bool
+  kernels: str
+  start: int = 0
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def group_norm(x: Array, affine: Array, settings: GroupNormSettings) -> Array:
+  """Normalises each group of channels, scales it by `offset + gain`, adds `shift`, and applies SiLU if asked.
+
+  Args:
+    x: [B, H, W, C].
+    affine: [B, D >= 2 C], of which 2 C columns are gain and shift of each channel; or [1, D] for all of the batch.
+    settings: see there.
+
+  Returns:
+    [B, H, W, C] of x's dtype.
+  """
+  return _group_norm_forward(x, affine, settings)[0]
+
+
+def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[Array, tuple[Array, Array]]:
+  def kernel(x_ref: Any, affine_ref: Any, out_ref: Any) -> None:
+    block = _Block(x_ref, affine_ref, x.shape[-1], settings)
+    normalised, _ = block.normalise()
+    y = normalised * block.scale + block.shift
+    block.store(out_ref, y * jax.nn.sigmoid(y) if settings.silu else y)
+
+  image, _, shared = _specs(x, affine, settings)
+  call = _group_call(kernel, x, settings, [image, shared], image, jax.ShapeDtypeStruct(_flat(x).shape, x.dtype))
+  return call(_flat(x), affine).reshape(x.shape), (x, affine)
+
+
+def _group_norm_backward(
+  given: GroupNormSettings, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+  x, joint = residuals
+  width = 2 * x.shape[-1]
+  affine, settings = joint[:, given.start : given.start + width], given._replace(start=0)
+
+  def kernel(x_ref: Any, affine_ref: Any, d_ref: Any, dx_ref: Any, d_affine_ref: Any) -> None:
+    block = _Block(x_ref, affine_ref, x.shape[-1], settings)
+    normalised, factor = block.normalise()
+    d = block.load(d_ref)
+    if settings.silu:
+      y = normalised * block.scale + block.shift
+      gate = jax.nn.sigmoid(y)
+      d = d * gate * (1.0 + y * (1.0 - gate))
+    block.store_affine(d_affine_ref, jnp.sum(d * normalised, axis=0), jnp.sum(d, axis=0))
+    d = d * block.scale
+    along = jnp.sum(d * normalised) / block.count
+    block.store(dx_ref, (d - jnp.sum(d) / block.count - normalised * along) * factor)
+
+  image, row, shared = _specs(x, affine, settings)
+  rows = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
+  shapes = [jax.ShapeDtypeStruct(_flat(x).shape, x.dtype), rows]
+  dx, d_affine = _group_call(kernel, x, settings, [image, shared, image], [image, row], shapes)(
+    _flat(x), affine, _flat(cotangent)
+  )
+  if affine.shape[0] == 1:
+    d_affine = jnp.sum(d_affine, axis=0, keepdims=True)
+  d_joint = jnp.pad(d_affine, ((0, 0), (given.start, joint.shape[1] - given.start - width)))
+  return dx.reshape(x.shape), d_joint.astype(joint.dtype)
+
+
+group_norm.defvjp(_group_norm_forward, _group_norm_backward)
+
+
+class _Block:
+  """One group of channels of one image, [P, S], padded to powers of two, which Triton's arrays need.
+
+  Args:
+    x_ref: the group's part of the image [P, S].
+    affine_ref: gain and shift of all channels of the image, [1, D].
+    channels: C.
+    settings: those of `group_norm`.
+  """
+
+  def __init__(self, x_ref: Any, affine_ref: Any, channels: int, settings: GroupNormSettings):
+    positions, self._channels = x_ref.shape[0], channels
+    self.count = positions * settings.group
+    self._rows, self._columns = jnp.arange(_padded(positions)), jnp.arange(_padded(settings.group))
+    self._first = settings.start + pl.program_id(1) * settings.group
+    self._column_mask = self._columns < settings.group
+    self._mask = (self._rows < positions)[:, None] & self._column_mask[None]
+    self._epsilon = settings.epsilon
+    self._x = self.load(x_ref)
+    self.scale = settings.offset + _load(self._of_group(affine_ref, 0), self._column_mask)[None]
+    self.shift = _load(self._of_group(affine_ref, self._channels), self._column_mask)[None]
+
+  def normalise(self) -> tuple[Array, Array]:
+    """Returns the block with mean 0 and variance 1, and the factor that it was scaled by."""
+    centred = jnp.where(self._mask, self._x - jnp.sum(self._x) / self.count, 0.0)
+    factor = jax.lax.rsqrt(jnp.sum(centred * centred) / self.count + self._epsilon)
+    return centred * factor, factor
+
+  def load(self, ref: Any) -> Array:
+    return _load(ref.at[self._rows[:, None], self._columns[None]], self._mask)
+
+  def store(self, ref: Any, value: Array) -> None:
+    _store(ref.at[self._rows[:, None], self._columns[None]], value, self._mask)
+
+  def store_affine(self, ref: Any, gain: Array, shift: Array) -> None:
+    _store(self._of_group(ref, 0), gain, self._column_mask)
+    _store(self._of_group(ref, self._channels), shift, self._column_mask)
+
+  def _of_group(self, ref: Any, start: int) -> Any:
+    return ref.at[0, start + self._first + self._columns]
+
+
+def _flat(x: Array) -> Array:
+  """Makes one axis of height and width: [B, H, W, C] -> [B, H W, C]."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _specs(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[pl.BlockSpec, pl.BlockSpec, pl.BlockSpec]:
+  """Returns what a program sees of an image, of a row [B, 2 C], and of `affine`."""
+  width = affine.shape[1]
+  image = pl.BlockSpec((None, x.shape[1] * x.shape[2], settings.group), lambda b, g: (b, 0, g))
+  row = pl.BlockSpec((1, width), lambda b, g: (b, 0))
+  return image, row, row if affine.shape[0] == x.shape[0] else pl.BlockSpec((1, width), lambda b, g: (0, 0))
+
+
+def _group_call(
+  kernel: Callable[..., None], x: Array, settings: GroupNormSettings, in_specs: Any, out_specs: Any, out_shape: Any
+) -> Callable[..., Any]:
+  """Returns a call with one program for each image and group."""
+  return _call(
+    kernel,
+    settings.kernels,
+    elements=_padded(x.shape[1] * x.shape[2]) * _padded(settings.group),
+    grid=(x.shape[0], x.shape[-1] // settings.group),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=out_shape,
+  )
+
+
+def attention_reference(qkv: Array, heads: int) -> Array:
+  """Computes multi-head self-attention.
+
+  Args:
+    qkv: [B, P, 3 C]: queries, keys and values of P positions, each of `heads` heads of C / heads channels.
+    heads: divides C.
+
+  Returns:
+    [B, P, C] of qkv's dtype; the softmax is float32.
+  """
+  batch, positions, channels = *qkv.shape[:2], qkv.shape[2] // 3
+  # Positions last, so that both products have their batch in front and nothing is transposed between them.
+  h = jnp.swapaxes(qkv, 1, 2)
+  query, key, value = jnp.unstack(h.reshape(batch, 3, heads, channels // heads, positions), axis=1)
+  logits = jnp.einsum("bnhp,bnhq->bnpq", query, key, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(logits * (channels // heads) ** -0.5).astype(qkv.dtype)
+  h = jnp.einsum("bnpq,bnhq->bnhp", weights, value).reshape(batch, channels, positions)
+  return jnp.swapaxes(h, 1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def attention(qkv: Array, heads: int, kernels: str) -> Array:
+  """Computes `attention_reference` in one kernel; `kernels` is 'pallas' or 'interpret'."""
+  return _attention_forward(qkv, heads, kernels)[0]
+
+
+def _attention_forward(qkv: Array, heads: int, kernels: str) -> tuple[Array, Array]:
+  channels = qkv.shape[2] // 3
+
+  def kernel(qkv_ref: Any, out_ref: Any) -> None:
+    head = _Head(qkv_ref, channels, heads)
+    weights = head.weights()
+    for i in range(head.width):
+      value = head.load(qkv_ref, 2 * channels, i)
+      head.store(out_ref, 0, i, jnp.sum(weights * value[None], axis=1))
+
+  return _attention_call(kernel, qkv, heads, kernels, images=1, width=channels)(qkv), qkv
+
+
+def _attention_backward(heads: int, kernels: str, qkv: Array, cotangent: Array) -> tuple[Array]:
+  channels = qkv.shape[2] // 3
+
+  def kernel(qkv_ref: Any, d_ref: Any, out_ref: Any) -> None:
+    head = _Head(qkv_ref, channels, heads)
+    weights = head.weights()
+    d_weights = jnp.zeros_like(weights)
+    for i in range(head.width):
+      d = head.load(d_ref, 0, i)
+      d_weights += d[:, None] * head.load(qkv_ref, 2 * channels, i)[None]
+      head.store(out_ref, 2 * channels, i, jnp.sum(weights * d[:, None], axis=0))
+    d_logits = weights * (d_weights - jnp.sum(d_weights * weights, axis=1)[:, None]) * head.scale
+    for i in range(head.width):
+      query, key = head.load(qkv_ref, 0, i), head.load(qkv_ref, channels, i)
+      head.store(out_ref, 0, i, jnp.sum(d_logits * key[None], axis=1))
+      head.store(out_ref, channels, i, jnp.sum(d_logits * query[:, None], axis=0))
+
+  return (_attention_call(kernel, qkv, heads, kernels, images=2, width=3 * channels)(qkv, cotangent),)
+
+
+attention.defvjp(_attention_forward, _attention_backward)
+
+
+class _Head:
+  """One head of one image, read channel by channel: a head is too narrow for the GPU's matrix units.
+
+  Args:
+    ref: queries, keys and values [P, 3 C].
+    channels: C.
+    heads: number of heads.
+  """
+
+  def __init__(self, ref: Any, channels: int, heads: int):
+    self.width = channels // heads
+    self.scale = self.width**-0.5
+    self._ref, self._channels, self._first = ref, channels, pl.program_id(1) * self.width
+    self._rows = jnp.arange(_padded(ref.shape[0]))
+    self._mask = self._rows < ref.shape[0]
+
+  def weights(self) -> Array:
+    """Returns the attention of each query to each key, [P, P]; rows of padding are not zero."""
+    size = self._rows.size
+    logits = jnp.zeros((size, size), jnp.float32)
+    for i in range(self.width):
+      logits += self.load(self._ref, 0, i)[:, None] * self.load(self._ref, self._channels, i)[None]
+    logits = jnp.where(self._mask[None], logits * self.scale, -1e30)
+    weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
+    return weights / jnp.sum(weights, axis=1)[:, None]
+
+  def load(self, ref: Any, start: int, channel: int) -> Array:
+    """Loads one channel of this head of the array that starts at channel `start`, [P]; padding is 0."""
+    return _load(ref.at[self._rows, start + self._first + channel], self._mask)
+
+  def store(self, ref: Any, start: int, channel: int, value: Array) -> None:
+    _store(ref.at[self._rows, start + self._first + channel], value, self._mask)
+
+
+def _attention_call(
+  kernel: Callable[..., None], qkv: Array, heads: int, kernels: str, *, images: int, width: int
+) -> Callable[..., Any]:
+  batch, positions, channels = *qkv.shape[:2], qkv.shape[2] // 3
+
+  def image(channels: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, positions, channels), lambda b, h: (b, 0, 0))
+
+  return _call(
+    kernel,
+    kernels,
+    elements=_padded(positions) ** 2,
+    grid=(batch, heads),
+    in_specs=[image(3 * channels), image(channels)][:images],
+    out_specs=image(width),
+    out_shape=jax.ShapeDtypeStruct((batch, positions, width), qkv.dtype),
+  )
+
+
+def _call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings: Any) -> Callable[..., Any]:
+  if kernels == "interpret":
+    return pl.pallas_call(kernel, interpret=True, **settings)
+  from jax.experimental.pallas import triton
+
+  warps = min(8, max(1, elements // 1024))
+  return pl.pallas_call(kernel, compiler_params=triton.CompilerParams(num_warps=warps), **settings)
+
+
+def _load(ref: Any, mask: Array) -> Array:
+  from jax.experimental.pallas import triton
+
+  return triton.load(ref, mask=mask, other=0.0).astype(jnp.float32)
+
+
+def _store(ref: Any, value: Array, mask: Array) -> None:
+  from jax.experimental.pallas import triton
+
+  triton.store(ref, value.astype(ref.dtype), mask=mask)
+
+
+def _padded(size: int) -> int:
+  """Returns the smallest power of two that is no smaller."""
+  return 1 << (size - 1).bit_length()

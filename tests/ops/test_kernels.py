@@ -1,0 +1,96 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jedi_jax.ops import kernels
+from jedi_jax.ops.kernels import GroupNormSettings
+
+MODE = "pallas" if jax.default_backend() == "gpu" else "interpret"
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape), dtype)
+
+
+def plain_group_norm(x, affine, settings):
+  """Group norm in float32, by the definition."""
+  batch, height, width, channels = x.shape
+  gain, shift = jnp.split(affine[:, settings.start : settings.start + 2 * channels].astype(jnp.float32), 2, axis=-1)
+  groups = x.astype(jnp.float32).reshape(batch, height * width, -1, settings.group)
+  centred = groups - groups.mean((1, 3), keepdims=True)
+  normalised = centred / jnp.sqrt(jnp.square(centred).mean((1, 3), keepdims=True) + settings.epsilon)
+  y = normalised.reshape(x.shape) * (settings.offset + gain[:, None, None]) + shift[:, None, None]
+  return (jax.nn.silu(y) if settings.silu else y).astype(x.dtype)
+
+
+def with_gradients(function, *arguments):
+  """The value, and the gradients of its sum with random weights."""
+  value, back = jax.vjp(function, *arguments)
+  return value, back(normal(*value.shape, seed=9, dtype=value.dtype))
+
+
+# Groups, positions and channels that are no powers of two are padded; one row of gains serves the whole batch.
+@pytest.mark.parametrize(
+  ("shape", "group", "rows", "start", "silu"),
+  [
+    ((2, 8, 8, 64), 32, 2, 0, True),
+    ((2, 8, 8, 64), 32, 1, 0, False),
+    ((3, 10, 10, 16), 16, 3, 8, True),
+    ((2, 5, 7, 48), 48, 1, 3, True),
+    ((2, 4, 4, 160), 32, 2, 64, False),
+  ],
+)
+def test_group_norm_and_its_gradient(shape, group, rows, start, silu):
+  settings = GroupNormSettings(group, 1e-5, 1.0, silu, MODE, start)
+  x, affine = 1 + 2 * normal(*shape), normal(rows, start + 2 * shape[-1] + 5)
+  value, gradients = with_gradients(lambda *args: kernels.group_norm(*args, settings), x, affine)
+  expected, expected_gradients = with_gradients(lambda *args: plain_group_norm(*args, settings), x, affine)
+  np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+  for actual, plain in zip(gradients, expected_gradients, strict=True):
+    np.testing.assert_allclose(actual, plain, rtol=1e-3, atol=3e-4)
+
+
+def test_group_norm_in_bfloat16_computes_in_float32():
+  settings = GroupNormSettings(32, 1e-5, 0.0, True, MODE)
+  x, affine = (64 + 2 * normal(2, 8, 8, 32)).astype(jnp.bfloat16), normal(1, 64)
+  value = kernels.group_norm(x, affine, settings)
+  assert value.dtype == jnp.bfloat16
+  expected = plain_group_norm(x.astype(jnp.float32), affine, settings)
+  np.testing.assert_allclose(value.astype(jnp.float32), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("positions", "channels", "heads"), [(64, 32, 4), (100, 16, 2), (35, 12, 1)])
+def test_attention_and_its_gradient(positions, channels, heads):
+  qkv = normal(2, positions, 3 * channels)
+  value, gradients = with_gradients(lambda qkv: kernels.attention(qkv, heads, MODE), qkv)
+  reference = functools.partial(kernels.attention_reference, heads=heads)
+  with jax.default_matmul_precision("highest"):
+    expected, expected_gradients = with_gradients(reference, qkv)
+  np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(gradients[0], expected_gradients[0], rtol=1e-3, atol=1e-4)
+
+
+def test_both_can_be_mapped_over_packed_runs():
+  settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
+  x, affine, qkv = normal(3, 2, 4, 4, 16), normal(3, 2, 32), normal(3, 2, 16, 48)
+  together = jax.vmap(lambda *args: kernels.group_norm(*args, settings))(x, affine)
+  attended = jax.vmap(lambda qkv: kernels.attention(qkv, 2, MODE))(qkv)
+  for i in range(3):
+    np.testing.assert_allclose(together[i], kernels.group_norm(x[i], affine[i], settings), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(attended[i], kernels.attention(qkv[i], 2, MODE), rtol=1e-6, atol=1e-6)
+
+
+def test_what_does_not_fit():
+  assert kernels.fits_group_norm(jnp.zeros((1, 8, 8, 160)), 32)
+  assert not kernels.fits_group_norm(jnp.zeros((1, 64, 64, 32)), 32)
+  assert kernels.fits_attention(jnp.zeros((1, 10, 10, 8)))
+  assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
+
+
+def test_resolve_kernels():
+  assert kernels.resolve_kernels("xla") == "xla"
+  assert kernels.resolve_kernels("pallas") == "pallas"
+  assert kernels.resolve_kernels("auto") == ("pallas" if jax.default_backend() == "gpu" else "xla")
