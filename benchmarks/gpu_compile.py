@@ -160,7 +160,8 @@ def main() -> None:
     raise UserError("XLA's compiler for NVIDIA GPUs is missing: pip install 'jax[cuda12]'")
   # No GPU is searched for, and nothing is tuned.
   os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+  flags_here = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"  # The latter as `runtime` has it.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_here}".strip()
   jax.config.update("jax_platforms", "cpu")
   versions = {name: importlib.metadata.version(name) for name in plugins}
   started = {**record.machine(), **versions, "launch_us": _LAUNCH.value}
@@ -194,10 +195,10 @@ def measure(card: str, variant: str, runs: int, dtype: str, part: str) -> dict[s
     topology = topologies.get_topology_desc(platform="cuda", target_config=sheet.target(), topology="1x1x1")
   except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
     raise UserError(f"XLA does not compile for {card}: {str(error).splitlines()[0][:200]}") from None
-  lowering = "matmul" if runs > 1 else "lax"  # What 'auto' is on a GPU.
-  settings = {"precision.compute_dtype": dtype}
-  if not any(text.startswith("precision.convolution=") for text in _FLAGS.set):
-    settings["precision.convolution"] = lowering
+  # What 'auto' is on a GPU.
+  settings = {"precision.convolution": "matmul" if runs > 1 else "lax", "precision.kernels": "pallas"}
+  settings = {path: value for path, value in settings.items() if not any(s.startswith(f"{path}=") for s in _FLAGS.set)}
+  settings["precision.compute_dtype"] = dtype
   config = config_lib.override(throughput.make_config(variant), settings)
   devices = Devices(topology.devices[:1], runs=runs)
   compiled, row = absent.compile_program(part, config, envs.spec(_FLAGS.env), devices)

@@ -222,7 +222,7 @@ class FusedGroupNorm(nn.Module):
     channels = x.shape[-1]
     scale = self.param("scale", nn.initializers.ones_init(), (channels,))
     bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
-    prepared = self.get_variable("params", "affine")
+    prepared: Array | None = self.get_variable("params", "affine")
     affine = jnp.concatenate([scale, bias]) if prepared is None else prepared
     return _fused_norm(x, affine[None], offset=0.0, silu=self.silu, compute=self.compute)
 

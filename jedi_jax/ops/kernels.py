@@ -1,9 +1,9 @@
 """GPU kernels of the networks' small operations, in Pallas: group norm with gain, shift and SiLU, and self-attention.
 
 XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a
-kernel for its value and one for its gradient, in float32 whatever the inputs are. `kernels` is 'pallas', or 'interpret'
-for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is `blocks.OnePassGroupNorm`,
-of attention `attention_reference`.
+kernel for its value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is 'pallas', or
+'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is
+`blocks.OnePassGroupNorm`, of attention `attention_reference`.
 """
 
 import functools
@@ -138,8 +138,8 @@ class _Block:
     self._mask = (self._rows < positions)[:, None] & self._column_mask[None]
     self._epsilon = settings.epsilon
     self._x = self.load(x_ref)
-    self.scale = settings.offset + _load(self._of_group(affine_ref, 0), self._column_mask)[None]
-    self.shift = _load(self._of_group(affine_ref, self._channels), self._column_mask)[None]
+    gain, shift = (_load(self._of_group(affine_ref, start), self._column_mask)[None] for start in (0, channels))
+    self.scale, self.shift = settings.offset + gain.astype(jnp.float32), shift.astype(jnp.float32)
 
   def normalise(self) -> tuple[Array, Array]:
     """Returns the block with mean 0 and variance 1, and the factor that it was scaled by."""
@@ -148,7 +148,7 @@ class _Block:
     return centred * factor, factor
 
   def load(self, ref: Any) -> Array:
-    return _load(ref.at[self._rows[:, None], self._columns[None]], self._mask)
+    return _load(ref.at[self._rows[:, None], self._columns[None]], self._mask).astype(jnp.float32)
 
   def store(self, ref: Any, value: Array) -> None:
     _store(ref.at[self._rows[:, None], self._columns[None]], value, self._mask)
@@ -220,10 +220,7 @@ def _attention_forward(qkv: Array, heads: int, kernels: str) -> tuple[Array, Arr
 
   def kernel(qkv_ref: Any, out_ref: Any) -> None:
     head = _Head(qkv_ref, channels, heads)
-    weights = head.weights()
-    for i in range(head.width):
-      value = head.load(qkv_ref, 2 * channels, i)
-      head.store(out_ref, 0, i, jnp.sum(weights * value[None], axis=1))
+    head.store(out_ref, 0, _product(head.weights().astype(head.value.dtype), head.value))
 
   return _attention_call(kernel, qkv, heads, kernels, images=1, width=channels)(qkv), qkv
 
@@ -233,56 +230,62 @@ def _attention_backward(heads: int, kernels: str, qkv: Array, cotangent: Array) 
 
   def kernel(qkv_ref: Any, d_ref: Any, out_ref: Any) -> None:
     head = _Head(qkv_ref, channels, heads)
-    weights = head.weights()
-    d_weights = jnp.zeros_like(weights)
-    for i in range(head.width):
-      d = head.load(d_ref, 0, i)
-      d_weights += d[:, None] * head.load(qkv_ref, 2 * channels, i)[None]
-      head.store(out_ref, 2 * channels, i, jnp.sum(weights * d[:, None], axis=0))
+    weights, d = head.weights(), head.load(d_ref, 0)
+    d_weights = _product(d, head.value.T)
     d_logits = weights * (d_weights - jnp.sum(d_weights * weights, axis=1)[:, None]) * head.scale
-    for i in range(head.width):
-      query, key = head.load(qkv_ref, 0, i), head.load(qkv_ref, channels, i)
-      head.store(out_ref, 0, i, jnp.sum(d_logits * key[None], axis=1))
-      head.store(out_ref, channels, i, jnp.sum(d_logits * query[:, None], axis=0))
+    weights, d_logits = weights.astype(d.dtype), d_logits.astype(d.dtype)
+    head.store(out_ref, 0, _product(d_logits, head.key))
+    head.store(out_ref, channels, _product(d_logits.T, head.query))
+    head.store(out_ref, 2 * channels, _product(weights.T, d))
 
   return (_attention_call(kernel, qkv, heads, kernels, images=2, width=3 * channels)(qkv, cotangent),)
 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
+_MIN_PRODUCT = 16
+"""Smallest side of a matrix that a GPU's matrix units take."""
+
+
+def _product(a: Array, b: Array) -> Array:
+  """Multiplies matrices; float32 ones without rounding them to TF32. The result is float32."""
+  return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
 
 class _Head:
-  """One head of one image, read channel by channel: a head is too narrow for the GPU's matrix units.
+  """One head of one image: query, key and value [P, W], padded with zeros.
 
   Args:
-    ref: queries, keys and values [P, 3 C].
+    ref: queries, keys and values of all heads [P, 3 C].
     channels: C.
     heads: number of heads.
   """
 
   def __init__(self, ref: Any, channels: int, heads: int):
-    self.width = channels // heads
-    self.scale = self.width**-0.5
-    self._ref, self._channels, self._first = ref, channels, pl.program_id(1) * self.width
-    self._rows = jnp.arange(_padded(ref.shape[0]))
-    self._mask = self._rows < ref.shape[0]
+    positions, width = ref.shape[0], channels // heads
+    self.scale = width**-0.5
+    self._first = pl.program_id(1) * width
+    self._rows = jnp.arange(max(_padded(positions), _MIN_PRODUCT))
+    self._columns = jnp.arange(max(_padded(width), _MIN_PRODUCT))
+    self._real = self._rows < positions
+    self._mask = self._real[:, None] & (self._columns < width)[None]
+    self.query, self.key, self.value = (self.load(ref, i * channels) for i in range(3))
 
   def weights(self) -> Array:
-    """Returns the attention of each query to each key, [P, P]; rows of padding are not zero."""
-    size = self._rows.size
-    logits = jnp.zeros((size, size), jnp.float32)
-    for i in range(self.width):
-      logits += self.load(self._ref, 0, i)[:, None] * self.load(self._ref, self._channels, i)[None]
-    logits = jnp.where(self._mask[None], logits * self.scale, -1e30)
+    """Returns the float32 attention of each query to each key, [P, P]; rows of padding are not zero."""
+    logits = jnp.where(self._real[None], _product(self.query, self.key.T) * self.scale, -1e30)
     weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
     return weights / jnp.sum(weights, axis=1)[:, None]
 
-  def load(self, ref: Any, start: int, channel: int) -> Array:
-    """Loads one channel of this head of the array that starts at channel `start`, [P]; padding is 0."""
-    return _load(ref.at[self._rows, start + self._first + channel], self._mask)
+  def load(self, ref: Any, start: int) -> Array:
+    """Loads this head's columns of the array that starts at column `start`."""
+    return _load(self._at(ref, start), self._mask)
 
-  def store(self, ref: Any, start: int, channel: int, value: Array) -> None:
-    _store(ref.at[self._rows, start + self._first + channel], value, self._mask)
+  def store(self, ref: Any, start: int, value: Array) -> None:
+    _store(self._at(ref, start), value, self._mask)
+
+  def _at(self, ref: Any, start: int) -> Any:
+    return ref.at[self._rows[:, None], (start + self._first + self._columns)[None]]
 
 
 def _attention_call(
@@ -316,7 +319,7 @@ def _call(kernel: Callable[..., None], kernels: str, *, elements: int, **setting
 def _load(ref: Any, mask: Array) -> Array:
   from jax.experimental.pallas import triton
 
-  return triton.load(ref, mask=mask, other=0.0).astype(jnp.float32)
+  return triton.load(ref, mask=mask, other=0.0)
 
 
 def _store(ref: Any, value: Array, mask: Array) -> None:

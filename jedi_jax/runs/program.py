@@ -13,6 +13,7 @@ from typing import TypeVar
 import jax
 from absl import app, flags, logging
 
+from jedi_jax import runtime
 from jedi_jax.errors import Interrupted, TrainingError, UserError
 from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 
@@ -151,6 +152,7 @@ def run(main: Callable[[], None], description: str) -> None:
   def guarded(argv: Sequence[str]) -> None:
     del argv
     try:
+      runtime.configure()
       _import(_IMPORT.value)
       main()
     except UserError as error:

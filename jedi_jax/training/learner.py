@@ -179,7 +179,7 @@ class Learner:
         raise UserError(f"updates of {', '.join(f'{name} {count}' for name, count in own.items())}: {misfit}")
     with self._announce(Operation.UPDATE, counts):
       self.state, sums = self.epoch(self.state, self.replay, traced(counts))
-      return [self.devices.to_host(sums, run) for run in range(self.devices.runs)]
+      return self.devices.each_to_host(sums)
 
   def watch(self, keys: Sequence[Any]) -> list[dict[str, np.ndarray]]:
     """Imagines from replay with the real actions and compares with what was real; see `dreams.make_watch`.
@@ -189,7 +189,7 @@ class Learner:
     """
     with self._announce(Operation.WATCH):
       figures = self._watch(self.state.params, self.replay, self.devices.to_devices(keys))
-      return [self.devices.to_host(figures, run) for run in range(self.devices.runs)]
+      return self.devices.each_to_host(figures)
 
   def params(self, run: int = 0, names: Sequence[str] | None = None) -> dict[str, Params]:
     """Copies the parameters of a run on its device; those of all components if `names` is None."""

@@ -53,6 +53,7 @@ def test_distribute_pick_and_to_host(count):
     assert isinstance(x, np.ndarray)
     assert x.dtype == np.asarray(y).dtype
     np.testing.assert_array_equal(x, y)
+  jax.tree.map(np.testing.assert_array_equal, devices.each_to_host(spread), [host])
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -122,11 +123,14 @@ def test_packed_runs_lie_on_the_devices_in_order(count, runs):
   assert spread["a"].shape == (count, runs // count, 2, 3)
   double = devices.map(lambda tree, shared: jax.tree.map(lambda x: shared * x, tree), in_axes=(0, None), donate=(0,))
   spread = double(spread, np.int32(2))
+  each = devices.each_to_host(spread)
+  assert len(each) == runs
   for i, tree in enumerate(trees):
     assert devices.pick(spread, i)["a"].devices() == {devices.devices[i // (runs // count)]}
     host = devices.to_host(spread, i)
     np.testing.assert_array_equal(host["a"], 2 * tree["a"])
     np.testing.assert_array_equal(host["b"], 2 * i)
+    jax.tree.map(np.testing.assert_array_equal, each[i], host)
 
 
 def test_packed_runs_have_their_batch_and_their_averages_to_themselves():
