@@ -2,14 +2,15 @@
 
   python benchmarks/on_gpu.py --minutes=9 --out=gpu --work=/tmp/gpu
 
-Each item is a program of its own with a limit of time. Its outcome is written as soon as it ends, and a later call goes
-on with the items that have not succeeded:
+Each item is a program of its own. Its outcome is written as soon as it ends, and a later call goes on with the items
+that have not succeeded. All but the last start together, since most of their time is compilation; the benchmarks are
+timed in turn, once all have compiled or --wait seconds have passed:
 
   smoke: tests of networks, operations and updates.
-  speed: throughput.py, jedi and diamond, one run, bfloat16, with the launches and the busy time of each update.
-  packed: the same for jedi with 8 and 16 packed runs.
-  memory_jedi, memory_diamond: memory.py with the peak of one update of each component.
-  float32: the throughput of one run in float32.
+  jedi, diamond: throughput.py, one run, bfloat16, with peak memory, launches and the busy time of each update.
+  chunk: jedi with encoder.chunk=64.
+  packed: jedi with 8 packed runs.
+  float32: jedi in float32.
   torch: against_torch.py, where --diamond_repo names a clone.
   learn: train.py on --games in one program, for the minutes that are left. The runs stay in --work and go on.
 
@@ -17,8 +18,10 @@ The flags of throughput.py and against_torch.py apply. --out has a log and, wher
 summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
 """
 
+import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -37,6 +40,7 @@ from jedi_jax.runs import program
 _MINUTES = flags.DEFINE_float("minutes", 9.0, "Minutes of this call.", lower_bound=0.1)
 _OUT = flags.DEFINE_string("out", "gpu", "Directory of logs and records.")
 _WORK = flags.DEFINE_string("work", None, "Directory of the learning runs; <out>/work by default.")
+_WAIT = flags.DEFINE_float("wait", 200.0, "Seconds after which benchmarks that are ready are timed.", lower_bound=0.0)
 _ITEMS = flags.DEFINE_list("items", [], "Items to run; all by default.")
 _GAMES = flags.DEFINE_list("games", ["atari/Krull", "atari/Boxing", "atari/Pong", "atari/Breakout"], "Games to learn.")
 _FLAGS = flags.FLAGS
@@ -55,41 +59,36 @@ class Item:
   Attributes:
     name: of its log and record.
     command: its arguments.
-    limit: seconds at most.
-    resumes: whether it goes on where it was interrupted, so that it never counts as done.
+    resumes: whether it goes on where it was interrupted, so that it never counts as done, and runs after the others.
   """
 
   name: str
   command: Sequence[str]
-  limit: float
   resumes: bool = False
 
 
 def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
   """Returns all items that the flags allow, in order of worth."""
 
-  def benchmark(name: str, script: str, *arguments: str, limit: float) -> Item:
+  def benchmark(name: str, script: str, *arguments: str) -> Item:
     shared = (f"--preset={_FLAGS.preset}", f"--batch_size={_FLAGS.batch_size}", f"--name={(out / name).resolve()}")
-    return Item(name, (f"benchmarks/{script}.py", *shared, *arguments), limit)
+    return Item(name, (f"benchmarks/{script}.py", *shared, *arguments))
 
-  narrow = "--dtype=bfloat16"
+  jedi, narrow = ("throughput", "--variants=jedi", "--updates=10"), "--dtype=bfloat16"
   tests = ("-m", "pytest", "-x", "-o", "addopts=", "tests/nn", "tests/ops", "tests/training/test_updates.py")
   found = [
-    Item("smoke", tests, 150),
-    benchmark("speed", "throughput", "--variants=jedi,diamond", narrow, "--launches", limit=300),
-    benchmark("packed", "throughput", "--variants=jedi", "--runs=8,16", narrow, limit=300),
-    *(
-      benchmark(f"memory_{variant}", "memory", f"--variants={variant}", "--measure", narrow, limit=150)
-      for variant in ("jedi", "diamond")
-    ),
-    benchmark("float32", "throughput", "--variants=jedi,diamond", limit=300),
+    Item("smoke", tests),
+    benchmark("jedi", *jedi, narrow, "--launches"),
+    benchmark("diamond", "throughput", "--variants=diamond", "--updates=2", narrow, "--launches"),
+    benchmark("chunk", *jedi, narrow, "--set=encoder.chunk=64", "--launches"),
+    benchmark("packed", *jedi, narrow, "--runs=8"),
+    benchmark("float32", *jedi),
   ]
   if _FLAGS.diamond_repo:
-    repo = f"--diamond_repo={_FLAGS.diamond_repo}"
-    found.append(benchmark("torch", "against_torch", "--variants=diamond,jedi", repo, limit=300))
+    found.append(benchmark("torch", "against_torch", "--variants=jedi", f"--diamond_repo={_FLAGS.diamond_repo}"))
   settings = ("--set=precision.compute_dtype=bfloat16", f"--grace={_GRACE - 5}", f"--workdir={work.resolve()}")
   learn = ("experiments/train.py", f"--env={','.join(_GAMES.value)}", f"--preset={_FLAGS.preset}", *settings)
-  return [*found, Item("learn", learn, 10**6, resumes=True)]
+  return [*found, Item("learn", learn, resumes=True)]
 
 
 def main() -> None:
@@ -104,13 +103,22 @@ def main() -> None:
   out.mkdir(parents=True, exist_ok=True)
   path = out / "summary.json"
   done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-  for item in (known[name] for name in _ITEMS.value or known):
-    left = deadline - time.monotonic()
-    if left < min(item.limit, 2 * _GRACE) or (not item.resumes and done.get(item.name, {}).get("status") == 0):
-      continue
-    done[item.name] = run_item(item, out, min(item.limit, left))
+  chosen = [known[name] for name in _ITEMS.value or known]
+  # Programs that share a GPU must not take all of its memory at their start.
+  os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+  os.environ["BENCHMARK_TURNS"] = f"{(out / 'turns').resolve()}:{time.time() + _WAIT.value}"
+
+  def run(item: Item) -> None:
+    done[item.name] = outcome = run_item(item, out, deadline - time.monotonic())
     path.write_text(json.dumps(done, indent=1) + "\n")
-    print(f"{item.name}: status {done[item.name]['status']}, {done[item.name]['seconds']:.0f} s", flush=True)
+    print(f"{item.name}: status {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
+
+  together = [item for item in chosen if not item.resumes and done.get(item.name, {}).get("status") != 0]
+  with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
+    list(pool.map(run, together))
+  for item in chosen:
+    if item.resumes and deadline - time.monotonic() > 2 * _GRACE:
+      run(item)
   for file in [*work.rglob("metrics.jsonl"), *work.rglob("result.json")]:
     copy = out / "_".join(file.relative_to(work).parts)
     copy.write_bytes(file.read_bytes())

@@ -1,10 +1,12 @@
 """Shared by all benchmarks: timing, description of the machine, and JSON records in benchmarks/results."""
 
 import datetime
+import fcntl
 import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -50,7 +52,10 @@ def in_turn(
 
   Returns:
     The seconds of each timed round, by case and name.
+
+  Programs that share `BENCHMARK_TURNS` wait here for one another; see `_Turns`.
   """
+  _turns.wait()
   times: list[dict[str, list[float]]] = [{name: [] for name in case} for case in cases]
   for i in range(warmup + repeats):
     for name in cases[0]:
@@ -62,8 +67,46 @@ def in_turn(
   return times
 
 
+class _Turns:
+  """Lets programs that were started together compile at the same time and be timed one after the other.
+
+  The environment variable `BENCHMARK_TURNS` is '<file>:<seconds>': a file whose locks tell the programs of one another,
+  and the time since the epoch after which a program no longer waits for those that are not ready.
+  """
+
+  def __init__(self) -> None:
+    path, _, deadline = os.environ.get("BENCHMARK_TURNS", "").rpartition(":")
+    self._files = [open(f"{path}.{name}", "a") for name in ("ready", "turn")] if path else []  # noqa: SIM115
+    self._deadline = float(deadline) if path else 0.0
+
+  def join(self) -> None:
+    """Tells the others that this program is not ready yet."""
+    if self._files:
+      fcntl.flock(self._files[0], fcntl.LOCK_SH)
+
+  def wait(self) -> None:
+    """Waits until all others are ready, and then for this program's turn, which lasts until it ends."""
+    if not self._files:
+      return
+    ready, turn = self._files
+    fcntl.flock(ready, fcntl.LOCK_UN)
+    while time.time() < self._deadline:
+      try:
+        fcntl.flock(ready, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        time.sleep(random.uniform(0.2, 0.6))  # Two that try at once hinder each other.
+      else:
+        fcntl.flock(ready, fcntl.LOCK_UN)
+        break
+    fcntl.flock(turn, fcntl.LOCK_EX)
+
+
+_turns = _Turns()
+
+
 def machine() -> dict[str, Any]:
   """Describes the machine and the versions of libraries."""
+  _turns.join()
   device = jax.devices()[0]
   return {
     "device": f"{device.platform} {device.device_kind}",
@@ -76,6 +119,7 @@ def machine() -> dict[str, Any]:
     "jaxlib": jaxlib.__version__,
     "flax": flax.__version__,
     "numpy": np.__version__,
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }
 
 

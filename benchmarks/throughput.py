@@ -4,11 +4,11 @@
 
 Variants are timed in turn, so that other load on the machine affects all of them alike. The replay contains noise,
 since no time depends on its contents. `triple` is one update of the denoiser, of the reward / end model and of the
-actor-critic in one call, or with --nofused the sum of their times; its FLOP are counted in the trace (see flops.py).
-With --launches each program runs once more under JAX's profiler, which on a GPU gives the kernels that an update
-launches and the time for which they keep the device busy, of all runs together. The projected hours are those of all
-updates of a run of the preset, without collection and evaluation. The result is written to
-benchmarks/results/throughput_<platform>.json.
+actor-critic in one call, or with --nofused the sum of their times; its FLOP are counted in the trace (see flops.py). On
+a GPU or TPU the peak memory of a single case is reported. With --launches each program runs once more under JAX's
+profiler, which on a GPU gives the kernels that an update launches and the time for which they keep the device busy, of
+all runs together. The projected hours are those of all updates of a run of the preset, without collection and
+evaluation. The result is written to benchmarks/results/throughput_<platform>.json.
 """
 
 import math
@@ -224,6 +224,9 @@ def main() -> None:
       "launches": {name: count / _per_call(name) for name, (count, _) in events.items()},
       "busy ms": {name: 1e3 * busy / _per_call(name) for name, (_, busy) in events.items()},
     }
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and len(cases) == 1:  # The peak is that of the process.
+      row["peak MiB"] = stats["peak_bytes_in_use"] / 2**20
     if _PEAK.value:
       row["share of peak"] = row["TFLOP/s"] / _PEAK.value
     rows.append(row)

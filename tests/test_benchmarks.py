@@ -3,10 +3,12 @@
 import importlib
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -199,12 +201,51 @@ def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_mod
   assert hlo.seconds(kernels, **slow | {"launch": 0.0, "peak": 2.0}) == pytest.approx(total["flop"] / 2)
 
 
+def test_programs_that_start_together_are_timed_in_turn(benchmark_module, tmp_path, monkeypatch):
+  record = benchmark_module("record")
+  monkeypatch.setenv("BENCHMARK_TURNS", f"{tmp_path / 'turns'}:{time.time() + 60}")
+  programs, order = [record._Turns() for _ in range(3)], []
+  for program in programs:
+    program.join()
+
+  def measure(program):
+    program.wait()
+    order.append(program)
+    begun.release()
+    finish.acquire()  # As long as a program runs, its files are open.
+    for file in program._files:
+      file.close()
+
+  begun, finish = threading.Semaphore(0), threading.Semaphore(0)
+  threads = [threading.Thread(target=measure, args=(program,), daemon=True) for program in programs]
+  for thread in threads[:2]:
+    thread.start()
+  assert not begun.acquire(timeout=1.5)  # The third is not ready yet.
+  threads[2].start()
+  for i in range(3):
+    assert begun.acquire(timeout=30)
+    assert len(order) == i + 1
+    assert not begun.acquire(timeout=0.2)
+    finish.release()
+  assert set(order) == set(programs)
+
+
+def test_a_program_does_not_wait_for_others_beyond_the_deadline(benchmark_module, tmp_path, monkeypatch):
+  record = benchmark_module("record")
+  monkeypatch.setenv("BENCHMARK_TURNS", f"{tmp_path / 'turns'}:{time.time() + 0.5}")
+  slow, quick = record._Turns(), record._Turns()
+  slow.join()
+  quick.join()
+  quick.wait()
+  assert time.time() > float(os.environ["BENCHMARK_TURNS"].rpartition(":")[2])
+
+
 def test_an_item_on_a_gpu_ends_by_itself_or_is_stopped(benchmark_module, tmp_path):
   on_gpu = benchmark_module("on_gpu")
-  outcome = on_gpu.run_item(on_gpu.Item("fine", ("-c", "print('text')"), 60), tmp_path, 60)
+  outcome = on_gpu.run_item(on_gpu.Item("fine", ("-c", "print('text')")), tmp_path, 60)
   assert (outcome["status"], outcome["command"]) == (0, "python -c print('text')")
   assert (tmp_path / "fine.log").read_text() == "text\n"
-  slow = on_gpu.Item("slow", ("-c", "import time; time.sleep(100)"), 1)
+  slow = on_gpu.Item("slow", ("-c", "import time; time.sleep(100)"))
   outcome = on_gpu.run_item(slow, tmp_path, 1)
   assert outcome["status"] == -signal.SIGTERM
   assert outcome["seconds"] < 30

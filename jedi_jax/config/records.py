@@ -53,9 +53,9 @@ class EncoderConfig:
   learning_rate_factor: float = setting(0.3, "R", low=0)
   """Ratio of the encoder's learning rate to that of the component it is trained with; in joint updates to that of the
   denoiser if the denoiser's loss or a reconstruction trains the encoder, else of the reward / end model."""
-  chunk: int = setting(64, "O", low=0, high=10**6)
+  chunk: int = setting(-1, "O", low=-1, high=10**6)
   """Frames encoded at a time; their activations are recomputed for the gradient, which takes less memory and more
-  operations; 0 for all frames at once."""
+  operations. 0 for all frames at once; -1 for 0 on GPUs, where more launches cost most, and 64 elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: C
     norm=c.norm,
     clamp=c.clamp,
     clamp_estimate=config.denoiser.clamp_estimate,
-    chunk=c.chunk,
+    chunk=c.chunk if c.chunk >= 0 else 0 if jax.default_backend() == "gpu" else 64,
     compute=compute,
   )
 
