@@ -31,7 +31,7 @@ from absl import flags
 from jax.experimental import topologies
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs
+from jedi_jax import envs, runtime
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.runs import program
 from jedi_jax.training.parallel import Devices
@@ -160,8 +160,9 @@ def main() -> None:
     raise UserError("XLA's compiler for NVIDIA GPUs is missing: pip install 'jax[cuda12]'")
   # No GPU is searched for, and nothing is tuned.
   os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-  flags_here = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"  # The latter as `runtime` has it.
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags_here}".strip()
+  # Kernels in graphs would not be counted. On a machine with a GPU the programs' own flags are set already.
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
+  runtime.add_flags({"xla_gpu_autotune_level": "0", **runtime.GPU_FLAGS})
   jax.config.update("jax_platforms", "cpu")
   versions = {name: importlib.metadata.version(name) for name in plugins}
   started = {**record.machine(), **versions, "launch_us": _LAUNCH.value}

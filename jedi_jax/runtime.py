@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 
 GPU_FLAGS: Mapping[str, str] = {
-  # Loops become CUDA graphs as a whole, which launch their kernels without the host (docs/performance.md).
+  # Loops become CUDA graphs, which launch their kernels without the host; convolutions of cuDNN interrupt them.
   "xla_gpu_enable_command_buffer": ("FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"),
   "xla_gpu_graph_min_graph_size": "1",
   # XLA would compile dozens of kernels for each small product to choose one; cuBLAS has them ready.
@@ -27,9 +27,14 @@ def configure() -> None:
   """
   if not has_gpu() or jax.__version_info__[:2] not in _VERSIONS:
     return
+  add_flags(GPU_FLAGS)
+
+
+def add_flags(flags: Mapping[str, str]) -> None:
+  """Adds flags to the environment variable `XLA_FLAGS`; those that are set already stay."""
   given = os.environ.get("XLA_FLAGS", "").split()
   names = {flag.lstrip("-").split("=")[0] for flag in given}
-  added = [f"--{name}={value}" for name, value in GPU_FLAGS.items() if name not in names]
+  added = [f"--{name}={value}" for name, value in flags.items() if name not in names]
   os.environ["XLA_FLAGS"] = " ".join([*given, *added])
 
 

@@ -7,9 +7,10 @@ be loaded. Activations have the module's `dtype`; parameters and the statistics 
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,18 +87,19 @@ def _adaptive_norms(params: Params) -> list[tuple[str, ...]]:
   return sorted(path[:-1] for path in paths if path[-2:] == ("linear", "kernel"))
 
 
-class Condition(NamedTuple):
+@flax.struct.dataclass
+class Condition:
   """What adaptive group norms are conditioned on.
 
   Attributes:
     value: [B, D].
     joint: [B, N], the gains and shifts of all norms of the network, computed in one product; None if there is none.
-    starts: the column of `joint` at which those of a norm start, by the norm's path in the network.
+    starts: pairs of a norm's path and the column of `joint` at which its gains and shifts start.
   """
 
   value: Array
   joint: Array | None = None
-  starts: Mapping[tuple[str, ...], int] = {}
+  starts: tuple[tuple[tuple[str, ...], int], ...] = flax.struct.field(pytree_node=False, default=())
 
   @classmethod
   def of(cls, network: nn.Module, value: Array) -> "Condition":
@@ -106,11 +108,11 @@ class Condition(NamedTuple):
     if _JOINT not in params:
       return cls(value)
     kernel, bias = params[_JOINT]["kernel"], params[_JOINT]["bias"]
-    starts, start = {}, 0
+    starts, start = [], 0
     for path in _adaptive_norms(params):
-      starts[path[:-1]] = start
+      starts.append(((*network.path, *path[:-1]), start))
       start += functools.reduce(lambda tree, name: tree[name], path, params)["bias"].size
-    return cls(value, value.astype(kernel.dtype) @ kernel + bias, starts)
+    return cls(value, value.astype(kernel.dtype) @ kernel + bias, tuple(starts))
 
 
 def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:
@@ -183,7 +185,7 @@ class OnePassGroupNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     channels = x.shape[-1]
-    groups = max(1, channels // GROUP_SIZE)
+    groups = _groups(channels)
     wide = x.astype(jnp.float32)
     count = math.prod(x.shape[1:]) // groups
     mean, square = (_group_sums(part, groups) / count for part in (wide, jnp.square(wide)))
@@ -232,8 +234,12 @@ def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: 
   return kernels.group_norm(x.astype(compute.dtype), affine, settings)
 
 
+def _groups(channels: int) -> int:
+  return max(1, channels // GROUP_SIZE)
+
+
 def _group_size(x: Array) -> int:
-  return x.shape[-1] // max(1, x.shape[-1] // GROUP_SIZE)
+  return x.shape[-1] // _groups(x.shape[-1])
 
 
 def _fuses_norm(x: Array, compute: Compute) -> bool:
@@ -252,7 +258,7 @@ def group_norm(x: Array, *, compute: Compute, name: str, silu: bool = False, aff
     norm = OnePassGroupNorm(affine=affine, dtype=compute.dtype, name=name)
   else:
     norm = nn.GroupNorm(
-      num_groups=max(1, x.shape[-1] // GROUP_SIZE),
+      num_groups=_groups(x.shape[-1]),
       epsilon=GROUP_NORM_EPSILON,
       use_bias=affine,
       use_scale=affine,
@@ -276,7 +282,7 @@ class AdaptiveGroupNorm(nn.Module):
       linear = dense(2 * channels, condition.value.shape[-1], name="linear", dtype=compute.dtype)
       affine, start = linear(condition.value), 0
     else:
-      affine, start = condition.joint, condition.starts[self.path]
+      affine, start = condition.joint, dict(condition.starts)[self.path]
     if _fuses_norm(x, compute):
       return _fused_norm(x, affine, offset=1.0, silu=True, compute=compute, start=start)
     affine = affine[:, start : start + 2 * channels]

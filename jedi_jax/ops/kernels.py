@@ -3,7 +3,7 @@
 XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a
 kernel for its value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is 'pallas', or
 'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is
-`blocks.OnePassGroupNorm`, of attention `attention_reference`.
+Flax's `GroupNorm`, of attention `attention_reference`.
 """
 
 import functools
@@ -21,10 +21,19 @@ _MAX_ELEMENTS = 16_384
 
 
 def resolve_kernels(kernels: str) -> str:
-  """Replaces 'auto' by 'pallas' on a GPU and by 'xla' elsewhere."""
+  """Replaces 'auto' by 'pallas' on GPUs that the kernels run on, and by 'xla' elsewhere."""
   if kernels != "auto":
     return kernels
-  return "pallas" if jax.default_backend() == "gpu" else "xla"
+  return "pallas" if runs_here() else "xla"
+
+
+def runs_here() -> bool:
+  """Whether the default device is a CUDA GPU of compute capability 8.0 (Ampere) or newer, which Triton needs."""
+  device = jax.local_devices()[0]
+  try:
+    return device.platform == "gpu" and float(device.compute_capability) >= 8.0
+  except (AttributeError, ValueError):  # Other vendors have names such as 'gfx942'.
+    return False
 
 
 def fits_group_norm(x: Array, group: int) -> bool:
@@ -68,7 +77,15 @@ def group_norm(x: Array, affine: Array, settings: GroupNormSettings) -> Array:
 
   Returns:
     [B, H, W, C] of x's dtype.
+
+  Raises:
+    ValueError: if groups do not divide the channels, or `affine` has another number of rows or too few columns.
   """
+  batch, channels = x.shape[0], x.shape[-1]
+  if channels % settings.group or affine.shape[0] not in (1, batch):
+    raise ValueError(f"affine {affine.shape} and groups of {settings.group} channels do not fit {x.shape}")
+  if affine.shape[1] < settings.start + 2 * channels:
+    raise ValueError(f"affine {affine.shape} has no 2 x {channels} columns from {settings.start} on")
   return _group_norm_forward(x, affine, settings)[0]
 
 
@@ -211,7 +228,13 @@ def attention_reference(qkv: Array, heads: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def attention(qkv: Array, heads: int, kernels: str) -> Array:
-  """Computes `attention_reference` in one kernel; `kernels` is 'pallas' or 'interpret'."""
+  """Computes `attention_reference` in one kernel; `kernels` is 'pallas' or 'interpret'.
+
+  Raises:
+    ValueError: if the heads do not divide the channels.
+  """
+  if qkv.shape[2] % (3 * heads):
+    raise ValueError(f"{heads} heads do not divide {qkv.shape[2]} / 3 channels")
   return _attention_forward(qkv, heads, kernels)[0]
 
 

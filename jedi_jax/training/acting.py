@@ -45,7 +45,7 @@ class Actor:
     self._cpu_device = _cpu() if config.collect.overlap else None
     self.model = model
     if self._cpu_device is not None:
-      settings = {"precision.compute_dtype": "float32", "precision.convolution": "lax"}
+      settings = {"precision.compute_dtype": "float32", "precision.convolution": "lax", "precision.kernels": "xla"}
       self.model = build(config_lib.override(config, settings), spec)
     self.act = jax.jit(make_act(self.model))
 

@@ -16,6 +16,7 @@ from jedi_jax.errors import UserError, nearest
 from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
 from jedi_jax.models.build import with_num_actions
+from jedi_jax.ops import kernels
 from jedi_jax.replay import Chunk, ReplayState
 from jedi_jax.training import dreams, hosts, seeds
 from jedi_jax.training.collector import CHUNK_SLOTS
@@ -131,8 +132,11 @@ class Learner:
     """Copies state and replay of each run to its device.
 
     Raises:
-      UserError: if a replay has frames of another size or actions that the model does not have.
+      UserError: if a replay has frames of another size or actions that the model does not have, or if kernels are
+        asked for that do not run on the device.
     """
+    if self.config.precision.kernels == "pallas" and not kernels.runs_here():
+      raise UserError("precision.kernels=pallas needs a CUDA GPU of compute capability 8.0 or newer: take auto or xla")
     for replay in replays:
       size, num_actions = math.prod(self.spec.observation_shape), self.model.spec.num_actions
       if replay.frames.shape[-1] != size:

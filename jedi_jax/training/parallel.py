@@ -149,8 +149,7 @@ class Devices:
   def each_to_host(self, tree: Any) -> list[Any]:
     """Copies the arrays of all runs to NumPy arrays, one list entry a run.
 
-    All copies are under way before the first is waited for. On a GPU a copy of its own for each figure would cost an
-    update of hundreds of figures more than its kernels.
+    All copies are under way before the first is waited for.
     """
     places = [divmod(run, self._runs_of_a_device) for run in range(self.runs)]
     parts = [

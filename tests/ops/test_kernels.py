@@ -1,4 +1,5 @@
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 from jedi_jax.ops import kernels
 from jedi_jax.ops.kernels import GroupNormSettings
 
-MODE = "pallas" if jax.default_backend() == "gpu" else "interpret"
+MODE = "pallas" if kernels.runs_here() else "interpret"
 
 
 def normal(*shape, seed=0, dtype=jnp.float32):
@@ -73,12 +74,33 @@ def test_attention_and_its_gradient(positions, channels, heads):
   np.testing.assert_allclose(gradients[0], expected_gradients[0], rtol=1e-3, atol=1e-4)
 
 
+def test_gradients_in_bfloat16_agree_with_those_of_float32():
+  settings = GroupNormSettings(32, 1e-5, 1.0, True, MODE)
+  x, affine, qkv = normal(2, 8, 8, 32), normal(2, 64), normal(2, 64, 48)
+  for function, arguments in (
+    (lambda x, affine: kernels.group_norm(x, affine, settings), (x, affine)),
+    (lambda qkv: kernels.attention(qkv, 2, MODE), (qkv,)),
+  ):
+    narrow = [value.astype(jnp.bfloat16) for value in arguments]
+    value, gradients = with_gradients(function, *narrow)
+    expected, expected_gradients = with_gradients(function, *(value.astype(jnp.float32) for value in narrow))
+    for actual, plain in zip((value, *gradients), (expected, *expected_gradients), strict=True):
+      assert actual.dtype == jnp.bfloat16
+      error = jnp.linalg.norm(actual.astype(jnp.float32) - plain) / jnp.linalg.norm(plain)
+      assert error < 1e-2
+
+
 def test_both_can_be_mapped_over_packed_runs():
   settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
   x, affine, qkv = normal(3, 2, 4, 4, 16), normal(3, 2, 32), normal(3, 2, 16, 48)
   together = jax.vmap(lambda *args: kernels.group_norm(*args, settings))(x, affine)
   attended = jax.vmap(lambda qkv: kernels.attention(qkv, 2, MODE))(qkv)
+  shared = jax.vmap(lambda x: kernels.group_norm(x, affine[0, :1], settings))(x)
+  gradient = jax.grad(lambda x: jnp.sum(jnp.sin(kernels.group_norm(x, affine[0, :1], settings))))
+  gradients = jax.vmap(gradient)(x)
   for i in range(3):
+    np.testing.assert_allclose(shared[i], kernels.group_norm(x[i], affine[0, :1], settings), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(gradients[i], gradient(x[i]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(together[i], kernels.group_norm(x[i], affine[i], settings), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(attended[i], kernels.attention(qkv[i], 2, MODE), rtol=1e-6, atol=1e-6)
 
@@ -90,7 +112,26 @@ def test_what_does_not_fit():
   assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
 
 
-def test_resolve_kernels():
+def test_shapes_that_do_not_fit_together_are_refused():
+  settings = GroupNormSettings(32, 1e-5, 1.0, True, MODE)
+  x = jnp.zeros((3, 4, 4, 64))
+  for affine in (jnp.zeros((2, 128)), jnp.zeros((3, 127))):
+    with pytest.raises(ValueError, match="affine"):
+      kernels.group_norm(x, affine, settings)
+  with pytest.raises(ValueError, match="groups of 48"):
+    kernels.group_norm(x, jnp.zeros((3, 128)), settings._replace(group=48))
+  with pytest.raises(ValueError, match="5 heads do not divide"):
+    kernels.attention(jnp.zeros((2, 16, 48)), 5, MODE)
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "runs"),
+  [("gpu", "9.0", True), ("gpu", "8.0", True), ("gpu", "7.5", False), ("gpu", "gfx942", False), ("cpu", None, False)],
+)
+def test_resolve_kernels(platform, capability, runs, monkeypatch):
+  device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert kernels.runs_here() == runs
   assert kernels.resolve_kernels("xla") == "xla"
   assert kernels.resolve_kernels("pallas") == "pallas"
-  assert kernels.resolve_kernels("auto") == ("pallas" if jax.default_backend() == "gpu" else "xla")
+  assert kernels.resolve_kernels("auto") == ("pallas" if runs else "xla")

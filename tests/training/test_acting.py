@@ -81,7 +81,8 @@ def overlapping(tiny):
 
 def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
   for given, half in ((tiny.config, True), (overlapping, False)):
-    config = override(given, {"precision.compute_dtype": "bfloat16"})
+    # The kernels of a GPU do not compile for the host.
+    config = override(given, {"precision.compute_dtype": "bfloat16", "precision.kernels": "pallas"})
     actor = Actor(config, SPEC, build(config, SPEC))
     params = actor.to_device(actor.params(tiny.learner(), 0))
     assert set(params) == {"encoder", "actor_critic"}
@@ -90,6 +91,7 @@ def test_the_host_evaluates_the_policy_in_float32(tiny, overlapping):
     observations = np.zeros((2, *SPEC.observation_shape), np.uint8)
     traced = actor.act.trace(params, observations, state, np.ones(2, bool), key, np.uint32(0), np.float32(0))
     assert ("bf16" in str(traced.jaxpr)) == half
+    assert ("pallas_call" in str(traced.jaxpr)) == half
 
 
 def test_arrays_are_where_the_policy_is_evaluated(overlapping, tiny, monkeypatch):

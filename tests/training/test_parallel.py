@@ -79,6 +79,8 @@ def test_check_batch():
   with pytest.raises(UserError, match=r"training\.batch_size=6 is not divisible by 4 devices") as caught:
     devices.check_batch(6)
   assert "\n" not in str(caught.value)
+  with pytest.raises(UserError, match=r"actor_critic\.batch_size=6 is not"):
+    devices.check_batch(6, "actor_critic.batch_size")
   Devices.take(1).check_batch(7)
 
 

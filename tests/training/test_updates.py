@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -206,14 +208,22 @@ def fresh(seed=0, updates=0):
   )
 
 
-def draw(replay, devices, *, seed=0, index=0, updates=0):
+def draw(replay, devices, *, seed=0, index=0, updates=0, own_batch=0):
   """One update on so many (pretended) devices; the first one's state and metrics."""
-  update = make_update({index: counting_phase()}, {"denoiser": OPTIMIZER}, batch_size=BATCH, age_weights=(0.5, 0.5))
+  phase = dataclasses.replace(counting_phase(), batch_size=own_batch)
+  update = make_update({index: phase}, {"denoiser": OPTIMIZER}, batch_size=BATCH, age_weights=(0.5, 0.5))
   run = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=devices))
   states, metrics = run(fresh(seed, updates), replay)
   for x in jax.tree.leaves(states):
     np.testing.assert_array_equal(x, np.broadcast_to(x[:1], x.shape))  # All devices hold the same state.
   return jax.tree.map(lambda x: np.asarray(x[0]), (states, metrics["denoiser"]))
+
+
+def test_a_phase_may_have_a_batch_size_of_its_own(tiny):
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+  for devices in (1, 4):
+    _, metrics = draw(replay, devices, own_batch=3 * BATCH + 4)
+    assert metrics["noise"].sum() == metrics["frames"].sum() == 3 * BATCH + 4
 
 
 def test_devices_share_one_batch_of_random_numbers(tiny):
