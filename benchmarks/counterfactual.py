@@ -1,0 +1,131 @@
+"""Asks whether a dream knows what actions would do that the policy does not take.
+
+  python benchmarks/counterfactual.py --workdir=runs/minatar --games=20 --back=5 --horizon=8 --name=counterfactual
+
+The agent plays whole games that it loses. Each is played again, with the same seed and actions, up to --back steps
+before its end, and from there with one action held for --horizon steps, for every action. The world model imagines the
+same from the same frames. A game that an action would have continued, while its dream ends whatever the action, cannot
+be learned from in imagination. The environment must repeat exactly (Atari, Catch and MinAtar do). The result is written
+to benchmarks/results/learning/<name>.json.
+"""
+
+import statistics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import record
+from absl import flags
+
+import jedi_jax
+from jedi_jax import envs
+from jedi_jax.agent import Agent
+from jedi_jax.errors import UserError
+from jedi_jax.runs import program
+from jedi_jax.training.seeds import evaluation_seed
+from jedi_jax.types import Segment
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.")
+_GAMES = flags.DEFINE_integer("games", 20, "Games.", lower_bound=1, upper_bound=10_000)
+_BACK = flags.DEFINE_integer("back", 5, "Steps before the end of a game at which the action is held.", lower_bound=1)
+_HORIZON = flags.DEFINE_integer("horizon", 8, "Steps for which it is held.", lower_bound=1)
+_DREAMS = flags.DEFINE_integer("dreams", 16, "Dreams of each action.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer("limit", 3_000, "Steps after which a game is not waited for.", lower_bound=1)
+_NAME = flags.DEFINE_string("name", "counterfactual", "Name of the record.")
+
+
+def main() -> None:
+  """Plays, dreams and compares."""
+  if not _WORKDIR.value:
+    raise UserError("--workdir is missing: name the directory of a run")
+  started = record.machine()
+  agent = jedi_jax.load_agent(_WORKDIR.value)
+  model, first = agent.model, evaluation_seed(agent.config.seed)
+  imagine = jax.jit(model.imagine, static_argnums=3)
+  rows: list[dict[str, Any]] = []
+  for seed in range(first, first + _GAMES.value):
+    frames, actions, ended = play(agent, seed, _LIMIT.value)
+    start = len(actions) - _BACK.value
+    if not ended or start < model.conditioning_frames:
+      continue
+    for action in range(model.spec.num_actions):
+      held = [action] * _HORIZON.value
+      _, _, real = play(agent, seed, start + len(held), forced=[*actions[:start], *held])
+      dreamed = dream(agent, imagine, frames, actions, start, held, _DREAMS.value)
+      rows.append({"game": seed, "length": len(actions), "action": action, "ends": real, "dreamed ends": dreamed})
+  if not rows:
+    raise UserError("the agent lost no game that was long enough: raise --games or --limit")
+  about = {"env": agent.config.env.name, **summary(rows)}
+  path = record.write(f"learning/{_NAME.value}", [about, *rows], started=started)
+  print("\n".join(f"{name}: {value}" for name, value in about.items()))
+  print(f"written to {path}")
+
+
+def play(
+  agent: Agent, seed: int, limit: int, forced: list[int] | None = None
+) -> tuple[list[np.ndarray], list[int], bool]:
+  """Plays one game, with the policy or with forced actions.
+
+  Returns:
+    The frames that actions were chosen on, the actions, and whether the game was lost within `limit` steps.
+  """
+  env = envs.make(agent.config.env.name, num_envs=1, seed=seed)
+  try:
+    observation, policy = env.reset(), agent.player(1, seed)
+    frames, actions = [], []
+    for t in range(limit):
+      chosen = policy(observation, np.asarray([t == 0])) if forced is None else np.asarray(forced[t : t + 1], np.int32)
+      frames.append(np.asarray(observation)[0])
+      actions.append(int(chosen[0]))
+      step = env.step(np.asarray(chosen))
+      observation = step.observation
+      if step.game_over[0]:
+        return frames, actions, bool(step.end[0])
+    return frames, actions, False
+  finally:
+    env.close()
+
+
+def dream(
+  agent: Agent, imagine: Any, frames: list[np.ndarray], actions: list[int], start: int, held: list[int], count: int = 16
+) -> float:
+  """Returns the share of `count` dreams that end, from the frames up to `start` on, with the actions `held`."""
+  length = agent.model.conditioning_frames
+  past = slice(start - length + 1, start + 1)
+
+  def repeat(values: Any) -> jax.Array:
+    return jnp.repeat(jnp.asarray(values)[None], count, axis=0)
+
+  nothing = jnp.zeros((count, length))
+  segment = Segment(
+    repeat(np.stack(frames[past])), repeat(np.asarray(actions[past], np.int32)), nothing, nothing > 0, nothing == 0
+  )
+  keys = jax.random.split(jax.random.key(start), count)
+  ends = imagine(agent.params, segment, keys, len(held), repeat(np.asarray(held, np.int32))).ends
+  return float(np.asarray(ends).any(axis=1).mean())
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Counts games that an action would continue, and those of them whose dreams end under every such action."""
+  games: dict[int, list[dict[str, Any]]] = {}
+  for row in rows:
+    games.setdefault(row["game"], []).append(row)
+  continued = [[row for row in own if not row["ends"]] for own in games.values()]
+  continued = [own for own in continued if own]
+  lost = [row["dreamed ends"] for row in rows if row["ends"]]
+  return {
+    "games": len(games),
+    "games that an action continues": len(continued),
+    "of these, games whose dreams end in nine of ten cases even so": sum(
+      all(row["dreamed ends"] >= 0.9 for row in own) for own in continued
+    ),
+    "dreamed ends where the game ends": statistics.mean(lost) if lost else None,
+    "dreamed ends where it continues": statistics.mean(row["dreamed ends"] for own in continued for row in own)
+    if continued
+    else None,
+  }
+
+
+if __name__ == "__main__":
+  program.run(main, __doc__ or "")
