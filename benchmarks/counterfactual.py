@@ -4,9 +4,10 @@
 
 The agent plays whole games that it loses. Each is played again, with the same seed and actions, up to --back steps
 before its end, and from there with one action held for --horizon steps, for every action. The world model imagines the
-same from the same frames. A game that an action would have continued, while its dream ends whatever the action, cannot
-be learned from in imagination. The environment must repeat exactly (Atari, Catch and MinAtar do). The result is written
-to benchmarks/results/learning/<name>.json.
+same from the same frames, and its reward / end model judges the real frames, which tells errors of the dynamics from
+its own. A game that an action would have continued, while its dream ends whatever the action, cannot be learned from in
+imagination. The environment must repeat exactly (Atari, Catch and MinAtar do). The result is written to
+benchmarks/results/learning/<name>.json.
 """
 
 import statistics
@@ -51,9 +52,17 @@ def main() -> None:
       continue
     for action in range(model.spec.num_actions):
       held = [action] * _HORIZON.value
-      _, _, real = play(agent, seed, start + len(held), forced=[*actions[:start], *held])
-      dreamed = dream(agent, imagine, frames, actions, start, held, _DREAMS.value)
-      rows.append({"game": seed, "length": len(actions), "action": action, "ends": real, "dreamed ends": dreamed})
+      real_frames, real_actions, ends = play(agent, seed, start + len(held), forced=[*actions[:start], *held])
+      rows.append(
+        {
+          "game": seed,
+          "length": len(actions),
+          "action": action,
+          "ends": ends,
+          "dreamed ends": dream(agent, imagine, frames, actions, start, held, _DREAMS.value),
+          "judged ends": judge(agent, real_frames, real_actions, start),
+        }
+      )
   if not rows:
     raise UserError("the agent lost no game that was long enough: raise --games or --limit")
   about = {"env": agent.config.env.name, **summary(rows)}
@@ -68,7 +77,8 @@ def play(
   """Plays one game, with the policy or with forced actions.
 
   Returns:
-    The frames that actions were chosen on, the actions, and whether the game was lost within `limit` steps.
+    The frames that actions were chosen on and the last action's, the actions, and whether the game was lost within
+    `limit` steps.
   """
   env = envs.make(agent.config.env.name, num_envs=1, seed=seed)
   try:
@@ -81,8 +91,8 @@ def play(
       step = env.step(np.asarray(chosen))
       observation = step.observation
       if step.game_over[0]:
-        return frames, actions, bool(step.end[0])
-    return frames, actions, False
+        break
+    return [*frames, np.asarray(step.next_observation)[0]], actions, bool(step.end[0])
   finally:
     env.close()
 
@@ -106,6 +116,18 @@ def dream(
   return float(np.asarray(ends).any(axis=1).mean())
 
 
+def judge(agent: Agent, frames: list[np.ndarray], actions: list[int], start: int) -> float:
+  """Returns the probability of an end after `start` that the reward / end model gives to real frames."""
+  model, first = agent.model, start - agent.model.conditioning_frames + 1
+  images = jnp.asarray(np.stack(frames[first:]))[None]
+  latents = model.encode(agent.params, images, jnp.ones(images.shape[:2], bool))
+  taken = jnp.asarray(actions[first:], jnp.int32)[None]
+  state = model.reward_end.initial_state(1)
+  _, logits, _ = model.reward_end.predict(agent.params["reward_end"], latents[:, :-1], taken, latents[:, 1:], state)
+  continues = jax.nn.softmax(logits)[0, start - first :, 0]
+  return float(1.0 - jnp.prod(continues))
+
+
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
   """Counts games that an action would continue, and those of them whose dreams end under every such action."""
   games: dict[int, list[dict[str, Any]]] = {}
@@ -113,17 +135,18 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     games.setdefault(row["game"], []).append(row)
   continued = [[row for row in own if not row["ends"]] for own in games.values()]
   continued = [own for own in continued if own]
-  lost = [row["dreamed ends"] for row in rows if row["ends"]]
+  where = {"ends": [row for row in rows if row["ends"]], "continues": [row for own in continued for row in own]}
   return {
     "games": len(games),
     "games that an action continues": len(continued),
     "of these, games whose dreams end in nine of ten cases even so": sum(
       all(row["dreamed ends"] >= 0.9 for row in own) for own in continued
     ),
-    "dreamed ends where the game ends": statistics.mean(lost) if lost else None,
-    "dreamed ends where it continues": statistics.mean(row["dreamed ends"] for own in continued for row in own)
-    if continued
-    else None,
+    **{
+      f"{kind} where the game {outcome}": statistics.mean(row[kind] for row in own) if own else None
+      for outcome, own in where.items()
+      for kind in ("dreamed ends", "judged ends")
+    },
   }
 
 

@@ -15,6 +15,7 @@ from jedi_jax.errors import UserError
 OLD = json.loads((pathlib.Path(__file__).parents[1] / "data" / "old_configs.json").read_text())
 
 BEFORE = {
+  "encoder.chunk": 64,
   "encoder.norm": "none",
   "denoiser.sigma_data": 0.5,
   "denoiser.offset_noise": 0.3,
