@@ -14,8 +14,7 @@ from jedi_jax.errors import UserError
 
 OLD = json.loads((pathlib.Path(__file__).parents[1] / "data" / "old_configs.json").read_text())
 
-BEFORE = {
-  "encoder.chunk": 64,
+DIAMONDS = {
   "encoder.norm": "none",
   "denoiser.sigma_data": 0.5,
   "denoiser.offset_noise": 0.3,
@@ -30,6 +29,7 @@ BEFORE = {
   "replay.age_groups": "episodes",
   "training.order": "sequential",
 }
+BEFORE = {**DIAMONDS, "encoder.chunk": 64}
 
 
 def changed(variant, path, value):
@@ -96,6 +96,6 @@ def test_a_file_with_a_wrong_variant_is_refused(variant):
 def test_the_pixel_baseline_keeps_diamonds_constants_in_every_preset(preset):
   config = make_config(variant="diamond", preset=preset)
   found = flatten(to_dict(config))
-  assert {path: found[path] for path in BEFORE} == BEFORE
+  assert {path: found[path] for path in DIAMONDS} == DIAMONDS
   assert (config.sampler.num_steps, config.sampler.order, config.sampler.churn) == (3, 1, 0.0)
   assert config.denoiser.target == "latent"
