@@ -10,7 +10,7 @@ ANYTHING = None
 
 # From bottom to top. A module imports from the layers below its own, and from its own entry.
 LAYERS = (
-  ("version.py", "errors.py", "tables.py"),
+  ("version.py", "errors.py", "tables.py", "runtime.py"),
   ("types.py",),
   ("envs", "ops", "replay.py"),
   ("config", "nn"),
@@ -29,6 +29,7 @@ ALLOWED = {
   "version.py": set(),
   "errors.py": set(),
   "tables.py": set(),
+  "runtime.py": set(),
   "types.py": set(),
   "config": {"errors", "tables", "envs", "config"},  # The names of environments.
   "ops": {"types", "ops"},
@@ -41,7 +42,7 @@ ALLOWED = {
   "evaluation": {"types", "errors", "evaluation"},
   "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
   "evaluation/report.py": {"tables", "errors", "evaluation", "runs"},
-  "runs": {"tables", "types", "errors", "version", "config", "runs"},
+  "runs": {"tables", "types", "errors", "version", "runtime", "config", "runs"},
   "sweep.py": {"tables", "errors", "config", "envs", "evaluation", "runs"},
   "agent.py": {"types", "errors", "config", "models", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.

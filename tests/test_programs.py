@@ -274,7 +274,7 @@ MISTAKES = {
   "unknown program for a TPU": ([TPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
   "unknown program for a GPU": ([GPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
   "unknown GPU": ([GPU_COMPILE, "--cards=H10"], ["--cards", "H10", "H100"]),
-  "unknown item for a GPU": ([ON_GPU, "--items=sped"], ["--items", "sped", "speed"]),
+  "unknown item for a GPU": ([ON_GPU, "--items=pack"], ["--items", "pack", "packed"]),
   "unknown data type": ([GPU_COMPILE, "--dtypes=float8"], ["--dtypes", "float8", "bfloat16"]),
 }
 if importlib.util.find_spec("libtpu") is None:
