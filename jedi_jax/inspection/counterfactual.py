@@ -9,6 +9,7 @@ import numpy as np
 
 from jedi_jax import envs
 from jedi_jax.agent import Agent
+from jedi_jax.errors import UserError
 from jedi_jax.types import Segment
 
 
@@ -17,11 +18,21 @@ def play(
 ) -> tuple[list[np.ndarray], list[int], bool]:
   """Plays one game, with the policy or with forced actions.
 
+  Args:
+    agent: an agent with its configuration.
+    seed: of the environment and of the policy.
+    limit: steps after which the game is not waited for.
+    forced: actions to take instead of the policy's, at least `limit`.
+
   Returns:
     The frames that actions were chosen on and the last action's, the actions, and whether the game was lost within
     `limit` steps.
+
+  Raises:
+    UserError: if the agent has no configuration.
   """
-  assert agent.config is not None
+  if agent.config is None:
+    raise UserError("the agent has no configuration: load it from a run's directory")
   env = envs.make(agent.config.env.name, num_envs=1, seed=seed)
   try:
     observation, policy = env.reset(), agent.player(1, seed)
