@@ -108,17 +108,22 @@ def main() -> None:
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   os.environ["BENCHMARK_TURNS"] = f"{(out / 'turns').resolve()}:{time.time() + _WAIT.value}"
 
-  def run(item: Item) -> None:
-    done[item.name] = outcome = run_item(item, out, deadline - time.monotonic())
+  def run(item: Item) -> dict[str, Any]:
+    return run_item(item, out, deadline - time.monotonic())
+
+  def note(item: Item, outcome: dict[str, Any]) -> None:
+    done[item.name] = outcome
     path.write_text(json.dumps(done, indent=1) + "\n")
     print(f"{item.name}: status {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
 
   together = [item for item in chosen if not item.resumes and done.get(item.name, {}).get("status") != 0]
   with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
-    list(pool.map(run, together))
+    futures = {pool.submit(run, item): item for item in together}
+    for future in concurrent.futures.as_completed(futures):
+      note(futures[future], future.result())
   for item in chosen:
     if item.resumes and deadline - time.monotonic() > 2 * _GRACE:
-      run(item)
+      note(item, run(item))
   for file in [*work.rglob("metrics.jsonl"), *work.rglob("result.json")]:
     copy = out / "_".join(file.relative_to(work).parts)
     copy.write_bytes(file.read_bytes())

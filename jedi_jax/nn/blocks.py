@@ -69,7 +69,7 @@ def prepare(params: Params, compute: Compute) -> Params:
   params = cast(params)
   if compute.kernels == "xla":
     return params
-  linear = [functools.reduce(lambda tree, name: tree[name], path, params) for path in _adaptive_norms(params)]
+  linear = [layer for _, layer in _adaptive_norms(params)]
   if linear:
     kernel, bias = (jnp.concatenate([own[name] for own in linear], axis=-1) for name in ("kernel", "bias"))
     params = {**params, _JOINT: {"kernel": kernel, "bias": bias}}
@@ -80,11 +80,13 @@ _JOINT = "adaptive_norms"
 """Name of the joint linear layer of all adaptive group norms among the parameters that `prepare` returns."""
 
 
-def _adaptive_norms(params: Params) -> list[tuple[str, ...]]:
-  """Returns the paths of the linear layers of all adaptive group norms, in the order in which they are joined."""
-  leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-  paths = (tuple(key.key for key in path) for path, _ in leaves)
-  return sorted(path[:-1] for path in paths if path[-2:] == ("linear", "kernel"))
+def _adaptive_norms(params: Params) -> list[tuple[tuple[str, ...], Params]]:
+  """Returns path and linear layer of each adaptive group norm, in the order in which they are joined."""
+  found: list[tuple[tuple[str, ...], Params]] = []
+  for name, tree in sorted(params.items()):
+    if isinstance(tree, Mapping):
+      found += [((), tree)] if name == "linear" else [((name, *path), own) for path, own in _adaptive_norms(tree)]
+  return found
 
 
 @flax.struct.dataclass
@@ -109,9 +111,9 @@ class Condition:
       return cls(value)
     kernel, bias = params[_JOINT]["kernel"], params[_JOINT]["bias"]
     starts, start = [], 0
-    for path in _adaptive_norms(params):
-      starts.append(((*network.path, *path[:-1]), start))
-      start += functools.reduce(lambda tree, name: tree[name], path, params)["bias"].size
+    for path, layer in _adaptive_norms(params):
+      starts.append(((*network.path, *path), start))
+      start += layer["bias"].size
     return cls(value, value.astype(kernel.dtype) @ kernel + bias, tuple(starts))
 
 

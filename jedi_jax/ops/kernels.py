@@ -81,15 +81,16 @@ def group_norm(x: Array, affine: Array, settings: GroupNormSettings) -> Array:
   Raises:
     ValueError: if groups do not divide the channels, or `affine` has another number of rows or too few columns.
   """
+  return _group_norm_forward(x, affine, settings)[0]
+
+
+def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[Array, tuple[Array, Array]]:
   batch, channels = x.shape[0], x.shape[-1]
   if channels % settings.group or affine.shape[0] not in (1, batch):
     raise ValueError(f"affine {affine.shape} and groups of {settings.group} channels do not fit {x.shape}")
   if affine.shape[1] < settings.start + 2 * channels:
     raise ValueError(f"affine {affine.shape} has no 2 x {channels} columns from {settings.start} on")
-  return _group_norm_forward(x, affine, settings)[0]
 
-
-def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[Array, tuple[Array, Array]]:
   def kernel(x_ref: Any, affine_ref: Any, out_ref: Any) -> None:
     block = _Block(x_ref, affine_ref, x.shape[-1], settings)
     normalised, _ = block.normalise()
@@ -233,12 +234,12 @@ def attention(qkv: Array, heads: int, kernels: str) -> Array:
   Raises:
     ValueError: if the heads do not divide the channels.
   """
-  if qkv.shape[2] % (3 * heads):
-    raise ValueError(f"{heads} heads do not divide {qkv.shape[2]} / 3 channels")
   return _attention_forward(qkv, heads, kernels)[0]
 
 
 def _attention_forward(qkv: Array, heads: int, kernels: str) -> tuple[Array, Array]:
+  if qkv.shape[2] % (3 * heads):
+    raise ValueError(f"{heads} heads do not divide {qkv.shape[2]} / 3 channels")
   channels = qkv.shape[2] // 3
 
   def kernel(qkv_ref: Any, out_ref: Any) -> None:

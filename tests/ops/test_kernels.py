@@ -118,6 +118,8 @@ def test_shapes_that_do_not_fit_together_are_refused():
   for affine in (jnp.zeros((2, 128)), jnp.zeros((3, 127))):
     with pytest.raises(ValueError, match="affine"):
       kernels.group_norm(x, affine, settings)
+    with pytest.raises(ValueError, match="affine"):
+      jax.grad(lambda x, affine=affine: kernels.group_norm(x, affine, settings).sum())(x)
   with pytest.raises(ValueError, match="groups of 48"):
     kernels.group_norm(x, jnp.zeros((3, 128)), settings._replace(group=48))
   with pytest.raises(ValueError, match="5 heads do not divide"):
