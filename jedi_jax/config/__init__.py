@@ -16,6 +16,7 @@ from jedi_jax.config.checks import check_name
 from jedi_jax.config.fields import TAGS, convert, descriptions, settings
 from jedi_jax.config.presets import PRESETS, VARIANT_PRESETS, VARIANTS
 from jedi_jax.config.presets import VARIANT_SUMMARIES as VARIANT_SUMMARIES
+from jedi_jax.config.records import CollectConfig as CollectConfig
 from jedi_jax.config.records import Config, EncoderConfig, EnvConfig
 from jedi_jax.config.records import OptimizerConfig as OptimizerConfig
 from jedi_jax.config.records import Updates as Updates

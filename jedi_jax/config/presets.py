@@ -25,6 +25,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "sampler.sigma_max": 5.0,
     "denoiser.target": "latent",
     "denoiser.clamp_estimate": True,
+    "denoiser.average_decay": 0.0,
     "denoiser.optimizer.beta2": 0.999,
     "reward_end.optimizer.beta2": 0.999,
     "encoder.norm": "none",

@@ -104,6 +104,8 @@ class DenoiserConfig:
   target: str = setting("latent", "O", choices=("latent", "change"))
   """What is diffused: the next latent, or its change from the last one in units of the measured size of changes (then
   leave `clamp_estimate` off)."""
+  average_decay: float = setting(0.0, "O", low=0, high=0.999_999)
+  """Decay an update of the average of the denoiser's weights that imagination uses; 0 to use the weights themselves."""
   sigma_data: float = setting(1.0, "O", above=0)
   """Standard deviation of the data assumed by the preconditioning: 1 for normalised latents, 0.5 for DIAMOND's pixels.
   The noise levels of training and sampling are DIAMOND's in units of it."""
@@ -228,7 +230,11 @@ class CollectConfig:
   first_epoch_rewards: int = setting(10, "D", low=0, high=10**9)
   """Rewards of the two rarer of the signs -1, 0 and 1, in total, after which the first collection ends."""
   epsilon: float = setting(0.01, "D", low=0, high=1)
-  """Probability of a uniformly random action."""
+  """Probability of a uniformly random action, after `epsilon_steps`."""
+  first_epsilon: float = setting(0.01, "O", low=0, high=1)
+  """Probability of a uniformly random action at the first step."""
+  epsilon_steps: int = setting(0, "O", low=0, high=10**9)
+  """Environment steps over which the probability falls in a line from `first_epsilon` to `epsilon`; 0 for none."""
   overlap: bool = setting(False, "O")
   """Whether the host collects an epoch's steps while the device trains on the earlier ones. New steps then reach replay
   one epoch later (with `training.final_epochs` 0, the last ones after the last update)."""

@@ -59,6 +59,7 @@ class Parts:
     horizon: H, imagined steps of one actor-critic update.
     trajectories: imagined in one actor-critic update; 0 for the batch size of the other updates.
     target_decay: decay an update of the average encoder ('target_encoder') that gives the targets; 0 for none.
+    average_decay: decay an update of the average denoiser ('average_denoiser') that imagines; 0 for none.
     final_frames: whether the final frames of episodes are targets too.
     forget_padding: see `imagination.imagine`.
     restart_after_end: whether imagined trajectories continue from a second segment after their first end.
@@ -79,6 +80,7 @@ class Parts:
   horizon: int = 15
   trajectories: int = 0
   target_decay: float = 0.0
+  average_decay: float = 0.0
   final_frames: bool = True
   forget_padding: bool = True
   restart_after_end: bool = False

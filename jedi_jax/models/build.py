@@ -81,6 +81,7 @@ def build(
       horizon=config.actor_critic.horizon,
       trajectories=config.actor_critic.batch_size,
       target_decay=config.encoder.target_decay,
+      average_decay=config.denoiser.average_decay,
       final_frames=config.denoiser.final_frames,
       forget_padding=config.actor_critic.forget_padding,
       restart_after_end=config.actor_critic.restart_after_end,

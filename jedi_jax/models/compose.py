@@ -35,7 +35,7 @@ def _phases(parts: Parts) -> tuple[Phase, ...]:
     length=length + parts.targets,
     losses=functools.partial(phases.denoiser_losses, parts),
     final_frames=parts.final_frames,
-    after=functools.partial(phases.measure_change, parts),
+    after=functools.partial(phases.follow_denoiser, parts),
     # An autoencoder that the prediction does not train is a separate model in the same update.
     clipped_apart=("encoder", "decoder") if reconstructs and "prediction" not in learns_from else (),
   )
@@ -81,6 +81,8 @@ def _init(parts: Parts, key: Array) -> dict[str, Params]:
   if parts.target_decay:
     # A copy, since aliased leaves cannot be donated.
     params["target_encoder"] = jax.tree.map(jnp.copy, params["encoder"])
+  if parts.average_decay:
+    params["average_denoiser"] = jax.tree.map(jnp.copy, params["denoiser"])
   return params
 
 

@@ -117,7 +117,7 @@ def imagine(
     parts.dynamics,
     parts.reward_end,
     parts.actor_critic,
-    params,
+    imagining(params),
     latents,
     segment.actions[:, :-1],
     segment.mask,
@@ -138,17 +138,26 @@ def follow_encoder(parts: Parts, params: dict[str, Params], metrics: Metrics) ->
   return {**params, "target_encoder": target}
 
 
-def measure_change(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
-  """Follows the encoder, and updates the denoiser's 'change_std' if it has one."""
+def follow_denoiser(parts: Parts, params: dict[str, Params], metrics: Metrics) -> dict[str, Params]:
+  """Follows the encoder, and updates the denoiser's 'change_std' and then 'average_denoiser', if they exist."""
   params = follow_encoder(parts, params, metrics)
-  before = params["denoiser"]
-  if "change_std" not in before:
+  denoiser = params["denoiser"]
+  measured = {}
+  if "change_std" in denoiser:
+    std = jnp.maximum(jnp.sqrt(metrics["change_square"]), _LEAST_STD)
+    # The first measurement replaces the initial 0.
+    old = denoiser["change_std"]
+    measured["change_std"] = jnp.where(old > 0, optax.incremental_update(std, old, _STD_RATE), std)
+    params = {**params, "denoiser": {**denoiser, **measured}}
+  if not parts.average_decay:
     return params
-  std = jnp.maximum(jnp.sqrt(metrics["change_square"]), _LEAST_STD)
-  # The first measurement replaces the initial 0.
-  old = before["change_std"]
-  new = jnp.where(old > 0, optax.incremental_update(std, old, _STD_RATE), std)
-  return {**params, "denoiser": {**before, "change_std": new}}
+  average = optax.incremental_update(denoiser, params["average_denoiser"], 1.0 - parts.average_decay)
+  return {**params, "average_denoiser": {**average, **measured}}
+
+
+def imagining(params: dict[str, Params]) -> dict[str, Params]:
+  """Returns the parameters with which a model imagines: 'denoiser' is the average denoiser, if there is one."""
+  return {**params, "denoiser": params.get("average_denoiser", params["denoiser"])}
 
 
 def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segment: Segment) -> Term:

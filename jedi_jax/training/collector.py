@@ -40,7 +40,7 @@ class Collector:
     act: (parameters, observations, state, restart, key, count, epsilon) -> (actions, state), compiled.
     initial_state: policy state of all environments before the first step.
     seed: seed of exploration and sampled actions.
-    epsilon: probability of a uniform action.
+    epsilon: environment steps so far -> probability of a uniform action.
     max_calls: largest number of calls of `env.step`, each of which steps all environments.
 
   Raises:
@@ -54,13 +54,13 @@ class Collector:
     *,
     initial_state: LstmState,
     seed: int,
-    epsilon: float,
+    epsilon: Callable[[int], float],
     max_calls: int,
   ):
     self._env = env
     self._act = act
     self._key = jax.random.key(seed)
-    self._epsilon = np.float32(epsilon)
+    self._epsilon = epsilon
     self._state = initial_state
     self._calls = 0
     self._log = np.zeros((max_calls, env.num_envs), np.min_scalar_type(env.spec.num_actions - 1))
@@ -109,8 +109,9 @@ class Collector:
     lengths: list[int] = []
     signs = np.zeros(3, np.int64)
     for _ in range(0, steps, num_envs):
+      epsilon = np.float32(self._epsilon(self.env_steps))
       chosen, self._state = self._act(
-        params, self._observations, self._state, self._restart, self._key, np.uint32(self._calls), self._epsilon
+        params, self._observations, self._state, self._restart, self._key, np.uint32(self._calls), epsilon
       )
       actions = np.asarray(chosen)
       observations = self._observations

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jedi_jax import replay as replay_lib
+from jedi_jax.models import phases
 from jedi_jax.models.base import Model
 from jedi_jax.ops import images
 from jedi_jax.ops.statistics import confusion
@@ -115,8 +116,8 @@ def calibration(model: Model, params: dict[str, Params], segment: Segment, key: 
   length = model.conditioning_frames
   latents = model.encode(params, segment.observations[:, : length + 1], segment.mask[:, : length + 1])
   noise = model.dynamics.sample_noise(jax.random.split(key, len(segment.mask)), _SAMPLES)
-  past, actions = latents[:, :length], segment.actions[:, :length]
-  samples = jax.lax.map(lambda draws: model.dynamics.sample(params["denoiser"], past, actions, draws), noise)
+  past, actions, denoiser = latents[:, :length], segment.actions[:, :length], phases.imagining(params)["denoiser"]
+  samples = jax.lax.map(lambda draws: model.dynamics.sample(denoiser, past, actions, draws), noise)
   real = segment.mask[:, length - 1] & segment.mask[:, length]
 
   def total(squares: Array) -> Array:

@@ -1,5 +1,6 @@
 """A run on the host: its files, its environments and how far it is."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jedi_jax import envs
+from jedi_jax.config import CollectConfig
 from jedi_jax.replay import Chunk
 from jedi_jax.runs import checkpoint, telemetry
 from jedi_jax.runs.workdir import Workdir
@@ -79,7 +81,7 @@ class Run:
           actor.act,
           initial_state=actor.model.initial_state(self.env.num_envs),
           seed=seeds.derive(config.seed, Purpose.COLLECTION),
-          epsilon=config.collect.epsilon,
+          epsilon=functools.partial(_epsilon, config.collect),
           max_calls=config.collect.total_steps // self.env.num_envs,
         )
     except BaseException:
@@ -195,6 +197,13 @@ class Run:
       values["collect/return"] = float(np.mean(collected.returns))
       values["collect/length"] = float(np.mean(collected.lengths))
     return values
+
+
+def _epsilon(config: CollectConfig, steps: int) -> float:
+  """Returns the probability of a uniform action after environment steps."""
+  if steps >= config.epsilon_steps:
+    return config.epsilon
+  return config.first_epsilon + (config.epsilon - config.first_epsilon) * steps / config.epsilon_steps
 
 
 def _rarer_rewards(collected: Collected) -> int:

@@ -1,5 +1,6 @@
 """Which parameters each variant's losses reach, through the very functions that the updates differentiate."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,9 +119,26 @@ def test_moving_average_gives_the_targets_and_follows_the_encoder():
   assert after["encoder"] is params["encoder"]
 
 
+@pytest.mark.parametrize("target", ["latent", "change"])
+def test_average_denoiser_imagines_and_follows_the_denoiser(target):
+  clamp = {"denoiser.target": target, "denoiser.clamp_estimate": target == "latent"}
+  model, params = make("jedi", **{"denoiser.average_decay": 0.75, **clamp})
+  phase, imagination = model.phases[0], model.phases[2]
+  assert not is_reached(gradients(phase, params)["average_denoiser"])
+  for name, matters in (("denoiser", False), ("average_denoiser", True)):
+    moved = {**params, name: jax.tree.map(lambda x: 1.5 * x, params[name])}
+    assert (float(summed_loss(imagination, params)) != float(summed_loss(imagination, moved))) == matters
+  after = phase.after(params, {"change_square": jnp.ones(())})
+  expected = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, params["average_denoiser"], params["denoiser"])
+  if target == "change":
+    expected["change_std"] = after["denoiser"]["change_std"]
+  chex.assert_trees_all_close(after["average_denoiser"], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_without_moving_average_there_is_no_copy():
   model, params = make("jedi")
   assert "target_encoder" not in params
+  assert "average_denoiser" not in params
   assert model.phases[0].after(params, {}) is params
 
 

@@ -36,7 +36,7 @@ def collector(policy=None, *, seed=0, env_seed=5, epsilon=0.25):
   env = envs.make("catch", num_envs=N, seed=env_seed, life_loss_ends=True)
   policy = policy or Policy()
   initial = LstmState(jnp.zeros((N, 3)), jnp.zeros((N, 3)))
-  return Collector(env, policy, initial_state=initial, seed=seed, epsilon=epsilon, max_calls=MAX_CALLS)
+  return Collector(env, policy, initial_state=initial, seed=seed, epsilon=lambda steps: epsilon, max_calls=MAX_CALLS)
 
 
 PARAMS = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
@@ -187,7 +187,7 @@ def fake_collector(env):
     return np.array([count % env.spec.num_actions, env.spec.num_actions - 1], np.int32), state
 
   state = LstmState(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
-  return Collector(env, act, initial_state=state, seed=0, epsilon=0.0, max_calls=400)
+  return Collector(env, act, initial_state=state, seed=0, epsilon=lambda steps: 0.0, max_calls=400)
 
 
 @pytest.mark.parametrize(
