@@ -191,6 +191,9 @@ def _moved(instruction: _Instruction, own: Mapping[str, _Instruction], computati
   sizes = [_size(own[name].shape) if name in own else 0 for name in instruction.operands]
   inside = _fused(instruction, computations)
   written = _size(instruction.shape)
+  if any('custom_call_target="__cu' in one.rest for one in (instruction, *inside.values())):
+    # The last of several results of cuBLAS and cuDNN is scratch memory.
+    written -= sum(map(_size, re.findall(r"[su]8\[\d+\](?=[^,]*\)$)", instruction.shape)))
   for one in inside.values():
     if one.operation == "parameter":
       users = [user for user in inside.values() if one.name in user.operands]

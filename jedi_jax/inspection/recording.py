@@ -69,7 +69,7 @@ def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float
       jax.jit(make_act(agent.model)),
       initial_state=agent.initial_state(num_envs),
       seed=seed,
-      epsilon=epsilon,
+      epsilon=lambda steps: epsilon,
       max_calls=steps,
     )
     add = jax.jit(replay_lib.add, donate_argnums=0)
