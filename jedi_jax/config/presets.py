@@ -197,7 +197,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "encoder.chunk": 0,
     "encoder.learning_rate_factor": 0.03,
     "denoiser.channels": (32,),
-    "denoiser.conditioning_width": 64,
+    "denoiser.conditioning_frames": 12,  # Things move every 5 to 12 steps, which fewer frames cannot show.
+    "denoiser.conditioning_width": 96,
+    "denoiser.average_decay": 0.99,
     "denoiser.optimizer.learning_rate": 1e-3,
     "sampler.num_steps": 2,
     "sampler.sigma_min": 1.0,  # Lower levels add no accuracy, and samples then vary too little.
@@ -215,6 +217,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.first_epoch_min_steps": 4_000,
     "collect.first_epoch_max_steps": 4_000,
     "collect.steps_per_epoch": 1_000,
+    "collect.first_epsilon": 0.1,
+    "collect.epsilon_steps": 60_000,
     "replay.capacity": 100_000,
     "replay.final_frames": 30_000,
     "training.order": "alternating",  # See docs/choices.md.
