@@ -5,7 +5,8 @@
 Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
 run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
 else of the last evaluation during training. Errors are over those of copying. --random is an output file of
-experiments/evaluate.py --random.
+experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games that they ended in their
+last `LAST_EPOCHS` epochs of training.
 """
 
 import glob
@@ -21,10 +22,15 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax.runs import figures, program, workdir
+from jedi_jax.runs import metrics as run_metrics
 
 _NAME = flags.DEFINE_string("name", None, "Name of the record.", required=True)
 _RUNS = flags.DEFINE_string("runs", None, "Pattern of the runs' directories.", required=True)
+_UNFINISHED = flags.DEFINE_bool("unfinished", default=False, help="Runs may be unfinished.")
 _RANDOM = flags.DEFINE_string("random", None, "Evaluation file of the random policy.")
+
+LAST_EPOCHS = 10
+"""Epochs whose games stand for those of a final evaluation in an unfinished run."""
 
 
 def main() -> None:
@@ -64,11 +70,26 @@ def _games(result: dict[str, Any]) -> dict[str, Any]:
   }
 
 
+def _training_games(records: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the mean return of the games that ended in epochs of training, and their number."""
+  ended = [record for record in records if record.get("collect/episodes")]
+  games = sum(record["collect/episodes"] for record in ended)
+  total = sum(record["collect/episodes"] * record["collect/return"] for record in ended)
+  return {"mean_return": total / max(games, 1), "interval": "-", "games": games}
+
+
 def _row(path: pathlib.Path) -> dict[str, Any]:
   run = workdir.read(path)
-  if not run.result.exists():
-    raise jedi_jax.UserError(f"{path} is not finished: train it to its end first")
-  result = workdir.read_json(run.result)
+  records = workdir.read_metrics(run.metrics)
+  if run.result.exists():
+    result = workdir.read_json(run.result)
+    games = _games(result)
+  elif _UNFINISHED.value and records:
+    games = _training_games(records[-LAST_EPOCHS:])
+    updates = {name: records[-1].get(f"updates/{name}") for name in run_metrics.PHASES}
+    result = {"env_steps": records[-1]["env_steps"], "seconds": records[-1]["time/total_seconds"], "updates": updates}
+  else:
+    raise jedi_jax.UserError(f"{path} is not finished: train it to its end first, or give --unfinished")
   config = run.config
   preset = config_lib.make_config(env=config.env.name, variant=config.variant, preset=config.preset, seed=config.seed)
   flat = config_lib.flatten(config_lib.to_dict(config))
@@ -76,7 +97,6 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != default[name]]
   command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
   command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
-  records = workdir.read_metrics(run.metrics)
   names = ("env_steps", "evaluation/return", "collect/return", "actor_critic/imagined_return", "time/total_seconds")
   return {
     "run": path.relative_to(_fixed(_RUNS.value)).as_posix(),
@@ -84,7 +104,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     "env_steps": result["env_steps"],
     "updates": result["updates"],
     "seconds": round(result["seconds"]),
-    **_games(result),
+    **games,
     **_world_model(run.diagnosis, records),
     "curve": {name: [line.get(name) for line in records] for name in names},
   }

@@ -179,6 +179,8 @@ def test_kernels_of_a_program_for_a_gpu_are_counted(benchmark_module, gpu_progra
   assert convolution.source == "model.py:14 f.step"
   assert convolution.launches == 5
   assert convolution.flop == 2 * (4 * 8 * 8 * 16) * (3 * 3 * 16)
+  # Scratch memory is not moved.
+  assert kernels == hlo.read(gpu_program.replace("u8[0]", "u8[33554432]"))
   products = [kernel.flop for kernel in kernels if kernel.kind == "product"]
   assert products == [2 * 4 * 32 * 1024, 2 * 4 * 4 * 32, 2 * 4 * 4 * 32]
   assert hlo.loops_of_unknown_length(gpu_program) == 1

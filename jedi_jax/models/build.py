@@ -215,11 +215,12 @@ def with_num_actions(params: dict[str, Params], num_actions: int) -> dict[str, P
 
 
 def count_parameters(params: dict[str, Params]) -> dict[str, int]:
-  """Counts the trained numbers of each component; fixed random frequencies and measured scales are not counted."""
+  """Counts the trained numbers of each component; averages, fixed frequencies and measured scales are not counted."""
   untrained = ("frequencies", "change_std", "num_actions", "mean", "std")
 
   def size(tree: Any) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return sum(leaf.size for path, leaf in leaves if jax.tree_util.keystr(path[-1:], simple=True) not in untrained)
 
-  return {name: size(tree) for name, tree in params.items()}
+  averages = ("average_denoiser", "target_encoder")
+  return {name: size(tree) for name, tree in params.items() if name not in averages}
