@@ -5,8 +5,8 @@
 Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
 run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
 else of the last evaluation during training. Errors are over those of copying. --random is an output file of
-experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games that they ended in their
-last `LAST_EPOCHS` epochs of training.
+experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games of their last
+`LAST_EPOCHS` epochs of training.
 """
 
 import glob

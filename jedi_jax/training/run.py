@@ -81,7 +81,7 @@ class Run:
           actor.act,
           initial_state=actor.model.initial_state(self.env.num_envs),
           seed=seeds.derive(config.seed, Purpose.COLLECTION),
-          epsilon=functools.partial(_epsilon, config.collect),
+          epsilon=functools.partial(epsilon, config.collect),
           max_calls=config.collect.total_steps // self.env.num_envs,
         )
     except BaseException:
@@ -199,7 +199,7 @@ class Run:
     return values
 
 
-def _epsilon(config: CollectConfig, steps: int) -> float:
+def epsilon(config: CollectConfig, steps: int) -> float:
   """Returns the probability of a uniform action after environment steps."""
   if steps >= config.epsilon_steps:
     return config.epsilon

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from jedi_jax import envs
+from jedi_jax.config import CollectConfig
 from jedi_jax.errors import UserError
 from jedi_jax.training.collector import CHUNK_SLOTS, Collector
+from jedi_jax.training.run import epsilon
 from jedi_jax.types import EnvSpec, EnvStep, LstmState
 
 N = 3
@@ -32,11 +34,11 @@ class Policy:
     return self._act(params, observations, state, restart, key, count, epsilon)
 
 
-def collector(policy=None, *, seed=0, env_seed=5, epsilon=0.25):
+def collector(policy=None, *, seed=0, env_seed=5):
   env = envs.make("catch", num_envs=N, seed=env_seed, life_loss_ends=True)
   policy = policy or Policy()
   initial = LstmState(jnp.zeros((N, 3)), jnp.zeros((N, 3)))
-  return Collector(env, policy, initial_state=initial, seed=seed, epsilon=lambda steps: epsilon, max_calls=MAX_CALLS)
+  return Collector(env, policy, initial_state=initial, seed=seed, epsilon=lambda steps: 0.25, max_calls=MAX_CALLS)
 
 
 PARAMS = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
@@ -230,3 +232,18 @@ def test_an_array_that_is_returned_twice_is_refused():
   env.reset = lambda: pictures
   with pytest.raises(UserError, match="return a new one"):
     fake_collector(env).collect(None, None, lambda replay, chunk: None, 2)
+
+
+def test_epsilon_depends_on_the_steps_so_far():
+  initial = LstmState(jnp.zeros((N, 3)), jnp.zeros((N, 3)))
+  env = envs.make("catch", num_envs=N, seed=5, life_loss_ends=True)
+  c = Collector(env, Policy(), initial_state=initial, seed=0, epsilon=float, max_calls=MAX_CALLS)
+  collect(c, 2 * N)
+  collect(c, N)
+  np.testing.assert_array_equal(c.save()["state"].cell, 0 + N + 2 * N)
+
+
+def test_epsilon_falls_in_a_line_and_then_stays():
+  falling = CollectConfig(first_epsilon=0.5, epsilon=0.1, epsilon_steps=100)
+  assert [epsilon(falling, steps) for steps in (0, 25, 100, 1_000)] == pytest.approx([0.5, 0.4, 0.1, 0.1])
+  assert epsilon(CollectConfig(first_epsilon=0.5, epsilon=0.1), 0) == 0.1
