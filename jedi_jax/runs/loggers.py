@@ -182,5 +182,5 @@ def _import_wandb() -> Any:
   try:
     import wandb
   except ImportError:
-    raise UserError("the logger wandb needs its package: pip install 'jedi_jax[wandb]'") from None
+    raise UserError("the logger wandb needs wandb: pip install wandb") from None
   return wandb

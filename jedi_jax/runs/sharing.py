@@ -60,7 +60,7 @@ def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
   """
   text = os.fspath(name)
   if text.startswith("jedi://"):
-    shipped = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir())
+    shipped = sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())
     if text.removeprefix("jedi://") not in shipped:
       raise UserError(f"{text} is not an agent of this package{nearest(text, [f'jedi://{own}' for own in shipped])}")
     return SHIPPED / text.removeprefix("jedi://")
@@ -74,7 +74,7 @@ def _download(name: str) -> pathlib.Path:
   try:
     import huggingface_hub
   except ImportError:
-    raise UserError(f"{name} needs huggingface_hub: pip install 'jedi_jax[hub]'") from None
+    raise UserError(f"{name} needs huggingface_hub: pip install huggingface_hub") from None
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(match[1], revision=match[2], allow_patterns=[MODEL, CONFIG, CARD])

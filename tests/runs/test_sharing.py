@@ -297,7 +297,7 @@ def test_a_download_that_fails_is_one_line(monkeypatch):
   hub(monkeypatch, snapshot_download)
   refused(lambda: jedi_jax.load_agent("hf://a/b"), "hf://a/b cannot be downloaded", "404 Client Error")
   monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-  refused(lambda: jedi_jax.load_agent("hf://a/b"), "pip install 'jedi_jax[hub]'")
+  refused(lambda: jedi_jax.load_agent("hf://a/b"), "pip install huggingface_hub")
 
 
 def test_an_unknown_agent_of_the_package():
