@@ -1,6 +1,7 @@
 """Films the dreams of a trained model: the real game, the dream of the same actions, and the policy's own dream.
 
   python experiments/dream.py --workdir=runs/breakout --out=dream.gif
+  python experiments/dream.py --workdir=jedi://catch
 
 Every dream starts from real frames of new games; all later frames are imagined. For a run without a probe decoder, a
 probe is fitted to the recorded games; the run is not changed.
@@ -14,10 +15,10 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax.inspection import film, probe, recording
-from jedi_jax.runs import program, workdir
+from jedi_jax.runs import program, sharing, workdir
 from jedi_jax.training import seeds
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or a saved agent.")
 _OUT = flags.DEFINE_string("out", "dream.gif", "File of the film: .gif, or .mp4 (needs ffmpeg).")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
 _STEPS = flags.DEFINE_integer("steps", 1_000, "Environment steps to record.", lower_bound=1, upper_bound=10**6)
@@ -43,7 +44,7 @@ def main() -> None:
   if out.suffix not in (".gif", ".mp4"):
     raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
   program.enable_compilation_cache()
-  run = workdir.read(_WORKDIR.value)
+  run = workdir.read(sharing.resolve(_WORKDIR.value))
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
   episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=seeds.evaluation_seed(_SEED.value))
   if agent.model.decode is None:

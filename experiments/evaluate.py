@@ -16,11 +16,11 @@ from absl import flags
 import jedi_jax
 from jedi_jax import envs
 from jedi_jax.evaluation.evaluate import describe_results
-from jedi_jax.runs import program, workdir
+from jedi_jax.runs import program, sharing, workdir
 from jedi_jax.runs.console import Console
 from jedi_jax.training import seeds
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or a saved agent.")
 _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions on --env instead of a run.")
 _ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, minatar/<Game> or catch.")
 _OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir by default.")
@@ -52,7 +52,9 @@ def main() -> None:
   else:
     if not _WORKDIR.value:
       raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
-    run = workdir.read(_WORKDIR.value)
+    run = workdir.read(sharing.resolve(_WORKDIR.value))
+    if "://" in _WORKDIR.value and not _OUT.value:
+      raise jedi_jax.UserError(f"--out is missing: {_WORKDIR.value} is no folder of yours")
     agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
     about = {"env": run.config.env.name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
     out = pathlib.Path(_OUT.value) if _OUT.value else run.evaluation

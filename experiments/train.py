@@ -52,6 +52,9 @@ _SET = flags.DEFINE_multi_string(
 )
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
 _FIT = flags.DEFINE_bool("fit", False, "Prints the device memory of one run and how many runs fit, and exits.")
+_LOG = flags.DEFINE_list(
+  "log", ["tensorboard"], "Loggers beside metrics.jsonl: tensorboard, wandb (Weights & Biases); empty for none."
+)
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices of each process to train on; 0 for all.", lower_bound=0)
 _GRACE = flags.DEFINE_float(
   "grace",
@@ -107,6 +110,7 @@ def main() -> None:
       overwrite=_OVERWRITE.value,
       devices=Devices.take(_DEVICES.value),
       interruption=interruption,
+      log=_LOG.value,
     )
 
 

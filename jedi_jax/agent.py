@@ -1,8 +1,10 @@
-"""Acting with a trained model, and loading it from a run's directory."""
+"""Acting with a trained model, saving it and loading it."""
 
+import contextlib
 import operator
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +15,7 @@ from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
-from jedi_jax.runs import checkpoint, workdir
+from jedi_jax.runs import checkpoint, sharing, workdir
 from jedi_jax.types import Array, LstmState, Policy
 
 Act = Callable[..., tuple[Array, LstmState]]
@@ -59,13 +61,21 @@ class Agent:
     model: the composed model.
     params: parameters by component; host arrays are moved to the default device. Acting uses 'encoder' and
       'actor_critic'.
-    config: the configuration of the run; acting does not use it.
+    config: the configuration of the run; acting does not use it, and saving needs it.
+    result: the result of the run with these parameters, as result.json has it; `save` writes it into the model card.
   """
 
-  def __init__(self, model: Model, params: dict[str, Any], config: Config | None = None):
+  def __init__(
+    self,
+    model: Model,
+    params: dict[str, Any],
+    config: Config | None = None,
+    result: Mapping[str, Any] | None = None,
+  ):
     self.model = model
     self.params = jax.device_put(params)  # Once, not at every call.
     self.config = config
+    self.result = result
     self._act = jax.jit(make_act(model))
 
   def initial_state(self, batch: int) -> LstmState:
@@ -96,7 +106,8 @@ class Agent:
       Actions [N] int32 and the new state.
 
     Raises:
-      UserError: if observations have the wrong shape or dtype, or the state is of another number of environments.
+      UserError: if observations or `restart` have the wrong shape or dtype, or the state is of another number of
+        environments.
       OverflowError: if `count` is out of range.
       TypeError: if `count` is not an integer.
     """
@@ -112,15 +123,32 @@ class Agent:
     if np.shape(state.hidden)[0] != len(observations):
       raise UserError(
         f"the state has {np.shape(state.hidden)[0]} environments, but observations have {len(observations)}: "
-        "make it with initial_state(batch)"
+        "make it with initial_state(batch), or the player with their number"
       )
     restart = np.zeros(len(observations), bool) if restart is None else restart
+    if np.shape(restart) != (len(observations),):
+      raise UserError(f"restart has shape {np.shape(restart)}; the agent expects ({len(observations)},), one a game")
     return self._act(
       self.params, observations, state, restart, key, np.uint32(operator.index(count)), np.float32(epsilon)
     )
 
   def player(self, num_envs: int, seed: int) -> Policy:
-    """Returns a stateful `Policy` for `num_envs` environments, which samples actions with epsilon 0."""
+    """Returns a `Policy` for `num_envs` environments, which keeps the recurrent state and the random key itself.
+
+    Actions are sampled with epsilon 0. The same seed and the same observations give the same actions.
+
+    Args:
+      num_envs: number N of environments.
+      seed: seed of the actions.
+
+    Returns:
+      (observations [N, H, W, C] uint8, restart [N] bool, true where an episode begins) -> actions [N] int32.
+
+    Raises:
+      UserError: if `num_envs` is less than 1; when playing, as `act`.
+    """
+    if num_envs < 1:
+      raise UserError(f"num_envs is {num_envs}; a player needs at least 1 environment")
     state = self.initial_state(num_envs)
     key = jax.random.key(seed)
     calls = 0
@@ -133,23 +161,73 @@ class Agent:
 
     return play
 
+  def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> pathlib.Path:
+    """Writes the agent to a folder that `load_agent` takes and that fits the Hugging Face Hub.
+
+    The folder has `model.safetensors` (all parameters, those that dreaming needs too), `config.json` (configuration,
+    environment, versions, result) and `README.md` (the model card). The function `build` of a model of one's own is not
+    saved: pass it to `load_agent`.
+
+    Args:
+      folder: created if missing.
+      overwrite: replaces these three files of an earlier save. Other files stay as they are.
+
+    Returns:
+      The folder.
+
+    Raises:
+      UserError: if the agent has no configuration, the folder holds a run, or an agent and `overwrite` is false, or it
+        cannot be written.
+    """
+    if self.config is None:
+      raise UserError("the agent has no configuration: give it one, as in Agent(model, params, config)")
+    # With `env.action_slots` the model has more actions than the environment.
+    spec = self.model.spec._replace(num_actions=int(self.model.num_actions(self.params)))
+    return sharing.write(
+      folder,
+      params=jax.device_get(self.params),
+      config=self.config,
+      spec=spec,
+      result=self.result,
+      overwrite=overwrite,
+    )
+
 
 def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, build: Build = build_model) -> Agent:
-  """Loads the agent of a run. Reads the parameters of a checkpoint but not its training state.
+  """Loads an agent. Executes nothing from its files, and reads no training state.
 
   Args:
-    directory: the run's working directory.
-    which: 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in evaluations during
-      training.
+    directory: the working directory of a run; a folder that `Agent.save` wrote; 'hf://user/name' or
+      'hf://user/name@revision' for a repository of the Hugging Face Hub with the files of such a folder (needs
+      `huggingface_hub`); or 'jedi://name' for an agent of the package: 'jedi://catch'.
+    which: of a run, 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in
+      evaluations during training.
     build: builds the model, as in `train`.
 
   Returns:
-    The agent, with the run's configuration.
+    The agent, with the run's configuration, and with its result if these are the parameters at the end of the run.
 
   Raises:
-    UserError: if there is no such run or checkpoint, or the checkpoint does not match the run's configuration.
+    UserError: if there is no such run, checkpoint or agent, it is not whole, or it does not match its configuration.
   """
-  run = workdir.read(directory)
+  path = sharing.resolve(directory)
+  if sharing.is_saved_agent(path):
+    if which != "latest":
+      raise UserError(f"{path} holds a saved agent, not a run: it has no checkpoint {which!r}")
+    saved = sharing.read(path)
+    model = build(saved.config, saved.spec)
+    params = checkpoint.unflatten(saved.arrays, _shapes(model), where=str(path / sharing.MODEL))
+    return Agent(model, params, saved.config, saved.result)
+  run = workdir.read(path)
   model = build(run.config, run.spec)
-  shapes = jax.eval_shape(model.init, jax.random.key(0))
-  return Agent(model, checkpoint.load_params(run.checkpoints / which, shapes), run.config)
+  params = checkpoint.load_params(run.checkpoints / which, _shapes(model))
+  result = None
+  if which == "latest" and run.result.exists():
+    with contextlib.suppress(UserError):  # The parameters are whole, even if the result is not.
+      result = workdir.read_json(run.result)
+  return Agent(model, params, run.config, result if isinstance(result, dict) else None)
+
+
+def _shapes(model: Model) -> Any:
+  """Returns the shapes and dtypes of a model's parameters."""
+  return jax.eval_shape(model.init, jax.random.key(0))

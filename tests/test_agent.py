@@ -150,3 +150,23 @@ def test_the_player_clears_its_state_at_restarts(agent):
   first = play(observations, np.ones(N, bool))
   again = agent.player(N, seed=5)
   np.testing.assert_array_equal(again(observations, np.ones(N, bool)), first)
+
+
+def test_a_player_says_what_is_wrong(agent):
+  refused(lambda: agent.player(0, seed=1), "num_envs is 0")
+  play = agent.player(N, seed=1)
+  refused(lambda: play(frames(n=2), np.ones(2, bool)), "4 environments", "have 2", "player")
+  refused(lambda: play(frames(), True), "restart has shape ()", "(4,)")
+  refused(lambda: play(frames(), np.ones(3, bool)), "restart has shape (3,)", "(4,)")
+
+
+def test_players_are_apart_and_repeat_themselves(agent):
+  restart = np.ones(N, bool)
+
+  def games(play):
+    return np.stack([play(frames(i), restart) for i in range(20)])
+
+  first, second, other = (agent.player(N, seed) for seed in (5, 5, 6))
+  np.testing.assert_array_equal(games(first), games(second))
+  assert np.any(games(agent.player(N, 5)) != games(other))
+  assert games(first).dtype == np.int32

@@ -65,7 +65,10 @@ IMPORTERS = {
   "envpool": {"envs/pooled.py"},
   "gymnax": {"envs/minatar.py"},
   "orbax": {"runs/checkpoint.py"},
-  "tensorboardX": {"runs/telemetry.py"},
+  "tensorboardX": {"runs/loggers.py"},
+  "wandb": {"runs/loggers.py"},
+  "huggingface_hub": {"runs/sharing.py"},
+  "safetensors": set(),  # The format is read and written by runs/safetensors.py.
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
   "PIL": {"inspection/film.py"},
   "experiments": set(),
@@ -88,6 +91,8 @@ READERS = {
     "training/loop.py",
     "training/messages.py",
     "inspection/diagnosis.py",
+    "runs/card.py",
+    "runs/loggers.py",
     "sweep.py",
   },
 }

@@ -11,8 +11,9 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
-  str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
+TRAIN, EVALUATE, DIAGNOSE, DREAM, EXPORT, ABLATIONS, REPORT = (
+  str(ROOT / "experiments" / f"{name}.py")
+  for name in ("train", "evaluate", "diagnose", "dream", "export", "ablations", "report")
 )
 SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
   str(ROOT / "benchmarks" / f"{name}.py")
@@ -102,6 +103,27 @@ def test_evaluate(run, snapshot):
   assert (summary["env"], summary["checkpoint"], summary["seed"]) == ("catch", "best", 3)
   assert summary["episode_lengths"] == [9] * 5
   assert f"mean return {summary['mean_return']:.2f} over 5 games" in done.stdout
+
+
+def test_export(run, tmp_path, snapshot):
+  directory, _ = run
+  out = tmp_path / "agent"
+  done = command(EXPORT, f"--workdir={directory}", f"--out={out}")
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("jedi on catch, ")
+  assert set(snapshot(out)) == {"model.safetensors", "config.json", "README.md"}
+  assert "over 3 games" in (out / "README.md").read_text()  # The run's evaluation.episodes.
+  words = [f"--workdir={directory}", f"--out={out}", "--checkpoint=best", "--episodes=4"]
+  before = snapshot(out)
+  refused = command(EXPORT, *words)
+  assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+  assert snapshot(out) == before
+  done = command(EXPORT, *words, "--overwrite")
+  assert done.returncode == 0, done.stderr
+  assert "over 4 games" in (out / "README.md").read_text()
+  done = command(EVALUATE, f"--workdir={out}", "--episodes=2")
+  assert done.returncode == 0, done.stderr
+  assert json.loads((out / "evaluation.json").read_text())["env"] == "catch"
 
 
 def test_evaluate_the_random_policy(tmp_path):
@@ -238,6 +260,7 @@ MISTAKES = {
   "unknown flag": ([TRAIN, *FINE, "--horizon=3"], ["horizon"]),
   "flag of a wrong type": ([TRAIN, *FINE, "--seed=many"], ["seed", "many"]),
   "stray argument": ([TRAIN, *FINE, "atari/Pong"], ["atari/Pong", "--name=value"]),
+  "unknown logger": ([TRAIN, *FINE, "--log=tensorboard,wandbb"], ["unknown logger 'wandbb'", "nearest: wandb"]),
   "too many devices": ([TRAIN, *FINE, "--devices=64"], ["--devices=64", "has 4"]),
   "no place among processes": ([TRAIN, *FINE, "--coordinator=host:1", "--num_processes=2"], ["--process_id"]),
   "no cluster": ([TRAIN, *FINE, "--distributed"], ["--distributed", "--coordinator"]),
@@ -248,6 +271,13 @@ MISTAKES = {
   "evaluate nothing": ([EVALUATE], ["--workdir"]),
   "evaluate no run": ([EVALUATE, "--workdir=empty"], ["holds no run", "empty"]),
   "evaluate no checkpoint": ([EVALUATE, "--workdir=taken"], ["no checkpoint", "taken"]),
+  "evaluate an unknown agent": ([EVALUATE, "--workdir=jedi://cach"], ["jedi://cach", "nearest: jedi://catch"]),
+  "evaluate an agent of the package": ([EVALUATE, "--workdir=jedi://catch"], ["--out is missing", "jedi://catch"]),
+  "evaluate no repository": ([EVALUATE, "--workdir=hf://catch"], ["hf://catch", "hf://user/name"]),
+  "export nothing": ([EXPORT], ["--workdir"]),
+  "export to nowhere": ([EXPORT, "--workdir=taken"], ["--out"]),
+  "export no run": ([EXPORT, "--workdir=empty", "--out=new"], ["holds no run and no saved agent", "empty"]),
+  "export no checkpoint": ([EXPORT, "--workdir=taken", "--out=new"], ["no checkpoint", "taken"]),
   "evaluate no games": ([EVALUATE, "--workdir=taken", "--episodes=0"], ["--episodes"]),
   "random without an environment": ([EVALUATE, "--random", "--out=x.json"], ["--env"]),
   "random in a run": ([EVALUATE, "--random", "--env=catch", "--out=x.json", "--workdir=taken"], ["--workdir"]),

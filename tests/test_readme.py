@@ -106,8 +106,8 @@ def test_paths_and_names_of_the_code_exist(name):
       ), text
 
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".md", ".png", ".cff")
-IN_A_WORKDIR = ("tensorboard/", "checkpoints/")
+SUFFIXES = (".json", ".jsonl", ".csv", ".md", ".png", ".cff", ".safetensors")
+IN_A_WORKDIR = ("tensorboard/", "checkpoints/", "wandb/")
 
 
 def defines(tree: ast.AST, names: list[str]) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from jedi_jax.agent import Agent
+from jedi_jax.config import override
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode
 from jedi_jax.models.build import build_decoder
@@ -20,7 +21,7 @@ _PER_CALL = 100
 
 
 def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -> Agent:
-  """Returns an agent with a decoder of its latents.
+  """Returns an agent with a decoder of its latents, which `Agent.save` keeps.
 
   Args:
     agent: an agent with its configuration; returned unchanged if it has a decoder.
@@ -63,6 +64,9 @@ def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -
 
   run = jax.jit(lambda carry, keys: jax.lax.scan(update, carry, keys))
   carry = ({"probe": probe}, optimizer.init({"probe": probe}))
-  for call in range(-(-updates // _PER_CALL)):
+  calls = -(-updates // _PER_CALL)
+  for call in range(calls):
     carry, _ = run(carry, jax.random.split(jax.random.fold_in(key, call), _PER_CALL))
-  return Agent(model, {**agent.params, **carry[0]}, agent.config)
+  # The configuration of a model with a probe, so that the agent can be saved.
+  config = override(agent.config, {"training.first_updates.probe": max(calls, 1) * _PER_CALL})
+  return Agent(model, {**agent.params, **carry[0]}, config, agent.result)

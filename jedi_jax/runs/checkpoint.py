@@ -88,9 +88,9 @@ class Checkpoints:
     self.wait()
     if number in self._manager.all_steps():
       return
-    items = {_PARAMS: ocp.args.StandardSave(_pack(_flatten(params)))}
+    items = {_PARAMS: ocp.args.StandardSave(_pack(flatten(params)))}
     if state is not None:
-      items[_STATE] = ocp.args.StandardSave(_pack(_flatten(state)))
+      items[_STATE] = ocp.args.StandardSave(_pack(flatten(state)))
     self._saving = number
     try:
       self._manager.save(number, args=ocp.args.Composite(**items))
@@ -270,12 +270,26 @@ def _read(directory: pathlib.Path, number: int, item: str) -> dict[str, np.ndarr
 
 def _restore(directory: pathlib.Path, number: int, item: str, target: Any) -> Any:
   """Reads one item of a checkpoint as a pytree of the target's structure, shapes and dtypes."""
-  misfit = f"{_where(directory, number)} does not fit this configuration"
-  wanted, saved = _flatten(target), _read(directory, number, item)
+  return unflatten(_read(directory, number, item), target, where=_where(directory, number))
+
+
+def unflatten(saved: Mapping[str, np.ndarray], target: Any, *, where: str) -> Any:
+  """Inverts `flatten`.
+
+  Args:
+    saved: arrays by path.
+    target: pytree of arrays or of `jax.ShapeDtypeStruct` with the expected paths, shapes and dtypes.
+    where: what holds the arrays, for error messages.
+
+  Raises:
+    UserError: if a path, a shape or a dtype differs.
+  """
+  misfit = f"{where} does not fit this configuration"
+  wanted = flatten(target)
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
     kind = "lacks" if problems[0] in wanted else "has an unknown"
-    raise UserError(f"{misfit}: it {kind} {problems[0]}, and {len(problems) - 1} more")
+    raise UserError(f"{misfit}: it {kind} {problems[0][:200]}, and {len(problems) - 1} more")
   for name, like in wanted.items():
     value = saved[name]
     if tuple(value.shape) != tuple(like.shape) or value.dtype != like.dtype:
@@ -329,8 +343,8 @@ def _bytes(array: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-def _flatten(tree: Any) -> Mapping[str, Any]:
-  """Returns the leaves by path, in tree order."""
+def flatten(tree: Any) -> Mapping[str, Any]:
+  """Returns the leaves of a pytree by path, such as 'encoder/conv_in/kernel', in tree order."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   flat = {"/".join(_key_name(key) for key in path) or "value": leaf for path, leaf in leaves}
   if len(flat) != len(leaves):

@@ -1,16 +1,16 @@
-"""Metrics of a run as JSON lines and TensorBoard events. The only importer of tensorboardX."""
+"""Metrics of a run: sums of updates into figures, and the records of metrics.jsonl."""
 
 import contextlib
 import json
 import math
 import pathlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jedi_jax.errors import UserError
+from jedi_jax.runs.loggers import Logger
 
 Values = dict[str, float]
 
@@ -19,22 +19,21 @@ MIN_EXAMPLES = 5
 
 
 class MetricsWriter:
-  """Writes one record per epoch to metrics.jsonl and TensorBoard.
+  """Writes one record per epoch to metrics.jsonl, and its numbers to loggers.
 
   Records after `last_epoch` are removed: a resumed run writes them again.
 
   Args:
     jsonl: path of metrics.jsonl.
-    tensorboard: directory of the TensorBoard events.
+    loggers: further writers, which are closed with this one.
     last_epoch: epoch after which the run resumes, 0 for a new run.
 
   Raises:
-    UserError: if the files cannot be written, here and in every method except `close`, or without tensorboardX.
+    UserError: if the files cannot be written, here and in every method except `close`.
   """
 
-  def __init__(self, jsonl: pathlib.Path, tensorboard: pathlib.Path, *, last_epoch: int):
-    self._path = jsonl
-    self._tensorboardx = import_tensorboardx()
+  def __init__(self, jsonl: pathlib.Path, loggers: Sequence[Logger] = (), *, last_epoch: int):
+    self._path, self._loggers = jsonl, loggers
     with self._write_errors():
       if jsonl.exists():
         lines = jsonl.read_text(errors="replace").splitlines()
@@ -42,12 +41,6 @@ class MetricsWriter:
         temporary.write_text("".join(f"{line}\n" for line in lines if _epoch_of(line) <= last_epoch))
         temporary.replace(jsonl)
       self._file = jsonl.open("a")
-      tensorboard.mkdir(parents=True, exist_ok=True)
-      # SummaryWriter's thread ends at the first write error, and its full queue then blocks; EventsWriter has neither.
-      self._events = self._tensorboardx.event_file_writer.EventsWriter(str(tensorboard / "events"))
-      log = self._tensorboardx.proto.event_pb2.SessionLog
-      self._add(last_epoch + 1, session_log=log(status=log.START))  # TensorBoard drops this step and later ones.
-      self._events.flush()
 
   @contextlib.contextmanager
   def _write_errors(self) -> Iterator[None]:
@@ -60,51 +53,29 @@ class MetricsWriter:
         "repeat the command; the run resumes from its last checkpoint"
       ) from None
 
-  def _add(self, epoch: int, **content: Any) -> None:
-    event = self._tensorboardx.proto.event_pb2.Event(wall_time=time.time(), step=epoch, **content)
-    self._events.write_event(event)
-
   def write(self, epoch: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Writes a record and returns it, with None for NaN and infinity; numbers also go to TensorBoard."""
+    """Writes a record and returns it, with None for NaN and infinity; numbers also go to the loggers."""
     record = {"epoch": epoch} | {
       name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
     with self._write_errors():
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
-      for name, value in values.items():
-        if isinstance(value, int | float):
-          self._add(epoch, summary=self._tensorboardx.summary.scalar(name, value))
-      self._events.flush()
+    for logger in self._loggers:
+      logger.write(epoch, {name: value for name, value in values.items() if isinstance(value, int | float)})
     return record
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
-    """Writes an image [H, W, 3] uint8 to TensorBoard."""
-    with self._write_errors():
-      self._add(epoch, summary=self._tensorboardx.summary.image(name, image, dataformats="HWC"))
-      self._events.flush()
+    """Gives an image [H, W, 3] uint8 to the loggers, before the record of its epoch."""
+    for logger in self._loggers:
+      logger.write_image(epoch, name, image)
 
   def close(self) -> None:
     """Closes the files; errors are ignored, since the methods that write have raised them."""
-    for file in (self._file, self._events):
-      with contextlib.suppress(OSError):
-        file.close()
-
-
-def import_tensorboardx() -> Any:
-  """Imports tensorboardX.
-
-  Raises:
-    UserError: if it is not installed.
-  """
-  try:
-    import tensorboardX
-    import tensorboardX.event_file_writer
-    import tensorboardX.proto.event_pb2
-    import tensorboardX.summary
-  except ImportError:
-    raise UserError("training needs tensorboardX: pip install tensorboardX") from None
-  return tensorboardX
+    with contextlib.suppress(OSError):
+      self._file.close()
+    for logger in self._loggers:
+      logger.close()
 
 
 def _epoch_of(line: str) -> float:

@@ -28,6 +28,8 @@ _RUN_FILES = (
   "diagnosis.json",
   "checkpoints",
   "tensorboard",
+  "wandb.json",
+  "wandb",
 )
 
 
@@ -155,6 +157,7 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
     UserError: if the directory holds a run of another configuration.
   """
   path = locate(directory)
+  _refuse_saved_agent(path)
   if (path / "config.json").exists():
     old = read(path)
     different = config_lib.differences(old.config, config)
@@ -174,6 +177,11 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
   return None
 
 
+def _refuse_saved_agent(path: pathlib.Path) -> None:
+  if (path / "model.safetensors").exists():
+    raise UserError(f"{path} holds a saved agent, which cannot be trained: take another --workdir")
+
+
 def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
   """Opens the directory of a new or interrupted run; the caller should hold its lock (see `locked`).
 
@@ -187,6 +195,7 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
     UserError: if the directory cannot be created, or holds a run of another configuration.
   """
   path = _make_directory(directory)
+  _refuse_saved_agent(path)
   if overwrite:
     for name in _RUN_FILES:
       target = path / name
@@ -215,23 +224,39 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     UserError: if it holds no run, or its config.json cannot be read.
   """
   path = locate(directory)
+  _, config, spec = read_config(path, cure="restore it, or restart with --overwrite")
+  return Workdir(path, config, spec)
+
+
+def read_config(path: pathlib.Path, *, cure: str) -> tuple[dict[str, Any], Config, EnvSpec]:
+  """Reads the config.json of a run or of a saved agent: its contents, the configuration and the environment.
+
+  Args:
+    path: the directory.
+    cure: what helps if the file cannot be read.
+
+  Raises:
+    UserError: if there is no such file, it cannot be read, or its configuration is not valid.
+  """
   file = path / "config.json"
   try:
     data = json.loads(file.read_text())
     shape = data["spec"]["observation_shape"]
     spec = EnvSpec(int(data["spec"]["num_actions"]), (int(shape[0]), int(shape[1]), int(shape[2])))
+    if min(spec.num_actions, *spec.observation_shape) < 1:
+      raise ValueError(f"no environment has {spec}")
     tree = data["config"]
     if not isinstance(tree, dict):
       raise TypeError(f"config is a {type(tree).__name__}")
   except FileNotFoundError:
-    raise UserError(f"{path} holds no run: config.json is missing") from None
+    raise UserError(f"{path} holds no run and no saved agent: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
     reason = repr(error)[:200]
-    raise UserError(f"{file} cannot be read ({reason}): restore it, or restart with --overwrite") from None
+    raise UserError(f"{file} cannot be read ({reason}): {cure}") from None
   try:
-    return Workdir(path, config_lib.from_dict(tree), spec)
+    return data, config_lib.from_dict(tree), spec
   except UserError as error:
-    version = data.get("version")
+    version = " ".join(str(data.get("version")).split())[:40]
     written = "" if version == __version__ else f" was written by version {version} of jedi_jax, this is {__version__}:"
     raise UserError(f"{file}{written or ' is not valid here:'} {error}") from None
 

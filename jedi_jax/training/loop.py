@@ -47,6 +47,7 @@ class Trainer:
     console: where progress is printed.
     interruption: can stop the runs.
     on_epoch: see `train`.
+    log: see `train`.
 
   Attributes:
     learner: trains the runs.
@@ -63,9 +64,10 @@ class Trainer:
     console: Console,
     interruption: Interruption,
     on_epoch: OnEpoch | None,
+    log: Sequence[str] = ("tensorboard",),
   ):
     self.learner, self._actor, self._console, self._interruption = learner, actor, console, interruption
-    self._on_epoch = on_epoch
+    self._on_epoch, self._loggers = on_epoch, log
     # Its seed and game are the first run's.
     self._config = workdirs[0].config
     self._evaluator = Agent(model, {}, self._config)
@@ -113,7 +115,7 @@ class Trainer:
     for run in self.runs:
       if run.progress.epoch:
         run.best.delete_after(run.progress.epoch)
-      run.open_metrics()
+      run.open_metrics(self._loggers)
     self.learner.start(states, replays)
 
   def run_to_end(self) -> None:
@@ -296,7 +298,7 @@ class Trainer:
           self._console.log(run.failure)
 
   def _watch(self, going: Sequence[int], values: Sequence[dict[str, Any]]) -> None:
-    """Adds the figures of the world model, and writes real and imagined frames to TensorBoard."""
+    """Adds the figures of the world model, and writes real and imagined frames to the loggers."""
     keys = []
     for run in self.runs:
       key = jax.random.key(seeds.derive(run.config.seed, Purpose.DREAMS))

@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from jedi_jax import envs
 from jedi_jax.config import CollectConfig
 from jedi_jax.replay import Chunk
-from jedi_jax.runs import checkpoint, telemetry
+from jedi_jax.runs import checkpoint, loggers, telemetry
 from jedi_jax.runs.workdir import Workdir
 from jedi_jax.training import seeds
 from jedi_jax.training.acting import Actor
@@ -107,11 +107,11 @@ class Run:
     assert self._metrics is not None
     return self._metrics
 
-  def open_metrics(self) -> None:
-    """Opens the metrics and drops the records after the epoch of the run."""
-    self._metrics = telemetry.MetricsWriter(
-      self.workdir.metrics, self.workdir.tensorboard, last_epoch=self.progress.epoch
-    )
+  def open_metrics(self, log: Sequence[str]) -> None:
+    """Opens the metrics and the named loggers, and drops the records after the epoch of the run."""
+    last = self.progress.epoch
+    own = loggers.make(log, self.workdir, last_epoch=last)
+    self._metrics = telemetry.MetricsWriter(self.workdir.metrics, own, last_epoch=last)
 
   def close(self) -> None:
     """Finishes pending writes and frees the environments."""

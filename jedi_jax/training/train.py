@@ -13,7 +13,7 @@ from jedi_jax.config import Config
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
-from jedi_jax.runs import checkpoint, telemetry, workdir
+from jedi_jax.runs import checkpoint, loggers, workdir
 from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import hosts
@@ -37,6 +37,7 @@ def train(
   interruption: Interruption | None = None,
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
+  log: Sequence[str] = ("tensorboard",),
 ) -> dict[str, Any]:
   """Trains a run to its end, or continues it from its newest checkpoint.
 
@@ -51,6 +52,7 @@ def train(
     build: (config, spec, packed=False) -> `Model`; builds a model of one's own.
     on_epoch: called after each epoch, before its checkpoint; an exception ends the run. A resumed run repeats the
       epochs after its last checkpoint.
+    log: loggers beside metrics.jsonl, a subset of 'tensorboard' and 'wandb' (Weights & Biases).
 
   Returns:
     The contents of result.json; an empty dictionary in a process that is not the first.
@@ -69,6 +71,7 @@ def train(
     interruption=interruption,
     build=build,
     on_epoch=on_epoch,
+    log=log,
   )
   return result
 
@@ -83,6 +86,7 @@ def train_packed(
   interruption: Interruption | None = None,
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
+  log: Sequence[str] = ("tensorboard",),
 ) -> list[dict[str, Any]]:
   """Trains several runs in one program, each as it would train alone, or continues them.
 
@@ -98,6 +102,7 @@ def train_packed(
     interruption: can stop the runs; nothing does if None.
     build: as in `train`.
     on_epoch: as in `train`, called for each run in turn; an exception ends all runs.
+    log: as in `train`.
 
   Returns:
     The contents of each result.json.
@@ -116,7 +121,7 @@ def train_packed(
     check_replay(config, spec)
     envs.check_installed(config.env.name)
   checkpoint.import_orbax()
-  telemetry.import_tensorboardx()
+  loggers.check(log)
   leader = hosts.Leader(devices)
   # Built before anything is written, since it refuses sizes that do not fit.
   learner = Learner(configs[0], specs[0], devices.with_runs(len(configs)), build=build, leader=leader)
@@ -157,6 +162,7 @@ def train_packed(
           console=console,
           interruption=interruption,
           on_epoch=on_epoch,
+          log=log,
         ) as trainer:
           trainer.run_to_end()
       except UnevenError:

@@ -19,7 +19,7 @@ from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.interop.torch_file import load_arrays
-from jedi_jax.runs import checkpoint, telemetry, workdir
+from jedi_jax.runs import checkpoint, loggers, telemetry, workdir
 from jedi_jax.training.parallel import Devices
 
 PACKAGE = pathlib.Path(jedi_jax.__file__).parent
@@ -172,7 +172,8 @@ def masked(mask):
 def test_files_are_written_with_the_users_permissions(tmp_path, mask, folder, file):
   with masked(mask):
     run = workdir.prepare(tmp_path / "run", make_config(env="catch", preset="debug"), SPEC)
-    metrics = telemetry.MetricsWriter(run.metrics, run.tensorboard, last_epoch=0)
+    events = loggers.make(["tensorboard"], run, last_epoch=0)
+    metrics = telemetry.MetricsWriter(run.metrics, events, last_epoch=0)
     metrics.write(1, {"loss": 1.0})
     metrics.close()
     save(run.checkpoints / "latest")

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jedi_jax.agent import Agent
+from jedi_jax.agent import Agent, load_agent
 from jedi_jax.config import override
 from jedi_jax.errors import UserError
 from jedi_jax.inspection import probe
@@ -17,7 +17,7 @@ def blind(agent):
   return Agent(build(config, agent.model.spec), params, config)
 
 
-def test_a_probe_is_fitted_afterwards(blind, episodes):
+def test_a_probe_is_fitted_afterwards(blind, episodes, tmp_path):
   assert blind.model.decode is None
   seeing = probe.fit(blind, episodes, updates=300)
   assert {name for name in seeing.params if name not in blind.params} == {"probe"}
@@ -30,6 +30,9 @@ def test_a_probe_is_fitted_afterwards(blind, episodes):
   error = np.mean((shown - frames) ** 2)
   # Better than one picture for all frames, of an encoder that has learned next to nothing.
   assert error < 0.9 * np.mean((frames.mean(axis=1, keepdims=True) - frames) ** 2)
+  loaded = load_agent(seeing.save(tmp_path / "agent"))
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, seeing.params)
+  assert loaded.model.decode is not None
 
 
 def test_an_agent_that_shows_its_latents_stays_as_it_is(agent, episodes):
