@@ -68,6 +68,7 @@ IMPORTERS = {
   "tensorboardX": {"runs/telemetry.py"},
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
   "PIL": {"inspection/film.py"},
+  "gymnasium": {"inspection/gymnasium_envs.py"},
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),
