@@ -250,7 +250,7 @@ def load_replay(run: workdir.Workdir) -> ReplayState:
   directory = run.checkpoints / "latest"
   if checkpoint.newest(directory) is None:
     raise UserError(f"{run.path} has no replay to start from, as it has no checkpoint: give starts")
-  arrays = checkpoint.load_state(directory, "replay")
+  arrays: dict[str, Any] = checkpoint.load_state(directory, "replay")
   return ReplayState(**arrays, observation_shape=run.spec.observation_shape)
 
 

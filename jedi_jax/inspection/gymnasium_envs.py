@@ -200,7 +200,7 @@ class DreamVectorEnv(gymnasium.vector.VectorEnv[np.ndarray, Any, np.ndarray]):
     over = terminated | truncated
     if np.any(over):
       for i in np.flatnonzero(over):
-        infos = self._add_info(infos, {"final_obs": observations[i], "final_info": {}}, i)
+        infos = self._add_info(infos, {"final_obs": observations[i], "final_info": {}}, int(i))
       fresh = self._episodes.restart_some(over)
       observations = np.where(over.reshape(-1, *(1,) * (fresh.ndim - 1)), fresh, observations)
     return observations, rewards, terminated, truncated, infos
