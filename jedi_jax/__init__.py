@@ -31,6 +31,7 @@ if TYPE_CHECKING:
   from jedi_jax.config import Config, make_config
   from jedi_jax.errors import Interrupted, TrainingError, UserError
   from jedi_jax.evaluation.evaluate import evaluate
+  from jedi_jax.inspection.dream_env import dream_env
   from jedi_jax.models.base import Model, Parts
   from jedi_jax.models.build import build, count_parameters
   from jedi_jax.models.compose import compose
@@ -55,6 +56,7 @@ _MODULES = {
   "build": "models.build",
   "compose": "models.compose",
   "count_parameters": "models.build",
+  "dream_env": "inspection.dream_env",
   "evaluate": "evaluation.evaluate",
   "load_agent": "agent",
   "make_config": "config",

@@ -71,6 +71,7 @@ IMPORTERS = {
   "safetensors": set(),  # The format is read and written by runs/safetensors.py.
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
   "PIL": {"inspection/film.py"},
+  "gymnasium": {"inspection/gymnasium_envs.py"},
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),

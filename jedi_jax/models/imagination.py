@@ -44,12 +44,87 @@ def draw_noise(dynamics: Dynamics, keys: Array, *, horizon: int, num_actions: in
   )
 
 
+class WorldState(NamedTuple):
+  """What the next step of the world model depends on.
+
+  Attributes:
+    past: [B, L, h, w, c] latents of the last L frames.
+    past_actions: [B, L - 1] int32; the actions between them.
+    reward_end_state: state of the reward / end model.
+  """
+
+  past: Array
+  past_actions: Array
+  reward_end_state: LstmState
+
+
+class Outcome(NamedTuple):
+  """Reward and end of one imagined step.
+
+  Attributes:
+    reward: [B] float32 in {-1, 0, 1}.
+    end: [B] bool; whether the step ended the episode.
+    reward_logits: [B, 3] float32 of the reward signs -1, 0, 1.
+    end_logits: [B, 2] float32 of continuing and ending.
+  """
+
+  reward: Array
+  end: Array
+  reward_logits: Array
+  end_logits: Array
+
+
+def start_world(reward_end: RewardEnd, params: Params, past: Array, past_actions: Array) -> WorldState:
+  """Returns the state of the world model after L frames, on which its reward / end model is burned in.
+
+  Args:
+    reward_end: the reward / end model.
+    params: its parameters, prepared or not.
+    past: [B, L, h, w, c] latents of successive frames.
+    past_actions: [B, L - 1] int32; the actions between them.
+  """
+  state = reward_end.initial_state(past.shape[0])
+  if past.shape[1] > 1:
+    _, _, state = reward_end.predict(params, past[:, :-1], past_actions, past[:, 1:], state)
+  return WorldState(past, past_actions, state)
+
+
+def step_world(
+  dynamics: Dynamics, reward_end: RewardEnd, params: Params, state: WorldState, action: Array, noise: ImaginationNoise
+) -> tuple[WorldState, Outcome]:
+  """Imagines one step of the world model for given actions.
+
+  Args:
+    dynamics: the dynamics.
+    reward_end: the reward / end model.
+    params: parameters by component, prepared or not: 'denoiser', 'reward_end'.
+    state: the state before the step.
+    action: [B] int32.
+    noise: the random numbers of one step, without the axis T; `actions` is not used.
+
+  Returns:
+    The state after the step, whose last latent is the imagined one, and reward and end.
+  """
+  current = state.past[:, -1:]
+  actions = jnp.concatenate([state.past_actions, action[:, None]], axis=1)
+  next_latents = dynamics.sample(params["denoiser"], state.past, actions, noise.frames)
+  reward_logits, end_logits, reward_end_state = reward_end.predict(
+    params["reward_end"], current, action[:, None], next_latents[:, None], state.reward_end_state
+  )
+  reward = jnp.argmax(reward_logits[:, 0] + noise.rewards, axis=-1).astype(jnp.float32) - 1.0
+  end = jnp.argmax(end_logits[:, 0] + noise.ends, axis=-1) == 1
+  next_state = WorldState(
+    past=jnp.concatenate([state.past[:, 1:], next_latents[:, None]], axis=1),
+    past_actions=actions[:, 1:],
+    reward_end_state=reward_end_state,
+  )
+  return next_state, Outcome(reward, end, reward_logits[:, 0], end_logits[:, 0])
+
+
 class _State(NamedTuple):
   """What the next step depends on."""
 
-  past: Array  # [B, L, h, w, c]
-  past_actions: Array  # [B, L - 1]; the actions between the past frames.
-  reward_end_state: LstmState
+  world: WorldState
   policy_state: LstmState
 
 
@@ -107,37 +182,23 @@ def imagine(
     name: part.prepare(params[name])
     for name, part in (("denoiser", dynamics), ("reward_end", reward_end), ("actor_critic", actor_critic))
   }
-  reward_end_state = reward_end.initial_state(rows)
+  world = start_world(reward_end, params["reward_end"], past, past_actions)
   policy_state = actor_critic.initial_state(rows)
   if length > 1:
-    _, _, reward_end_state = reward_end.predict(
-      params["reward_end"], past[:, :-1], past_actions, past[:, 1:], reward_end_state
-    )
     keep = mask[:, :-1].astype(jnp.float32) if forget_padding else None
     _, _, policy_state = actor_critic.apply(params["actor_critic"], past[:, :-1], policy_state, keep)
-  states = _State(past, past_actions, reward_end_state, policy_state)
+  states = _State(world, policy_state)
   start = jax.tree.map(lambda x: x[:batch], states)
   restart = jax.tree.map(lambda x: x[batch:], states) if rows > batch else None
 
   def step(carry: _Carry, inputs: tuple[ImaginationNoise, Array | None]) -> tuple[_Carry, tuple[Array, ...]]:
     draws, given = inputs
-    state = carry.state
-    current = state.past[:, -1:]
-    logits, values, policy_state = actor_critic.apply(params["actor_critic"], current, state.policy_state)
+    world, policy_state = carry.state
+    logits, values, policy_state = actor_critic.apply(params["actor_critic"], world.past[:, -1:], policy_state)
     action = jnp.argmax(logits[:, 0] + draws.actions, axis=-1).astype(jnp.int32) if given is None else given
-    actions = jnp.concatenate([state.past_actions, action[:, None]], axis=1)
-    next_latents = dynamics.sample(params["denoiser"], state.past, actions, draws.frames)
-    reward_logits, end_logits, reward_end_state = reward_end.predict(
-      params["reward_end"], current, action[:, None], next_latents[:, None], state.reward_end_state
-    )
-    reward = jnp.argmax(reward_logits[:, 0] + draws.rewards, axis=-1).astype(jnp.float32) - 1.0
-    end = jnp.argmax(end_logits[:, 0] + draws.ends, axis=-1) == 1
-    next_state = _State(
-      past=jnp.concatenate([state.past[:, 1:], next_latents[:, None]], axis=1),
-      past_actions=actions[:, 1:],
-      reward_end_state=reward_end_state,
-      policy_state=policy_state,
-    )
+    world, outcome = step_world(dynamics, reward_end, params, world, action, draws)
+    next_state = _State(world, policy_state)
+    end = outcome.end
     restarts_now = end & carry.can_restart
     if restart is not None:
 
@@ -146,14 +207,14 @@ def imagine(
 
       next_state = jax.tree.map(choose, restart, next_state)
     outputs = (
-      next_state.past[:, -1],
+      next_state.world.past[:, -1],
       action,
-      reward,
+      outcome.reward,
       end,
       carry.alive,
       restarts_now.astype(jnp.float32),
-      reward_logits[:, 0],
-      end_logits[:, 0],
+      outcome.reward_logits,
+      outcome.end_logits,
       values[:, 0],
     )
     return _Carry(next_state, carry.alive * (1.0 - (end & ~restarts_now)), carry.can_restart & ~restarts_now), outputs
@@ -165,7 +226,7 @@ def imagine(
     jnp.moveaxis(x, 0, 1) for x in outputs
   )
   return Trajectory(
-    latents=jnp.concatenate([start.past[:, -1:], latents], axis=1),
+    latents=jnp.concatenate([start.world.past[:, -1:], latents], axis=1),
     actions=taken,
     rewards=rewards,
     ends=ends,

@@ -203,6 +203,28 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   Raises:
     UserError: if there is no checkpoint, or none that is valid.
   """
+  return _newest_valid(directory, lambda path, number: _restore(path, number, _PARAMS, target))
+
+
+def load_state(directory: str | os.PathLike[str], part: str) -> dict[str, np.ndarray]:
+  """Reads a part of the state of the newest valid checkpoint in a directory, and warns of newer ones.
+
+  Args:
+    directory: as given to `Checkpoints`.
+    part: name of an entry of the saved state, such as 'replay'.
+
+  Returns:
+    The arrays of the part by their names in it.
+
+  Raises:
+    UserError: if there is no checkpoint, or none that is valid.
+  """
+  state = _newest_valid(directory, lambda path, number: _read(path, number, _STATE))
+  return {name.removeprefix(f"{part}/"): array for name, array in state.items() if name.startswith(f"{part}/")}
+
+
+def _newest_valid(directory: str | os.PathLike[str], read_one: Callable[[pathlib.Path, int], Any]) -> Any:
+  """Returns what `read_one` reads of the newest checkpoint for which it raises no `UserError`."""
   path = pathlib.Path(directory).absolute()
   numbers = _numbers(path)
   if not numbers:
@@ -210,7 +232,7 @@ def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
   import_orbax()  # Raises outside of the loop, which takes errors for damage.
   for number in reversed(numbers):
     try:
-      return _restore(path, number, _PARAMS, target)
+      return read_one(path, number)
     except UserError as error:
       if number == numbers[0]:
         raise

@@ -1,6 +1,8 @@
 """Learning itself; minutes to hours, so run by hand: pytest -m slow tests/training/test_learning.py."""
 
+import importlib
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -25,6 +27,16 @@ def test_catch_is_learned(learned):
   records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
   evaluated = [record["evaluation/return"] for record in records if "evaluation/return" in record]
   assert evaluated[0] < 0.3 < np.mean(evaluated[-3:])  # It was learned, not there from the start.
+
+
+@pytest.mark.slow
+def test_another_learner_learns_in_the_dream(learned, monkeypatch):
+  """PPO of Stable-Baselines3 takes no step of the real game before it is scored there."""
+  pytest.importorskip("stable_baselines3")
+  monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
+  policy = importlib.import_module("dream_ppo").train(learned[0], steps=100_000, num_envs=32, seed=0)
+  returns = [result.return_ for result in jedi_jax.evaluate(policy, "catch", episodes=100)]
+  assert np.mean(returns) >= 0.8
 
 
 @pytest.mark.slow
