@@ -11,8 +11,9 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE, DIAGNOSE, DREAM, ABLATIONS, REPORT = (
-  str(ROOT / "experiments" / f"{name}.py") for name in ("train", "evaluate", "diagnose", "dream", "ablations", "report")
+TRAIN, EVALUATE, DIAGNOSE, DREAM, PLAY, ABLATIONS, REPORT = (
+  str(ROOT / "experiments" / f"{name}.py")
+  for name in ("train", "evaluate", "diagnose", "dream", "play", "ablations", "report")
 )
 SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
   str(ROOT / "benchmarks" / f"{name}.py")
@@ -257,6 +258,10 @@ MISTAKES = {
   "diagnose no checkpoint": ([DIAGNOSE, "--workdir=taken"], ["no checkpoint"]),
   "dream nothing": ([DREAM], ["--workdir"]),
   "dream in another format": ([DREAM, "--workdir=taken", "--out=dream.avi"], ["dream.avi", ".gif"]),
+  "play nothing": ([PLAY], ["--workdir"]),
+  "play no run": ([PLAY, "--workdir=empty"], ["holds no run", "empty"]),
+  "play no checkpoint": ([PLAY, "--workdir=taken", "--port=0"], ["no checkpoint", "taken"]),
+  "play at no port": ([PLAY, "--workdir=taken", "--port=70000"], ["port", "70000"]),
   "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),
   "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
   "ablations without a directory": ([ABLATIONS], ["--out"]),

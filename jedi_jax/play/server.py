@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from starlette.requests import HTTPConnection, Request
   from starlette.responses import Response
   from starlette.websockets import WebSocket
+  from uvicorn import Config
 
 T = TypeVar("T")
 
@@ -27,6 +28,8 @@ HOSTS = ("127.0.0.1", "localhost")
 """Hosts that a request may name. A page elsewhere whose name is made to point here has another one."""
 TAKEN, MALFORMED, NO_TEXT, TOO_LONG = 4409, 1008, 1003, 1009
 """Codes with which a connection is closed: another page plays; the message is wrong, is not text, or is too long."""
+_HANDOVER = 1.0
+"""Seconds that a connection waits for the one before it to be taken down, as after a reload of the page."""
 _INSTALL = "playing in the browser needs Starlette, uvicorn and websockets"
 
 
@@ -69,11 +72,18 @@ def serve(session: Session, listener: socket.socket, token: str) -> None:
     listener: from `listen`.
     token: secret part of the address.
   """
-  check_installed()
   import uvicorn
 
-  config = uvicorn.Config(
-    make_app(session, token),
+  with contextlib.closing(session), contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after Ctrl-C.
+    uvicorn.Server(config(make_app(session, token))).run(sockets=[listener])
+
+
+def config(app: Starlette) -> Config:
+  """Returns the settings of uvicorn: bounded messages, and no waiting for a player who has gone."""
+  import uvicorn
+
+  return uvicorn.Config(
+    app,
     log_level="warning",
     access_log=False,
     server_header=False,
@@ -83,8 +93,6 @@ def serve(session: Session, listener: socket.socket, token: str) -> None:
     ws_per_message_deflate=False,
     timeout_graceful_shutdown=2,
   )
-  with contextlib.closing(session), contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again after Ctrl-C.
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 def make_app(session: Session, token: str) -> Starlette:
@@ -117,7 +125,7 @@ class _Server:
     self._session, self._token = session, token
     self._page = (importlib.resources.files("jedi_jax.play") / "page.html").read_text(encoding="utf-8")
     self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="dream")
-    self._playing = False
+    self._turn = asyncio.Lock()
     self._gif = b""
 
   def _knows(self, connection: HTTPConnection) -> bool:
@@ -137,9 +145,9 @@ class _Server:
     if not self._knows(request):
       return await self.refuse(request)
     nonce = secrets.token_urlsafe()
-    policy = f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'"
+    allowed = f"script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; img-src data:"
     headers = {
-      "Content-Security-Policy": f"{policy}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+      "Content-Security-Policy": f"default-src 'none'; {allowed}; base-uri 'none'; frame-ancestors 'none'",
       "Cache-Control": "no-store",
       "Referrer-Policy": "no-referrer",
       "X-Content-Type-Options": "nosniff",
@@ -162,10 +170,11 @@ class _Server:
       await websocket.close()  # Before it is accepted: status 403.
       return
     await websocket.accept()
-    if self._playing:
+    try:
+      await asyncio.wait_for(self._turn.acquire(), _HANDOVER)
+    except TimeoutError:
       await websocket.close(TAKEN, "another page plays this dream")
       return
-    self._playing = True
     tasks: set[asyncio.Task[None]] = set()
     try:
       await websocket.send_json(await self._call(self._session.description))
@@ -177,11 +186,13 @@ class _Server:
     except (_lost(), RuntimeError, ConnectionError):
       pass  # Starlette raises RuntimeError for a message after the end of a connection.
     finally:
+      self._thread.submit(self._session.release)
       for task in tasks:
         task.cancel()
-      await asyncio.gather(*tasks, return_exceptions=True)
-      await self._call(self._session.release)
-      self._playing = False
+      try:
+        await asyncio.gather(*tasks, return_exceptions=True)
+      finally:
+        self._turn.release()
 
   async def _read(self, websocket: WebSocket) -> None:
     """Carries out the messages of the page, one after another; returns at the end of the connection."""

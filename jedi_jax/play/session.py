@@ -237,7 +237,7 @@ class Session:
         return False
       self._resume()
       return True
-    self.step(draw(self._random, self._policy()) if self._settings["policy"] else self._held)
+    self.step(self.choose())
     return True
 
   def step(self, action: int) -> None:
@@ -254,8 +254,11 @@ class Session:
     self._times.append(time.monotonic())
     self._note()
 
-  def _policy(self) -> np.ndarray:
-    return self._dreamed.probabilities[: len(self._actions)]
+  def choose(self) -> int:
+    """Returns the action of the policy or of the player, whoever plays."""
+    if self._settings["policy"]:
+      return draw(self._random, self._dreamed.probabilities[: len(self._actions)])
+    return self._held
 
   def _resume(self) -> None:
     """Starts the dream again from the frame of the real game, which begins again if it is over."""
@@ -272,6 +275,7 @@ class Session:
       row = self._next % len(self._starts.mask)
       start, self._next = jax.tree.map(lambda x: x[row : row + 1], self._starts), self._next + 1
     self._real, self._dreamed, self._action = real, self._dream.reset(start), self._idle
+    self._times.clear()  # A wait after an end is no slowness.
     if self._takes is not None:
       self._takes.append([])
     self._note(start=True)

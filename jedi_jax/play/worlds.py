@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,27 +68,23 @@ class Dream:
     if agent.model.decode is None:
       raise UserError("the agent has no decoder: fit one with inspection.probe.fit")
     self._model, self._config = agent.model, agent.config
-    self._params = jax.jit(functools.partial(_prepare, agent.model))(agent.params)
-    self._start = jax.jit(functools.partial(_start, agent.model))
-    self._steps: dict[int, Any] = {}
+    self._params = _prepare(agent.model, agent.params)
+    self._dynamics: dict[int, Dynamics] = {}
     self._key, self._count = jax.random.key(seed), 0
     self._state: _State | None = None
     self._sampler_steps = agent.config.sampler.num_steps if agent.config.denoiser.kind == "diffusion" else 0
-    self.sampler_steps = self._sampler_steps
+    self._dynamics[self._sampler_steps] = agent.model.dynamics
 
   @property
   def sampler_steps(self) -> int:
-    """Steps of the sampler for one frame, 0 without diffusion; another number is compiled at the next step."""
+    """Steps of the sampler for one frame, 0 without diffusion; another number is compiled at its first step."""
     return self._sampler_steps
 
   @sampler_steps.setter
   def sampler_steps(self, number: int) -> None:
-    if number not in self._steps:
-      dynamics = self._model.dynamics
-      if number != self._sampler_steps:
-        changed = config_lib.override(self._config, {"sampler.num_steps": number})
-        dynamics = build(changed, self._model.spec).dynamics
-      self._steps[number] = jax.jit(functools.partial(_step, self._model, dynamics))
+    if number not in self._dynamics:
+      changed = config_lib.override(self._config, {"sampler.num_steps": number})
+      self._dynamics[number] = build(changed, self._model.spec).dynamics
     self._sampler_steps = number
 
   def reset(self, start: Segment) -> Moment:
@@ -97,22 +93,24 @@ class Dream:
     Args:
       start: [1, L, ...]; the last frame must be real.
     """
-    self._state, outputs = self._start(self._params, start)
+    self._state, outputs = _start(self._model, self._params, start)
     return _moment(outputs)
 
   def step(self, action: int) -> Moment:
     """Imagines the frame that an action in [0, A) leads to; call `reset` first."""
     key = jax.random.fold_in(self._key, self._count)
     self._count += 1
-    self._state, outputs = self._steps[self._sampler_steps](
-      self._params, self._state, jnp.full((1,), action, jnp.int32), key
-    )
+    self._state, outputs = self._imagine(action, key)
     return _moment(outputs)
 
   def compile(self) -> None:
     """Compiles the next step, without taking it."""
-    actions = jnp.zeros((1,), jnp.int32)
-    jax.block_until_ready(self._steps[self._sampler_steps](self._params, self._state, actions, self._key))
+    jax.block_until_ready(self._imagine(0, self._key))
+
+  def _imagine(self, action: int, key: Array) -> tuple[_State, tuple[Array, ...]]:
+    dynamics, actions = self._dynamics[self._sampler_steps], jnp.full((1,), action, jnp.int32)
+    assert self._state is not None
+    return _step(self._model, dynamics, self._params, self._state, actions, key)
 
 
 def _moment(outputs: tuple[Array, ...]) -> Moment:
@@ -120,6 +118,7 @@ def _moment(outputs: tuple[Array, ...]) -> Moment:
   return Moment(frame, float(reward), float(end), bool(over), float(value), probabilities)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _prepare(model: Model, params: dict[str, Params]) -> dict[str, Params]:
   """Returns the parameters that imagine, prepared once for a loop of steps."""
   params = phases.imagining(params)
@@ -127,6 +126,7 @@ def _prepare(model: Model, params: dict[str, Params]) -> dict[str, Params]:
   return {**params, **{name: part.prepare(params[name]) for name, part in parts}}
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _start(model: Model, params: dict[str, Params], start: Segment) -> tuple[_State, tuple[Array, ...]]:
   past = model.encode(params, start.observations, start.mask)
   actions = start.actions[:, :-1]
@@ -142,6 +142,7 @@ def _start(model: Model, params: dict[str, Params], start: Segment) -> tuple[_St
   return state, (start.observations[0, -1], zero, zero, zero, values[0, -1], jax.nn.softmax(logits[0, -1]))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _step(
   model: Model, dynamics: Dynamics, params: dict[str, Params], state: _State, action: Array, key: Array
 ) -> tuple[_State, tuple[Array, ...]]:
@@ -183,7 +184,6 @@ class Game:
     self._agent, self._config = agent, agent.config.env
     self._model, self._seed = agent.model, seed
     self._random = np.random.default_rng(seed)
-    self._policy = jax.jit(functools.partial(_policy, agent.model))
     self._env: VectorEnv | None = None
     self._frames: list[np.ndarray] = []  # At most L of this episode, the last one is on the screen.
     self._actions: list[int] = []  # Between them.
@@ -262,10 +262,11 @@ class Game:
   def _look(self, reward: float = 0.0, end: float = 0.0, *, over: bool = False) -> Moment:
     """Advances the policy by the frame on the screen."""
     frame = self._frames[-1]
-    probabilities, value, self._state = self._policy(self._agent.params, frame[None], self._state)
+    probabilities, value, self._state = _policy(self._model, self._agent.params, frame[None], self._state)
     return Moment(frame, reward, end, over, float(value), np.asarray(probabilities))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _policy(
   model: Model, params: dict[str, Params], observations: Array, state: LstmState
 ) -> tuple[Array, Array, LstmState]:
