@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
 import contextlib
 import importlib
 import importlib.resources
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jedi_jax.errors import UserError
 from jedi_jax.play.session import MAX_MESSAGE, Session
 
 if TYPE_CHECKING:
+  from anyio import CancelScope
   from starlette.applications import Starlette
   from starlette.requests import HTTPConnection, Request
   from starlette.responses import Response
@@ -119,13 +118,15 @@ def make_app(session: Session, token: str) -> Starlette:
 
 
 class _Server:
-  """The handlers of the application. The session is called by one thread, which is not the server's."""
+  """The handlers of the application. The session is called by one thread at a time, which is not the server's."""
 
   def __init__(self, session: Session, token: str):
+    import anyio
+
     self._session, self._token = session, token
     self._page = (importlib.resources.files("jedi_jax.play") / "page.html").read_text(encoding="utf-8")
-    self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="dream")
-    self._turn = asyncio.Lock()
+    self._one = anyio.CapacityLimiter(1)
+    self._turn = anyio.Lock()
     self._gif = b""
 
   def _knows(self, connection: HTTPConnection) -> bool:
@@ -165,37 +166,46 @@ class _Server:
     return Response(self._gif, media_type="image/gif", headers=headers)
 
   async def play(self, websocket: WebSocket) -> None:
+    import anyio
+
     origin, host = websocket.headers.get("origin"), websocket.headers.get("host")
     if not self._knows(websocket) or (origin is not None and origin != f"http://{host}"):
       await websocket.close()  # Before it is accepted: status 403.
       return
     await websocket.accept()
-    try:
-      await asyncio.wait_for(self._turn.acquire(), _HANDOVER)
-    except TimeoutError:
+    with anyio.move_on_after(_HANDOVER):
+      await self._turn.acquire()
+    if self._turn.statistics().owner != anyio.get_current_task():
       await websocket.close(TAKEN, "another page plays this dream")
       return
-    tasks: set[asyncio.Task[None]] = set()
     try:
-      await websocket.send_json(await self._call(self._session.description))
-      await websocket.send_bytes(await self._call(self._session.picture))
-      tasks = {asyncio.create_task(work(websocket)) for work in (self._read, self._run)}
-      done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-      for task in done:
-        task.result()
-    except (_lost(), RuntimeError, ConnectionError):
-      pass  # Starlette raises RuntimeError for a message after the end of a connection.
+      async with anyio.create_task_group() as group:
+        for work in (self._read, self._run):
+          group.start_soon(self._until_lost, work, websocket, group.cancel_scope)
     finally:
-      self._thread.submit(self._session.release)
-      for task in tasks:
-        task.cancel()
-      try:
-        await asyncio.gather(*tasks, return_exceptions=True)
-      finally:
-        self._turn.release()
+      self._session.release()
+      self._turn.release()
+
+  async def _until_lost(
+    self, work: Callable[[WebSocket], Awaitable[None]], websocket: WebSocket, scope: CancelScope
+  ) -> None:
+    """Does a part of the work of a connection; its end ends the other part."""
+    from starlette.websockets import WebSocketDisconnect, WebSocketState
+
+    try:
+      await work(websocket)
+    except WebSocketDisconnect:
+      pass
+    except RuntimeError:  # Starlette's, for a message after `close`.
+      if websocket.application_state is WebSocketState.CONNECTED:
+        raise
+    finally:
+      scope.cancel()
 
   async def _read(self, websocket: WebSocket) -> None:
     """Carries out the messages of the page, one after another; returns at the end of the connection."""
+    await websocket.send_json(await self._call(self._session.description))
+    await websocket.send_bytes(await self._call(self._session.picture))
     while True:
       message = await websocket.receive()
       if message["type"] == "websocket.disconnect":
@@ -223,22 +233,20 @@ class _Server:
 
   async def _run(self, websocket: WebSocket) -> None:
     """Takes the steps of the session in time and sends their pictures."""
-    loop = asyncio.get_running_loop()
-    due = loop.time()
+    import anyio
+
+    due = anyio.current_time()
     while True:
       paused = self._session.paused
       if await self._call(self._session.tick):
         await websocket.send_bytes(await self._call(self._session.picture))
         if self._session.paused != paused:
           await websocket.send_json(await self._call(self._session.state))
-      due = max(due + self._session.interval, loop.time())  # Time that was lost is not made up for.
-      await asyncio.sleep(due - loop.time())
+      due = max(due + self._session.interval, anyio.current_time())  # Time that was lost is not made up for.
+      await anyio.sleep_until(due)
 
   async def _call(self, function: Callable[..., T], *args: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(self._thread, function, *args)
+    """Calls a method of the session, one at a time, in another thread."""
+    import anyio.to_thread
 
-
-def _lost() -> type[Exception]:
-  from starlette.websockets import WebSocketDisconnect
-
-  return WebSocketDisconnect
+    return await anyio.to_thread.run_sync(function, *args, limiter=self._one)
