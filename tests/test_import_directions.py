@@ -20,6 +20,7 @@ LAYERS = (
   ("evaluation", "interop"),
   ("training", "sweep.py"),
   ("inspection",),
+  ("play",),
   ("__init__.py",),
 )
 
@@ -49,6 +50,8 @@ ALLOWED = {
   "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
   "interop/torch_file.py": {"errors"},
   "inspection": ANYTHING,
+  "play": {"types", "errors", "config", "envs", "ops", "models", "agent", "inspection", "play"},
+  "play/server.py": {"errors", "play"},
   "training": ANYTHING,
   # The parts of training that know neither files nor environments.
   "training/parallel.py": {"types", "errors"},
@@ -72,6 +75,8 @@ IMPORTERS = {
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
   "PIL": {"inspection/film.py"},
   "gymnasium": {"inspection/gymnasium_envs.py"},
+  "starlette": {"play/server.py"},
+  "uvicorn": {"play/server.py"},
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),

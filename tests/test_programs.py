@@ -11,9 +11,9 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE, DIAGNOSE, DREAM, EXPORT, ABLATIONS, REPORT = (
+TRAIN, EVALUATE, DIAGNOSE, DREAM, EXPORT, PLAY, ABLATIONS, REPORT = (
   str(ROOT / "experiments" / f"{name}.py")
-  for name in ("train", "evaluate", "diagnose", "dream", "export", "ablations", "report")
+  for name in ("train", "evaluate", "diagnose", "dream", "export", "play", "ablations", "report")
 )
 SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
   str(ROOT / "benchmarks" / f"{name}.py")
@@ -287,6 +287,10 @@ MISTAKES = {
   "diagnose no checkpoint": ([DIAGNOSE, "--workdir=taken"], ["no checkpoint"]),
   "dream nothing": ([DREAM], ["--workdir"]),
   "dream in another format": ([DREAM, "--workdir=taken", "--out=dream.avi"], ["dream.avi", ".gif"]),
+  "play nothing": ([PLAY], ["--workdir"]),
+  "play no run": ([PLAY, "--workdir=empty"], ["holds no run", "empty"]),
+  "play no checkpoint": ([PLAY, "--workdir=taken", "--port=0"], ["no checkpoint", "taken"]),
+  "play at no port": ([PLAY, "--workdir=taken", "--port=70000"], ["port", "70000"]),
   "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),
   "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
   "ablations without a directory": ([ABLATIONS], ["--out"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import shutil
 import subprocess
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -92,7 +93,7 @@ def shoot(agent: Agent, segment: Segment, *, seed: int = 0) -> Film:
   return Film(*jax.device_get(panes(agent.params, segment, jax.random.key(seed))))
 
 
-def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
+def draw(film: Film, *, size: int = 192, names: Sequence[str] = PANES) -> list[Image.Image]:
   """Draws the frames of a film.
 
   The rim of a pane is green for a positive and red for a negative reward. A bar shows the value. After the end of its
@@ -101,6 +102,7 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
   Args:
     film: a film from `shoot`.
     size: minimum height of a pane in pixels; frames are drawn by `to_rgb` and enlarged by an integer factor.
+    names: of the panes P, if the arrays of the film have another number of them than three.
 
   Returns:
     One image per frame, segment after segment; each segment lasts until its longest pane ends.
@@ -116,9 +118,11 @@ def draw(film: Film, *, size: int = 192) -> list[Image.Image]:
   images = []
   for take in range(film.frames.shape[1]):
     for t in range(int(film.shown[:, take].sum(axis=1).max())):
-      canvas = Image.new("RGB", (3 * width + 4 * _GAP, height + 2 * _GAP + _CAPTION_HEIGHT), (24, 24, 28))
+      canvas = Image.new(
+        "RGB", (len(names) * width + (len(names) + 1) * _GAP, height + 2 * _GAP + _CAPTION_HEIGHT), (24, 24, 28)
+      )
       brush = ImageDraw.Draw(canvas)
-      for pane, name in enumerate(PANES):
+      for pane, name in enumerate(names):
         left = _GAP + pane * (width + _GAP)
         last = min(t, int(film.shown[pane, take].sum()) - 1)
         dim = last < t
