@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -39,11 +39,13 @@ class Workdir:
     path: the directory.
     config: the configuration that the run was started with.
     spec: the environment that the run was started with.
+    data: of a run on recorded episodes, `datasets.Dataset.record` of them; None otherwise.
   """
 
   path: pathlib.Path
   config: Config
   spec: EnvSpec
+  data: Mapping[str, Any] | None = None
 
   @property
   def checkpoints(self) -> pathlib.Path:
@@ -140,13 +142,16 @@ def _make_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
-def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> Workdir | None:
+def check(
+  directory: str | os.PathLike[str], config: Config, spec: EnvSpec, data: Mapping[str, Any] | None = None
+) -> Workdir | None:
   """Checks that a directory holds no run of another configuration; writes nothing.
 
   Args:
     directory: may be missing.
     config: configuration of the run to train.
     spec: environment of the run to train.
+    data: of a run on recorded episodes, see `Workdir`.
 
   Returns:
     The run in the directory, or None if there is none.
@@ -157,6 +162,11 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
   path = locate(directory)
   if (path / "config.json").exists():
     old = read(path)
+    if data is not None and old.data is not None and data["fingerprint"] != old.data["fingerprint"]:
+      raise UserError(
+        f"{path} holds a run on other data ({old.data['directory']}, as it was then): "
+        "take another --workdir, or restart with --overwrite"
+      )
     different = config_lib.differences(old.config, config)
     if different:
       raise UserError(
@@ -174,13 +184,21 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
   return None
 
 
-def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
+def prepare(
+  directory: str | os.PathLike[str],
+  config: Config,
+  spec: EnvSpec,
+  *,
+  data: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> Workdir:
   """Opens the directory of a new or interrupted run; the caller should hold its lock (see `locked`).
 
   Args:
     directory: created if missing.
     config: configuration of the run.
     spec: environment of the run.
+    data: of a run on recorded episodes, see `Workdir`.
     overwrite: removes the files of an earlier run, and no other files.
 
   Raises:
@@ -194,7 +212,7 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         shutil.rmtree(target)
       else:
         target.unlink(missing_ok=True)
-  old = check(path, config, spec)
+  old = check(path, config, spec, data)
   if old is not None:
     return old
   write_json(
@@ -202,10 +220,11 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
     {
       "version": __version__,
       "spec": {"num_actions": spec.num_actions, "observation_shape": list(spec.observation_shape)},
+      **({} if data is None else {"data": dict(data)}),
       "config": config_lib.to_dict(config),
     },
   )
-  return Workdir(path, config, spec)
+  return Workdir(path, config, spec, data)
 
 
 def read(directory: str | os.PathLike[str]) -> Workdir:
@@ -223,13 +242,16 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     tree = data["config"]
     if not isinstance(tree, dict):
       raise TypeError(f"config is a {type(tree).__name__}")
+    recorded = data.get("data")
+    if recorded is not None and not all(isinstance(recorded[name], str) for name in ("directory", "fingerprint")):
+      raise TypeError("data are not those of a run")
   except FileNotFoundError:
     raise UserError(f"{path} holds no run: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
     reason = repr(error)[:200]
     raise UserError(f"{file} cannot be read ({reason}): restore it, or restart with --overwrite") from None
   try:
-    return Workdir(path, config_lib.from_dict(tree), spec)
+    return Workdir(path, config_lib.from_dict(tree), spec, recorded)
   except UserError as error:
     version = data.get("version")
     written = "" if version == __version__ else f" was written by version {version} of jedi_jax, this is {__version__}:"

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs
+from jedi_jax import datasets, envs
 from jedi_jax.config import Config
+from jedi_jax.datasets import Dataset
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
@@ -37,6 +38,7 @@ def train(
   interruption: Interruption | None = None,
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
+  data: Dataset | None = None,
 ) -> dict[str, Any]:
   """Trains a run to its end, or continues it from its newest checkpoint.
 
@@ -51,6 +53,8 @@ def train(
     build: (config, spec, packed=False) -> `Model`; builds a model of one's own.
     on_epoch: called after each epoch, before its checkpoint; an exception ends the run. A resumed run repeats the
       epochs after its last checkpoint.
+    data: recorded episodes to train on, without an environment and evaluations; then `config` is that of
+      `datasets.make_config`.
 
   Returns:
     The contents of result.json; an empty dictionary in a process that is not the first.
@@ -69,6 +73,7 @@ def train(
     interruption=interruption,
     build=build,
     on_epoch=on_epoch,
+    data=data,
   )
   return result
 
@@ -83,6 +88,7 @@ def train_packed(
   interruption: Interruption | None = None,
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
+  data: Dataset | None = None,
 ) -> list[dict[str, Any]]:
   """Trains several runs in one program, each as it would train alone, or continues them.
 
@@ -98,6 +104,7 @@ def train_packed(
     interruption: can stop the runs; nothing does if None.
     build: as in `train`.
     on_epoch: as in `train`, called for each run in turn; an exception ends all runs.
+    data: as in `train`, of all runs.
 
   Returns:
     The contents of each result.json.
@@ -110,7 +117,11 @@ def train_packed(
   """
   devices, interruption = devices or Devices(), interruption or Interruption()
   console = console or Console()
-  specs = [envs.spec(config.env.name) for config in configs]
+  if data is not None:
+    for config in configs:
+      datasets.check_config(config, data)
+  specs = [envs.spec(config.env.name) if data is None else data.spec for config in configs]
+  record = None if data is None else data.record()
   _check_pack(configs, directories, specs, devices)
   for config, spec in zip(configs, specs, strict=True):
     check_replay(config, spec)
@@ -136,10 +147,10 @@ def train_packed(
     for directory, config, spec in zip(directories, configs, specs, strict=True):
       if not overwrite:
         # Before the file of the lock is written.
-        workdir.check(directory, config, spec)
+        workdir.check(directory, config, spec, record)
       stack.enter_context(workdir.locked(directory))
     workdirs = [
-      workdir.prepare(directory, config, spec, overwrite=overwrite)
+      workdir.prepare(directory, config, spec, data=record, overwrite=overwrite)
       for directory, config, spec in zip(directories, configs, specs, strict=True)
     ]
     left = [own for own in workdirs if not _is_complete(own, console)]
@@ -157,6 +168,7 @@ def train_packed(
           console=console,
           interruption=interruption,
           on_epoch=on_epoch,
+          data=data,
         ) as trainer:
           trainer.run_to_end()
       except UnevenError:
