@@ -35,11 +35,22 @@ def place(files, folder):
   return folder
 
 
-@pytest.mark.parametrize("torch", [False, True])
-def test_episodes_of_diamond(pt, tmp_path, monkeypatch, torch):
-  if torch:
-    pytest.importorskip("torch")
-    monkeypatch.setattr("jedi_jax.interop.torch_file._torch_is_safe", lambda: True)
+def test_an_episode_that_torch_saved(tmp_path):
+  torch = pytest.importorskip("torch")
+  flags = torch.tensor([0, 1], dtype=torch.uint8)
+  saved = {
+    "obs": torch.full((2, 3, 8, 7), 9, dtype=torch.uint8), "act": torch.tensor([1, 2]), "rew": torch.tensor([0.0, 1.0]),
+    "end": flags, "trunc": 0 * flags, "info": {"final_observation": torch.full((3, 8, 7), 1.0)},
+  }  # fmt: skip
+  torch.save(saved, tmp_path / "0.pt")
+  [episode] = episodes.read_diamond(tmp_path)
+  assert episode.observations.shape == (3, 8, 7, 3)
+  assert (episode.observations[1] == 9).all()
+  assert (episode.observations[2] == 255).all()
+  assert episode.ends
+
+
+def test_episodes_of_diamond(pt, tmp_path):
   files = [diamond_episode(pt), diamond_episode(pt, ends=False), diamond_episode(pt, final=False, ends=False)]
   whole, cut, open_ = episodes.read_diamond(place(files, tmp_path / "train"))
   for episode in (whole, cut):
