@@ -5,7 +5,8 @@
 Plays the run's environment with its policy, then measures the denoising loss by noise level, the error of open-loop
 imagination with the real actions (compared with copying the last latent), the calibration of the sampler, precision and
 recall of rewards and ends on real and on imagined latents, the calibration of the critic, and the statistics of the
-latents. Prints a summary and writes diagnosis.json and, with matplotlib, diagnosis.png to the workdir.
+latents. Prints a summary and writes diagnosis.json and, with matplotlib, diagnosis.png to the workdir. A run on
+recorded episodes is measured on those of its data set that are held out, without the critic.
 """
 
 import pathlib
@@ -24,6 +25,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
 _STEPS = flags.DEFINE_integer("steps", 2_000, "Environment steps to record.", lower_bound=1, upper_bound=10**6)
 _NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments in parallel.", lower_bound=1, upper_bound=1024)
+_DATA = flags.DEFINE_string("data", None, "Directory of the data set of a run on recorded episodes, if it has moved.")
 _SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1, upper_bound=10**5)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of games, actions and noise; independent of training seeds.", lower_bound=0
@@ -42,13 +44,14 @@ def main() -> None:
     num_envs=_NUM_ENVS.value,
     segments=_SEGMENTS.value,
     seed=_SEED.value,
+    data=_DATA.value,
   )
   print(_summary(figures))
   _draw(figures, f"{figures['env']}, {figures['variant']}", pathlib.Path(_WORKDIR.value) / "diagnosis.png")
 
 
 def _summary(figures: Mapping[str, Any]) -> str:
-  latents, loop_, sampler, value = (figures[name] for name in ("latents", "open_loop", "sampler", "value"))
+  latents, loop_ = (figures[name] for name in ("latents", "open_loop"))
   lines = [
     f"latents: deviation over time {latents['latent_deviation']:.3f}, change in a step {latents['latent_change']:.3f}, "
     f"standard deviation {latents['latent_std']:.3f}, effective rank {latents['latent_rank']:.1f}, "
@@ -62,10 +65,10 @@ def _summary(figures: Mapping[str, Any]) -> str:
   errors = enumerate(zip(loop_["error"], loop_["copying"], strict=True), 1)
   rows = [["step", "open-loop error", "copying"]]
   lines += ["", markdown_table(rows + [[str(i), f"{a:.3f}", f"{b:.3f}"] for i, (a, b) in errors])]
-  lines += [
-    "",
-    f"sampler: calibration {sampler['calibration']:.2f}, error of one step over copying {sampler['error']:.3f}",
-  ]
+  if "sampler" in figures:
+    sampler = figures["sampler"]
+    line = f"sampler: calibration {sampler['calibration']:.2f}, error of one step over copying {sampler['error']:.3f}"
+    lines += ["", line]
   rows = [["class", "examples", "precision, recall on real latents", "in imagination"]]
   real, imagined = figures["rewards_ends"]["on_real"], figures["rewards_ends"]["in_imagination"]
   for kind, label in (("reward", "-1"), ("reward", "0"), ("reward", "+1"), ("end", "yes")):
@@ -74,15 +77,12 @@ def _summary(figures: Mapping[str, Any]) -> str:
       for source in (real, imagined)
     )
     rows.append([f"{kind} {label}", f"{real[f'{kind}_count_{label}']:.0f}", *cells])
-  correlation = "-" if value["correlation"] is None else f"{value['correlation']:.2f}"
-  lines += [
-    "",
-    markdown_table(rows),
-    "",
-    f"value: correlation with the return {correlation}, bias {value['bias']:+.3f}",
-    "",
-    f"weakest: {figures['weakest']}",
-  ]
+  lines += ["", markdown_table(rows)]
+  if "value" in figures:
+    value = figures["value"]
+    correlation = "-" if value["correlation"] is None else f"{value['correlation']:.2f}"
+    lines += ["", f"value: correlation with the return {correlation}, bias {value['bias']:+.3f}"]
+  lines += ["", f"weakest: {figures['weakest']}"]
   return "\n".join(lines)
 
 
@@ -118,10 +118,11 @@ def _draw(figures: Mapping[str, Any], title: str, path: pathlib.Path) -> None:
   ax.set(title="rewards and ends", ylim=(0, 1.05))
   ax.legend()
   ax = axes[1, 1]
-  value = figures["value"]
-  ax.plot(value["predicted"], value["realised"], "o-")
-  ends = [min(value["predicted"] + value["realised"]), max(value["predicted"] + value["realised"])]
-  ax.plot(ends, ends, "--", color="gray")
+  if "value" in figures:
+    value = figures["value"]
+    ax.plot(value["predicted"], value["realised"], "o-")
+    ends = [min(value["predicted"] + value["realised"]), max(value["predicted"] + value["realised"])]
+    ax.plot(ends, ends, "--", color="gray")
   ax.set(title="value, by fifths of the steps", xlabel="predicted", ylabel="discounted return that followed")
   figures_lib.save(fig, path)
 

@@ -3,7 +3,8 @@
   python experiments/dream.py --workdir=runs/breakout --out=dream.gif
   python experiments/dream.py --workdir=jedi://catch
 
-Every dream starts from real frames of new games; all later frames are imagined. For a run without a probe decoder, a
+Every dream starts from real frames of new games, or of the held-out episodes of a run on recorded episodes; all later
+frames are imagined. For a run without a probe decoder, a
 probe is fitted to the recorded games; the run is not changed.
 """
 
@@ -21,6 +22,7 @@ from jedi_jax.training import seeds
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or a saved agent.")
 _OUT = flags.DEFINE_string("out", "dream.gif", "File of the film: .gif, or .mp4 (needs ffmpeg).")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
+_DATA = flags.DEFINE_string("data", None, "Directory of the data set of a run on recorded episodes, if it has moved.")
 _STEPS = flags.DEFINE_integer("steps", 1_000, "Environment steps to record.", lower_bound=1, upper_bound=10**6)
 _LENGTH = flags.DEFINE_integer(
   "length", 0, "Steps of a dream; 0 for twice the training horizon.", lower_bound=0, upper_bound=10_000
@@ -46,7 +48,9 @@ def main() -> None:
   program.enable_compilation_cache()
   run = workdir.read(sharing.resolve(_WORKDIR.value))
   agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
-  episodes = recording.record(agent, steps=_STEPS.value, num_envs=1, seed=seeds.evaluation_seed(_SEED.value))
+  episodes = recording.real_episodes(
+    run, agent, steps=_STEPS.value, num_envs=1, seed=seeds.evaluation_seed(_SEED.value), data=_DATA.value
+  )
   if agent.model.decode is None:
     print(f"the run has no probe decoder: fitting one in {_PROBE_UPDATES.value:,} updates ...", flush=True)
     agent = probe.fit(agent, episodes, updates=_PROBE_UPDATES.value, seed=_SEED.value)

@@ -4,8 +4,8 @@
   python experiments/evaluate.py --random --env=atari/Breakout --episodes=100 --out=random.json
 
 The protocol is the paper's: games do not end at the loss of a life, epsilon is 0, actions are sampled, and each
-environment plays a fixed number of games. The result is printed and written to evaluation.json in the workdir, or to
---out.
+environment plays a fixed number of games. A run that was trained on recorded episodes plays in the environment --env.
+The result is printed and written to evaluation.json in the workdir, or to --out.
 """
 
 import pathlib
@@ -22,7 +22,11 @@ from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, or a saved agent.")
 _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions on --env instead of a run.")
-_ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, minatar/<Game> or catch.")
+_ENV = flags.DEFINE_string(
+  "env",
+  None,
+  "Environment of the random policy, or of a run if not its own: atari/<Game>, minatar/<Game> or catch.",
+)
 _OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir by default.")
 _EPISODES = flags.DEFINE_integer("episodes", 100, "Number of games.", upper_bound=10**6)
 _NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments in parallel.", upper_bound=1024)
@@ -56,7 +60,10 @@ def main() -> None:
     if "://" in _WORKDIR.value and not _OUT.value:
       raise jedi_jax.UserError(f"--out is missing: {_WORKDIR.value} is no folder of yours")
     agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
-    about = {"env": run.config.env.name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
+    name = _ENV.value or run.config.env.name
+    if (spec := envs.spec(name)) != run.spec:
+      raise jedi_jax.UserError(f"{run.path} was trained with {run.spec}, but {name} has {spec}: name another --env")
+    about = {"env": name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
     out = pathlib.Path(_OUT.value) if _OUT.value else run.evaluation
   console = Console()
   results = jedi_jax.evaluate(

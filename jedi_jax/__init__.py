@@ -12,7 +12,9 @@ if TYPE_CHECKING:
   from jedi_jax import (
     agent,
     config,
+    datasets,
     envs,
+    episodes,
     errors,
     evaluation,
     inspection,
@@ -68,7 +70,9 @@ _MODULES = {
 _SUBMODULES = (
   "agent",
   "config",
+  "datasets",
   "envs",
+  "episodes",
   "errors",
   "evaluation",
   "inspection",

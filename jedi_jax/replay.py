@@ -9,8 +9,8 @@ chunk and the table; the cost of sampling does not depend on how much is stored.
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import chex
 import flax.struct
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jedi_jax.episodes import Episode, check_episode
 from jedi_jax.errors import UserError
 from jedi_jax.types import Array, Segment
 
@@ -364,22 +365,6 @@ class ChunkWriter:
     return chunk
 
 
-class Episode(NamedTuple):
-  """T steps of one episode, on the host.
-
-  Attributes:
-    observations: [T + 1, H, W, channels] uint8; observations[t] precedes action t, the last one is the final frame.
-    actions: [T] integers.
-    rewards: [T], raw.
-    ends: whether the last step terminated the episode (otherwise it was truncated), as one bool or as [T] bool.
-  """
-
-  observations: np.ndarray
-  actions: np.ndarray
-  rewards: np.ndarray
-  ends: bool | np.ndarray
-
-
 def from_episodes(episodes: Iterable[Any], *, capacity: int | None = None) -> ReplayState:
   """Returns a replay of one stream with recorded episodes.
 
@@ -391,7 +376,7 @@ def from_episodes(episodes: Iterable[Any], *, capacity: int | None = None) -> Re
   Raises:
     UserError: if there are no episodes or one has wrong shapes or dtypes.
   """
-  checked = [_check_episode(index, episode) for index, episode in enumerate(episodes)]
+  checked = [check_episode(f"episode {index}", episode) for index, episode in enumerate(episodes)]
   if not checked:
     raise UserError("there are no episodes: give at least one")
   if capacity is not None and capacity < 2:
@@ -404,42 +389,47 @@ def from_episodes(episodes: Iterable[Any], *, capacity: int | None = None) -> Re
       )
   slots = capacity or sum(len(episode.observations) for episode in checked)
   state = init(num_streams=1, slots_per_stream=slots, observation_shape=shape)
-  writer = ChunkWriter(num_streams=1, size=min(slots, _CHUNK_SLOTS), observation_shape=shape)
   append = jax.jit(add, donate_argnums=0)
-  for frames, actions, rewards, ends in checked:
-    for t, action in enumerate(actions):
-      last = np.asarray([t == len(actions) - 1], bool)
-      writer.add(frames[t], action, rewards[t], last & ends, last & np.logical_not(ends), frames[t + 1][None])
-      if writer.is_full:
-        state = append(state, writer.flush())
-  return append(state, writer.flush())
+  for chunk in chunks(checked, size=min(slots, _CHUNK_SLOTS)):
+    state = append(state, chunk)
+  return state
 
 
 _CHUNK_SLOTS = 1024
 
 
-def _check_episode(index: int, episode: Any) -> Episode:
-  """Returns the episode as arrays, with `ends` as a bool."""
-  if not isinstance(episode, Mapping) and not hasattr(episode, "_asdict"):
-    raise UserError(f"episode {index} is a {type(episode).__name__}: give a list of `Episode`s or mappings")
-  fields = episode if isinstance(episode, Mapping) else episode._asdict()
-  missing = [name for name in Episode._fields if name not in fields]
-  if missing:
-    raise UserError(f"episode {index} lacks {', '.join(missing)}: give {', '.join(Episode._fields)}")
-  observations, actions, rewards, ends = (np.asarray(fields[name]) for name in Episode._fields)
-  if observations.dtype != np.uint8 or observations.ndim != 4:
-    raise UserError(
-      f"episode {index} has observations of {observations.dtype} {observations.shape}: "
-      "give uint8 of shape (T + 1, height, width, channels)"
-    )
-  steps = len(observations) - 1
-  if steps < 1 or actions.shape != (steps,) or not np.issubdtype(actions.dtype, np.integer):
-    raise UserError(
-      f"episode {index} has {len(observations)} observations and actions of {actions.dtype} {actions.shape}: "
-      "give T integer actions and T + 1 observations, the final frame included"
-    )
-  if rewards.shape != (steps,) or rewards.dtype.kind not in "iuf" or not np.all(np.isfinite(rewards)):
-    raise UserError(f"episode {index} has rewards of {rewards.dtype} {rewards.shape}: give {steps} finite numbers")
-  if ends.dtype != bool or ends.shape not in ((), (steps,)) or np.any(ends.reshape(-1)[:-1]):
-    raise UserError(f"episode {index} has ends of {ends.dtype} {ends.shape}: give whether its last step terminated it")
-  return Episode(observations, actions, rewards, bool(ends.reshape(-1)[-1]))
+def chunks(episodes: Sequence[Episode], *, size: int) -> Iterator[Chunk]:
+  """Yields the steps of recorded episodes as chunks of one stream, in order.
+
+  Args:
+    episodes: at least one, as `check_episode` returns them, with frames of one shape.
+    size: slots of a chunk, at least 2.
+  """
+  writer = ChunkWriter(num_streams=1, size=size, observation_shape=episodes[0].observations.shape[1:])
+  for frames, actions, rewards, ends in episodes:
+    for t, action in enumerate(actions):
+      last = np.asarray([t == len(actions) - 1], bool)
+      writer.add(frames[t], action, rewards[t], last & ends, last & np.logical_not(ends), frames[t + 1][None])
+      if writer.is_full:
+        yield writer.flush()
+  yield writer.flush()
+
+
+def to_episodes(state: Any) -> Iterator[Episode]:
+  """Yields the stored episodes, oldest first.
+
+  The last step of an episode whose final frame is not stored is dropped, since the frame after it is not recorded.
+
+  Args:
+    state: a `ReplayState` of NumPy arrays.
+  """
+  slots = state.actions.shape[1]
+  for entry in range(int(state.num_episodes)):
+    steps = int(state.episode_steps[entry]) - (not state.episode_closed[entry])
+    if steps < 1:
+      continue
+    stream, start = int(state.episode_stream[entry]), int(state.episode_start[entry])
+    at = (start + np.arange(steps + 1)) % slots
+    acted = at[:-1]
+    ends = bool(state.ends[stream, acted[-1]])
+    yield Episode(state.observations(stream, at), state.actions[stream, acted], state.rewards[stream, acted], ends)

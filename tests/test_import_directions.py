@@ -11,12 +11,12 @@ ANYTHING = None
 # From bottom to top. A module imports from the layers below its own, and from its own entry.
 LAYERS = (
   ("version.py", "errors.py", "tables.py", "runtime.py"),
-  ("types.py",),
+  ("types.py", "episodes.py"),
   ("envs", "ops", "replay.py"),
   ("config", "nn"),
   ("models",),
   ("runs",),
-  ("agent.py",),
+  ("agent.py", "datasets.py"),
   ("evaluation", "interop"),
   ("training", "sweep.py"),
   ("inspection",),
@@ -32,13 +32,14 @@ ALLOWED = {
   "tables.py": set(),
   "runtime.py": set(),
   "types.py": set(),
+  "episodes.py": {"errors"},
   "config": {"errors", "tables", "envs", "config"},  # The names of environments.
   "ops": {"types", "ops"},
   "nn": {"types", "ops", "nn"},
   # Configuration stops at the builder: the other models take plain arguments.
   "models": {"types", "ops", "nn", "models"},
   "models/build.py": {"types", "errors", "config", "ops", "nn", "models"},
-  "replay.py": {"types", "errors"},
+  "replay.py": {"types", "errors", "episodes"},
   "envs": {"types", "errors", "envs"},
   "evaluation": {"types", "errors", "evaluation"},
   "evaluation/evaluate.py": {"errors", "envs", "evaluation", "runs", "agent"},
@@ -46,9 +47,11 @@ ALLOWED = {
   "runs": {"tables", "types", "errors", "version", "runtime", "config", "runs"},
   "sweep.py": {"tables", "errors", "config", "envs", "evaluation", "runs"},
   "agent.py": {"types", "errors", "config", "models", "runs"},
+  "datasets.py": {"types", "errors", "episodes", "envs", "replay", "config", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.
   "interop": {"types", "errors", "config", "envs", "models", "runs", "agent", "interop"},
   "interop/torch_file.py": {"errors"},
+  "interop/episodes.py": {"errors", "episodes", "interop"},
   "inspection": ANYTHING,
   "play": {"types", "errors", "config", "envs", "ops", "models", "agent", "inspection", "play"},
   "play/server.py": {"errors", "play"},
@@ -59,6 +62,7 @@ ALLOWED = {
   "training/epoch.py": {"types", "models", "replay", "training"},
   "training/updates.py": {"types", "errors", "config", "models", "replay", "training"},
   "training/collector.py": {"types", "errors", "replay"},
+  "training/recorded.py": {"episodes", "replay", "training"},
   "training/seeds.py": set(),
   "training/dreams.py": {"types", "ops", "models", "replay"},
 }
@@ -67,6 +71,7 @@ ALLOWED = {
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
   "gymnax": {"envs/minatar.py"},
+  "minari": {"interop/episodes.py"},
   "orbax": {"runs/checkpoint.py"},
   "tensorboardX": {"runs/loggers.py"},
   "wandb": {"runs/loggers.py"},

@@ -19,6 +19,7 @@ SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
   str(ROOT / "benchmarks" / f"{name}.py")
   for name in ("scaling", "against_torch", "tpu_compile", "gpu_compile", "on_gpu")
 )
+OFFLINE, MAKE = (str(ROOT / "experiments" / f"{name}.py") for name in ("train_offline", "make_dataset"))
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin")
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
@@ -291,6 +292,14 @@ MISTAKES = {
   "play no run": ([PLAY, "--workdir=empty"], ["holds no run", "empty"]),
   "play no checkpoint": ([PLAY, "--workdir=taken", "--port=0"], ["no checkpoint", "taken"]),
   "play at no port": ([PLAY, "--workdir=taken", "--port=70000"], ["port", "70000"]),
+  "data without a workdir": ([OFFLINE, "--data=empty"], ["--workdir"]),
+  "no data": ([OFFLINE, "--data=empty", "--workdir=new"], ["empty", "no data set", "dataset.json"]),
+  "data as an environment": ([TRAIN, *FINE, "--env=data"], ["recorded episodes", "train_offline.py"]),
+  "a data set of nothing": ([MAKE, "--out=new"], ["exactly one", "--diamond"]),
+  "a data set of no run": ([MAKE, "--workdir=empty", "--out=new"], ["empty", "holds no run"]),
+  "a data set without checkpoints": ([MAKE, "--workdir=taken", "--out=new"], ["no checkpoint", "taken"]),
+  "episodes without actions": ([MAKE, "--diamond=empty", "--out=new"], ["--num_actions"]),
+  "no episodes of DIAMOND": ([MAKE, "--diamond=empty", "--num_actions=3", "--out=new"], ["empty", "no episodes"]),
   "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),
   "unknown arm": ([ABLATIONS, "--out=new", "--arms=jedi"], ["jedi", "JEDI"]),
   "ablations without a directory": ([ABLATIONS], ["--out"]),

@@ -8,9 +8,10 @@ from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.envs.batch import BatchEnv
 from jedi_jax.envs.catch import CatchEnv
 from jedi_jax.envs.minatar import MinAtarEnv
-from jedi_jax.envs.registry import check_installed, is_stochastic, make, names, register, spec, validate
+from jedi_jax.envs.registry import RECORDED, check_installed, is_stochastic, make, names, register, spec, validate
 
 __all__ = [
+  "RECORDED",
   "AtariEnv",
   "BatchEnv",
   "CatchEnv",

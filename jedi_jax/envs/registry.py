@@ -17,6 +17,8 @@ from jedi_jax.errors import UserError, nearest
 from jedi_jax.types import EnvSpec, VectorEnv
 
 _ATARI, _MINATAR = "atari/", "minatar/"
+RECORDED = "data"
+"""Name of the environment of a run that trains on recorded episodes. It cannot be made."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*")
 _SKIP = re.compile(r"skip=([0-9]{1,4})-([0-9]{1,4})")
 _STICKY = re.compile(r"sticky=(0(?:\.[0-9]{1,6})?)")
@@ -69,6 +71,8 @@ def register(
   for prefix, owner in ((_ATARI, "EnvPool"), (_MINATAR, "gymnax")):
     if name.startswith(prefix):
       raise UserError(f"environment name {name!r}: names that begin with {prefix!r} are {owner}'s; choose another")
+  if name == RECORDED:
+    raise UserError(f"environment name {name!r} stands for recorded episodes; choose another")
   if name in _entries and not replace:
     raise UserError(f"environment {name!r} is registered already; choose another name or pass replace=True")
   try:
@@ -218,6 +222,8 @@ def _sticky(base: str, query: str) -> Mapping[str, Any]:
 
 def _find(name: str) -> _Entry | None:
   """Returns the entry of a name without options, None if there is none."""
+  if name == RECORDED:
+    return _Entry(_refuse_recorded, _refuse_recorded)
   if name.startswith(_MINATAR):
     game = name.removeprefix(_MINATAR)
     return _minatar_entry(game) if game in minatar.SPECS else None
@@ -228,6 +234,15 @@ def _find(name: str) -> _Entry | None:
     return None
   spec, make = functools.partial(atari.game_spec, game), functools.partial(atari.AtariEnv, game)
   return _Entry(spec, make, _skip, import_envpool)
+
+
+def _refuse_recorded(**options: Any) -> Any:
+  """Stands for the spec and the constructor of recorded episodes."""
+  del options
+  raise UserError(
+    f"environment {RECORDED!r} stands for recorded episodes, which cannot be played: train on them with "
+    "experiments/train_offline.py, and name an environment (--env) to evaluate in"
+  )
 
 
 def _minatar_entry(game: str) -> _Entry:

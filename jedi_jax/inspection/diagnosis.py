@@ -10,7 +10,7 @@ import numpy as np
 
 from jedi_jax.agent import Agent, load_agent
 from jedi_jax.errors import UserError
-from jedi_jax.inspection.recording import Episode, record, windows
+from jedi_jax.inspection.recording import Episode, real_episodes, windows
 from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.ops import edm
 from jedi_jax.ops.statistics import latent_statistics
@@ -33,8 +33,12 @@ def diagnose_run(
   num_envs: int = 4,
   segments: int = 128,
   seed: int = 0,
+  data: str | os.PathLike[str] | None = None,
 ) -> Figures:
   """Plays a run's environment with its policy, diagnoses the run, and writes diagnosis.json to its directory.
+
+  A run on recorded episodes is diagnosed on those of its data set that are held out. Its critic is not judged, since
+  the returns are not those of its policy.
 
   Args:
     directory: the run's working directory.
@@ -43,29 +47,32 @@ def diagnose_run(
     num_envs: number of environments.
     segments: see `diagnose`.
     seed: seed of games, actions and noise. The games are not those of training.
+    data: directory of the run's data set, if that has moved.
 
   Returns:
     The contents of the file: the figures of `diagnose`, and 'env', 'variant', 'checkpoint', 'seed' and 'steps'.
 
   Raises:
-    UserError: if there is no such run or checkpoint.
+    UserError: if there is no such run or checkpoint, or its data set is missing or has changed.
   """
   run = workdir.read(directory)
   agent = load_agent(run.path, checkpoint)
-  episodes = record(agent, steps=-(-steps // num_envs), num_envs=num_envs, seed=evaluation_seed(seed))
+  episodes = real_episodes(run, agent, steps=steps, num_envs=num_envs, seed=evaluation_seed(seed), data=data)
   figures = {
     "env": run.config.env.name,
     "variant": run.config.variant,
     "checkpoint": checkpoint,
     "seed": seed,
     "steps": sum(len(episode.actions) for episode in episodes),
-    **diagnose(agent, episodes, seed=seed, segments=segments),
+    **diagnose(agent, episodes, seed=seed, segments=segments, value=run.data is None),
   }
   workdir.write_json(run.diagnosis, figures)
   return figures
 
 
-def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: int = 128) -> Figures:
+def diagnose(
+  agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: int = 128, value: bool = True
+) -> Figures:
   """Measures each part of a model on real episodes.
 
   Args:
@@ -73,6 +80,7 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
     episodes: real games of its policy, as `recording.record` plays them, not those of its training.
     seed: seed of the choice of segments and of the noise.
     segments: maximum number of segments of L + H frames, with L conditioning frames and horizon H.
+    value: whether the critic is judged; then the episodes must be of its policy.
 
   Returns:
     A dictionary of JSON values:
@@ -90,7 +98,7 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
         least 5 examples; None if there is no such class.
       'value': 'correlation' of the critic's value with the discounted return (None if one of them is constant), 'bias'
         (mean of value minus return), and lists 'predicted' and 'realised': mean value and return of each fifth of the
-        steps, ordered by value.
+        steps, ordered by value. Absent if `value` is false.
       'weakest': a sentence that names the weakest part; see `weakest`.
 
   Raises:
@@ -115,7 +123,8 @@ def diagnose(agent: Agent, episodes: list[Episode], *, seed: int = 0, segments: 
   if denoising:
     figures["denoising"] = denoising
   figures |= _imagination(agent, segment, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2))
-  figures["value"] = _value(agent, episodes)
+  if value:
+    figures["value"] = _value(agent, episodes)
   figures["weakest"] = weakest(figures)
   return figures
 
@@ -294,7 +303,7 @@ def weakest(figures: Mapping[str, Any]) -> str:
         f"step {error:.2f} of that of copying",
       )
     )
-  correlation = figures["value"]["correlation"]
+  correlation = figures["value"]["correlation"] if "value" in figures else None
   if correlation is not None:
     faults.append((1 - correlation, f"the critic: its values correlate {correlation:.2f} with the returns"))
   fault, sentence = max(faults)

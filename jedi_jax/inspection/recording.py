@@ -1,15 +1,17 @@
 """Records real games of an agent and cuts them into segments."""
 
-from typing import Any, NamedTuple
+import os
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax import envs
+from jedi_jax import datasets, envs
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
 from jedi_jax.errors import UserError
+from jedi_jax.runs.workdir import Workdir
 from jedi_jax.training.collector import CHUNK_SLOTS, Collector
 from jedi_jax.types import Segment
 
@@ -76,27 +78,47 @@ def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float
     replay, _ = collector.collect(agent.params, replay, add, steps * num_envs)
   finally:
     env.close()
-  return _episodes(jax.device_get(replay))
+  return [with_ends(episode) for episode in replay_lib.to_episodes(jax.device_get(replay))]
 
 
-def _episodes(replay: Any) -> list[Episode]:
-  episodes = []
-  for entry in range(int(replay.num_episodes)):
-    stream, start = replay.episode_stream[entry], replay.episode_start[entry]
-    # An unfinished episode stores no final frame. Its last frame follows the action before it, so the last step is
-    # dropped.
-    steps = int(replay.episode_steps[entry]) - (not replay.episode_closed[entry])
-    if steps > 0:
-      at = slice(start, start + steps)
-      episodes.append(
-        Episode(
-          replay.observations(stream, slice(start, start + steps + 1)),
-          replay.actions[stream, at],
-          replay.rewards[stream, at],
-          replay.ends[stream, at],
-        )
-      )
+def real_episodes(
+  run: Workdir,
+  agent: Agent,
+  *,
+  steps: int,
+  num_envs: int,
+  seed: int,
+  data: str | os.PathLike[str] | None = None,
+) -> list[Episode]:
+  """Returns episodes that a run was not trained on: new games, or the held-out ones of its data.
+
+  Args:
+    run: the run.
+    agent: its agent, which plays new games.
+    steps: steps over all environments, rounded up to a multiple of `num_envs`; of data at least as many, if there are.
+    num_envs: number of environments.
+    seed: seed of games and actions.
+    data: directory of the run's data set, if that has moved.
+
+  Raises:
+    UserError: if the run's data set is missing or has changed, or `data` is given for a run with an environment.
+  """
+  if run.data is None and data is None:
+    return record(agent, steps=-(-steps // num_envs), num_envs=num_envs, seed=seed)
+  episodes: list[Episode] = []
+  for episode in datasets.held_out(run, data):
+    if sum(len(other.actions) for other in episodes) >= steps:
+      break
+    episodes.append(with_ends(episode))
   return episodes
+
+
+def with_ends(episode: replay_lib.Episode) -> Episode:
+  """Returns an episode with `ends` of every step."""
+  observations, actions, rewards, terminated = episode
+  ends = np.zeros(len(actions), bool)
+  ends[-1] = terminated
+  return Episode(observations, np.asarray(actions, np.int32), np.asarray(rewards, np.float32), ends)
 
 
 def windows(episodes: list[Episode], *, before: int, after: int, stride: int) -> Segment:

@@ -40,11 +40,12 @@ _MAX_RATIO = 100
 """Bound on the compression ratio of a member, beyond the first MiB; torch itself does not compress."""
 
 
-def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def load_arrays(path: str | os.PathLike[str], *, nested: bool = False) -> dict[str, np.ndarray]:
   """Reads the arrays of a file that contains a dictionary from names to tensors.
 
   Args:
     path: the `.pt` file.
+    nested: whether values may be such dictionaries themselves; their tensors are named 'name.inner'.
 
   Returns:
     Arrays by name, in native byte order.
@@ -56,7 +57,7 @@ def load_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   if not os.path.isfile(file):  # False for invalid names, unlike Path.is_file.
     raise UserError(f"{file} is not a file")
   try:
-    data = _load_with_torch(file) if _torch_is_safe() else _load(file)
+    data = _load_with_torch(file, nested) if _torch_is_safe() else _load(file, nested)
   except UserError as error:
     raise UserError(f"{file}: {error}") from None
   except Exception as error:  # Damaged files fail in many ways, in zipfile, pickle and numpy.
@@ -82,16 +83,27 @@ def _torch_is_safe() -> bool:
   return match is not None and (int(match.group(1)), int(match.group(2))) >= _SAFE_TORCH
 
 
-def _load_with_torch(file: pathlib.Path) -> Any:
+def _flat(data: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
+  """Returns a nested dictionary as one; names that are no strings, which are refused later, are kept."""
+  flat: dict[Any, Any] = {}
+  for name, value in data.items():
+    full = f"{prefix}{name}" if isinstance(name, str) else name
+    flat |= _flat(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+  return flat
+
+
+def _load_with_torch(file: pathlib.Path, nested: bool) -> Any:  # noqa: FBT001
   import torch
 
   data = torch.load(file, map_location="cpu", weights_only=True)
+  if nested and isinstance(data, Mapping):
+    data = _flat(data)
   if not isinstance(data, Mapping):
     return data
   return {name: value.detach().numpy() if isinstance(value, torch.Tensor) else value for name, value in data.items()}
 
 
-def _load(file: pathlib.Path) -> Any:
+def _load(file: pathlib.Path, nested: bool) -> Any:  # noqa: FBT001
   with zipfile.ZipFile(file) as archive:
     _check_members(archive)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -101,6 +113,8 @@ def _load(file: pathlib.Path) -> Any:
     if archive.getinfo(pickles[0]).file_size > _MAX_PICKLE_BYTES:
       raise UserError("its data.pkl is too large for a checkpoint: refused")
     data = _Unpickler(archive, root).load()
+  if nested and isinstance(data, Mapping):
+    data = _flat(data)
   if not isinstance(data, Mapping):
     return data
   tensors = [value for value in data.values() if isinstance(value, _Tensor)]

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -41,11 +41,13 @@ class Workdir:
     path: the directory.
     config: the configuration that the run was started with.
     spec: the environment that the run was started with.
+    data: of a run on recorded episodes, `datasets.Dataset.record` of them; None otherwise.
   """
 
   path: pathlib.Path
   config: Config
   spec: EnvSpec
+  data: Mapping[str, Any] | None = None
 
   @property
   def checkpoints(self) -> pathlib.Path:
@@ -142,13 +144,16 @@ def _make_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
   return path
 
 
-def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> Workdir | None:
+def check(
+  directory: str | os.PathLike[str], config: Config, spec: EnvSpec, data: Mapping[str, Any] | None = None
+) -> Workdir | None:
   """Checks that a directory holds no run of another configuration; writes nothing.
 
   Args:
     directory: may be missing.
     config: configuration of the run to train.
     spec: environment of the run to train.
+    data: of a run on recorded episodes, see `Workdir`.
 
   Returns:
     The run in the directory, or None if there is none.
@@ -160,6 +165,11 @@ def check(directory: str | os.PathLike[str], config: Config, spec: EnvSpec) -> W
   _refuse_saved_agent(path)
   if (path / "config.json").exists():
     old = read(path)
+    if data is not None and old.data is not None and data["fingerprint"] != old.data["fingerprint"]:
+      raise UserError(
+        f"{path} holds a run on other data ({old.data['directory']}, as it was then): "
+        "take another --workdir, or restart with --overwrite"
+      )
     different = config_lib.differences(old.config, config)
     if different:
       raise UserError(
@@ -182,13 +192,21 @@ def _refuse_saved_agent(path: pathlib.Path) -> None:
     raise UserError(f"{path} holds a saved agent, which cannot be trained: take another --workdir")
 
 
-def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *, overwrite: bool = False) -> Workdir:
+def prepare(
+  directory: str | os.PathLike[str],
+  config: Config,
+  spec: EnvSpec,
+  *,
+  data: Mapping[str, Any] | None = None,
+  overwrite: bool = False,
+) -> Workdir:
   """Opens the directory of a new or interrupted run; the caller should hold its lock (see `locked`).
 
   Args:
     directory: created if missing.
     config: configuration of the run.
     spec: environment of the run.
+    data: of a run on recorded episodes, see `Workdir`.
     overwrite: removes the files of an earlier run, and no other files.
 
   Raises:
@@ -203,7 +221,7 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
         shutil.rmtree(target)
       else:
         target.unlink(missing_ok=True)
-  old = check(path, config, spec)
+  old = check(path, config, spec, data)
   if old is not None:
     return old
   write_json(
@@ -211,10 +229,11 @@ def prepare(directory: str | os.PathLike[str], config: Config, spec: EnvSpec, *,
     {
       "version": __version__,
       "spec": {"num_actions": spec.num_actions, "observation_shape": list(spec.observation_shape)},
+      **({} if data is None else {"data": dict(data)}),
       "config": config_lib.to_dict(config),
     },
   )
-  return Workdir(path, config, spec)
+  return Workdir(path, config, spec, data)
 
 
 def read(directory: str | os.PathLike[str]) -> Workdir:
@@ -224,8 +243,8 @@ def read(directory: str | os.PathLike[str]) -> Workdir:
     UserError: if it holds no run, or its config.json cannot be read.
   """
   path = locate(directory)
-  _, config, spec = read_config(path, cure="restore it, or restart with --overwrite")
-  return Workdir(path, config, spec)
+  about, config, spec = read_config(path, cure="restore it, or restart with --overwrite")
+  return Workdir(path, config, spec, about.get("data"))
 
 
 def read_config(path: pathlib.Path, *, cure: str) -> tuple[dict[str, Any], Config, EnvSpec]:
@@ -248,6 +267,9 @@ def read_config(path: pathlib.Path, *, cure: str) -> tuple[dict[str, Any], Confi
     tree = data["config"]
     if not isinstance(tree, dict):
       raise TypeError(f"config is a {type(tree).__name__}")
+    recorded = data.get("data")
+    if recorded is not None and not all(isinstance(recorded[name], str) for name in ("directory", "fingerprint")):
+      raise TypeError("data are not those of a run")
   except FileNotFoundError:
     raise UserError(f"{path} holds no run and no saved agent: config.json is missing") from None
   except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:

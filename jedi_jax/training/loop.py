@@ -13,6 +13,7 @@ import numpy as np
 
 from jedi_jax.agent import Agent
 from jedi_jax.config import Updates
+from jedi_jax.datasets import Dataset
 from jedi_jax.errors import TrainingError
 from jedi_jax.evaluation import EpisodeResult
 from jedi_jax.evaluation.evaluate import describe_results, evaluate
@@ -48,6 +49,7 @@ class Trainer:
     interruption: can stop the runs.
     on_epoch: see `train`.
     log: see `train`.
+    data: recorded episodes in the place of environments; None for environments.
 
   Attributes:
     learner: trains the runs.
@@ -65,6 +67,7 @@ class Trainer:
     interruption: Interruption,
     on_epoch: OnEpoch | None,
     log: Sequence[str] = ("tensorboard",),
+    data: Dataset | None = None,
   ):
     self.learner, self._actor, self._console, self._interruption = learner, actor, console, interruption
     self._on_epoch, self._loggers = on_epoch, log
@@ -74,7 +77,7 @@ class Trainer:
     self.runs: list[Run] = []
     try:
       for own in workdirs:
-        self.runs.append(Run(own, actor))
+        self.runs.append(Run(own, actor, data))
       self._start()
     except BaseException:
       self.close()
@@ -158,7 +161,8 @@ class Trainer:
     epoch = runs[0].progress.epoch
     if config.evaluation.interval_epochs and epoch % config.evaluation.interval_epochs == 0:
       for index in going:
-        values[index] |= self._evaluate_and_keep_best(index)
+        if self.runs[index].data is None:
+          values[index] |= self._evaluate_and_keep_best(index)
       self._watch(going, values)
     self._log(going, values, time.monotonic() - start)
     asked = self._interruption.stop_requested
@@ -340,11 +344,17 @@ class Trainer:
     }
 
   def _finish(self, index: int) -> None:
-    """Runs the final evaluation of a run and writes its result.json."""
+    """Runs the final evaluation of a run, if it has an environment, and writes its result.json."""
     start = time.monotonic()
     run = self.runs[index]
     c = run.config
-    results = self._evaluate(index, episodes=c.evaluation.episodes, purpose=Purpose.FINAL)
+    about: dict[str, Any] = {"data": run.workdir.data}
+    if run.data is None:
+      results = self._evaluate(index, episodes=c.evaluation.episodes, purpose=Purpose.FINAL)
+      about = {
+        **describe_results(c.env.name, results),
+        "max_episode_steps": c.evaluation.max_episode_steps,
+      }
     seconds = run.progress.seconds + time.monotonic() - start
     result = {
       "env": c.env.name,
@@ -354,8 +364,7 @@ class Trainer:
       "env_steps": run.collector.env_steps,
       "frames": run.env.frames,
       "updates": self.learner.updates(index),
-      **describe_results(c.env.name, results),
-      "max_episode_steps": c.evaluation.max_episode_steps,
+      **about,
       "seconds": seconds,
       "runs_together": len(self.runs),
     }
@@ -365,12 +374,7 @@ class Trainer:
       saving.start_save(run, index, self.learner)
       run.latest.wait()
     workdir.write_json(run.workdir.result, result)
-    score = result["human_normalized_score"]
-    self._console.log(
-      f"done: mean return {result['mean_return']:.2f} over {len(results)} games"
-      + (f", human-normalised score {score:.3f}" if score is not None else "")
-      + f", {seconds:.0f} s; {run.workdir.result}"
-    )
+    self._console.log(messages.done(run, result))
 
 
 def plan_calls(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jedi_jax.datasets import Dataset
 from jedi_jax.models.build import count_parameters
 from jedi_jax.training.learner import Learner
 from jedi_jax.training.run import Run
@@ -22,10 +23,37 @@ def header(runs: Sequence[Run], learner: Learner) -> list[str]:
   copies = max(devices.count, devices.runs)
   counts = {name: count // copies for name, count in count_parameters(learner.state.params).items()}
   shares = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+  recorded = [] if runs[0].data is None else data(runs[0].data, learner)
   return [
     f"{what}, {devices.count} {devices.devices[0].platform} device(s), in {where}",
     f"parameters: {shares}, in all {sum(counts.values()):,}; latent {learner.model.latent_shape}",
+    *recorded,
   ]
+
+
+def done(run: Run, result: Mapping[str, Any]) -> str:
+  """Describes the contents of a run's result.json."""
+  parts = [f"{result['seconds']:.0f} s; {run.workdir.result}"]
+  if run.data is None:
+    if (score := result["human_normalized_score"]) is not None:
+      parts.insert(0, f"human-normalised score {score:.3f}")
+    parts.insert(0, f"mean return {result['mean_return']:.2f} over {len(result['episode_returns'])} games")
+  return "done: " + ", ".join(parts)
+
+
+def data(data: Dataset, learner: Learner) -> list[str]:
+  """Describes the recorded episodes that runs train on, and warns if replay cannot hold them."""
+  lines = [
+    f"data: {data.path}, {len(data.training):,} episodes of {data.steps:,} steps to train on, "
+    f"{len(data.held_out):,} held out"
+  ]
+  slots = learner.shapes[1].actions.shape[1]
+  if data.frames > slots:
+    lines.append(
+      f"WARNING: the data have {data.frames:,} frames and replay holds {slots:,}: the first "
+      f"{data.frames - slots:,} are not trained on; set replay.capacity={data.frames} or leave it out"
+    )
+  return lines
 
 
 def epoch(runs: Sequence[Run], values: Sequence[Mapping[str, Any]]) -> str:

@@ -10,13 +10,16 @@ import numpy as np
 
 from jedi_jax import envs
 from jedi_jax.config import CollectConfig
+from jedi_jax.datasets import Dataset
 from jedi_jax.replay import Chunk
 from jedi_jax.runs import checkpoint, loggers, telemetry
 from jedi_jax.runs.workdir import Workdir
 from jedi_jax.training import seeds
 from jedi_jax.training.acting import Actor
 from jedi_jax.training.collector import Collected, Collector
+from jedi_jax.training.recorded import Recorded
 from jedi_jax.training.seeds import Purpose
+from jedi_jax.types import VectorEnv
 
 
 class Progress(NamedTuple):
@@ -55,8 +58,11 @@ class Run:
   Args:
     workdir: its files and configuration.
     actor: chooses its actions; shared by all runs.
+    data: recorded episodes to train on; None for an environment.
 
   Attributes:
+    data: as above.
+    env: its environments, or what stands for them.
     progress: how far it is.
     failure: why it cannot continue; empty if it can.
     saved: number of its newest checkpoint; None if there is none.
@@ -64,10 +70,28 @@ class Run:
     runaway: whether its encoder moves faster than the game.
   """
 
-  def __init__(self, workdir: Workdir, actor: Actor):
+  def __init__(self, workdir: Workdir, actor: Actor, data: Dataset | None = None):
     config = workdir.config
-    self.workdir, self.config, self.spec, self._actor = workdir, config, workdir.spec, actor
-    self.env = envs.make(
+    self.workdir, self.config, self.spec, self._actor, self.data = workdir, config, workdir.spec, actor, data
+    self.env: VectorEnv | Recorded
+    self.collector: Collector | Recorded
+    if data is None:
+      self._make_env()
+    else:
+      self.env = self.collector = Recorded(data.training)
+    self.latest = checkpoint.Checkpoints(workdir.checkpoints / "latest", keep=config.checkpoint.keep)
+    self.best = checkpoint.Checkpoints(workdir.checkpoints / "best", keep=1)
+    self.progress = Progress()
+    self.failure = ""
+    self.saved: int | None = None
+    self.collapsed = False
+    self.runaway = False
+    self._metrics: telemetry.MetricsWriter | None = None
+
+  def _make_env(self) -> None:
+    """Makes the environments and their collector."""
+    config, actor = self.config, self._actor
+    env = self.env = envs.make(
       config.env.name,
       num_envs=config.env.num_envs,
       seed=seeds.env_seed(config.seed, Purpose.COLLECTION),
@@ -77,24 +101,16 @@ class Run:
     try:
       with actor.device_context():
         self.collector = Collector(
-          self.env,
+          env,
           actor.act,
-          initial_state=actor.model.initial_state(self.env.num_envs),
+          initial_state=actor.model.initial_state(env.num_envs),
           seed=seeds.derive(config.seed, Purpose.COLLECTION),
           epsilon=functools.partial(epsilon, config.collect),
-          max_calls=config.collect.total_steps // self.env.num_envs,
+          max_calls=config.collect.total_steps // env.num_envs,
         )
     except BaseException:
-      self.env.close()
+      env.close()
       raise
-    self.latest = checkpoint.Checkpoints(workdir.checkpoints / "latest", keep=config.checkpoint.keep)
-    self.best = checkpoint.Checkpoints(workdir.checkpoints / "best", keep=1)
-    self.progress = Progress()
-    self.failure = ""
-    self.saved: int | None = None
-    self.collapsed = False
-    self.runaway = False
-    self._metrics: telemetry.MetricsWriter | None = None
 
   @property
   def done(self) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 
 from jedi_jax import config as config_lib
-from jedi_jax import envs
+from jedi_jax import datasets, envs
 from jedi_jax.config import Config
+from jedi_jax.datasets import Dataset
 from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.models.base import Build
 from jedi_jax.models.build import build as build_model
@@ -38,6 +39,7 @@ def train(
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
   log: Sequence[str] = ("tensorboard",),
+  data: Dataset | None = None,
 ) -> dict[str, Any]:
   """Trains a run to its end, or continues it from its newest checkpoint.
 
@@ -53,6 +55,8 @@ def train(
     on_epoch: called after each epoch, before its checkpoint; an exception ends the run. A resumed run repeats the
       epochs after its last checkpoint.
     log: loggers beside metrics.jsonl, a subset of 'tensorboard' and 'wandb' (Weights & Biases).
+    data: recorded episodes to train on, without an environment and evaluations; then `config` is that of
+      `datasets.make_config`.
 
   Returns:
     The contents of result.json; an empty dictionary in a process that is not the first.
@@ -72,6 +76,7 @@ def train(
     build=build,
     on_epoch=on_epoch,
     log=log,
+    data=data,
   )
   return result
 
@@ -87,6 +92,7 @@ def train_packed(
   build: Build = build_model,
   on_epoch: OnEpoch | None = None,
   log: Sequence[str] = ("tensorboard",),
+  data: Dataset | None = None,
 ) -> list[dict[str, Any]]:
   """Trains several runs in one program, each as it would train alone, or continues them.
 
@@ -103,6 +109,7 @@ def train_packed(
     build: as in `train`.
     on_epoch: as in `train`, called for each run in turn; an exception ends all runs.
     log: as in `train`.
+    data: as in `train`, of all runs.
 
   Returns:
     The contents of each result.json.
@@ -115,7 +122,11 @@ def train_packed(
   """
   devices, interruption = devices or Devices(), interruption or Interruption()
   console = console or Console()
-  specs = [envs.spec(config.env.name) for config in configs]
+  if data is not None:
+    for config in configs:
+      datasets.check_config(config, data)
+  specs = [envs.spec(config.env.name) if data is None else data.spec for config in configs]
+  record = None if data is None else data.record()
   _check_pack(configs, directories, specs, devices)
   for config, spec in zip(configs, specs, strict=True):
     check_replay(config, spec)
@@ -141,10 +152,10 @@ def train_packed(
     for directory, config, spec in zip(directories, configs, specs, strict=True):
       if not overwrite:
         # Before the file of the lock is written.
-        workdir.check(directory, config, spec)
+        workdir.check(directory, config, spec, record)
       stack.enter_context(workdir.locked(directory))
     workdirs = [
-      workdir.prepare(directory, config, spec, overwrite=overwrite)
+      workdir.prepare(directory, config, spec, data=record, overwrite=overwrite)
       for directory, config, spec in zip(directories, configs, specs, strict=True)
     ]
     left = [own for own in workdirs if not _is_complete(own, console)]
@@ -163,6 +174,7 @@ def train_packed(
           interruption=interruption,
           on_epoch=on_epoch,
           log=log,
+          data=data,
         ) as trainer:
           trainer.run_to_end()
       except UnevenError:
