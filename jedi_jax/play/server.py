@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.resources
+import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
@@ -54,7 +55,7 @@ def listen(port: int) -> socket.socket:
   try:
     return socket.create_server((HOSTS[0], port))
   except (OSError, OverflowError) as error:
-    reason = getattr(error, "strerror", None) or error
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
     raise UserError(f"--port={port} cannot be opened ({reason}): take another, or --port=0 for a free one") from None
 
 

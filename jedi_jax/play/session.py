@@ -247,12 +247,13 @@ class Session:
       return
     self._action = action
     self._dreamed = self._dream.step(action)
-    if self._game is not None and self._real is not None and not self._real.over:
+    stands = self._real is None or self._real.over
+    if self._game is not None and not stands:
       self._real = self._game.step(action)
     if self._dreamed.over:
       self._wait = time.monotonic() + 1.0
     self._times.append(time.monotonic())
-    self._note()
+    self._note(stands=stands)
 
   def choose(self) -> int:
     """Returns the action of the policy or of the player, whoever plays."""
@@ -280,11 +281,14 @@ class Session:
       self._takes.append([])
     self._note(start=True)
 
-  def _note(self, *, start: bool = False) -> None:
-    """Adds the step on the screen to the curves and to the recording."""
+  def _note(self, *, start: bool = False, stands: bool = False) -> None:
+    """Adds the step on the screen to the curves, without a real game that stands still, and to the recording."""
     row: dict[str, Any] = {"count": self._count, "start": start}
     self._count += 1
-    moments: tuple[tuple[str, Moment | None], ...] = (("dream", self._dreamed), ("real", self._real))
+    moments: tuple[tuple[str, Moment | None], ...] = (
+      ("dream", self._dreamed),
+      ("real", None if stands else self._real),
+    )
     for name, moment in moments:
       row[name] = None if moment is None else [_number(x) for x in (moment.reward, moment.end, moment.value)]
     self._history.append(row)

@@ -85,6 +85,7 @@ def test_the_dream_goes_on_after_the_end_of_the_game(session):
     send(session, do="step", action=1)
   header, _ = read(session)
   assert header["real_over"]
+  assert header["real"] is None  # Its curve has ended.
   assert not header["dream_over"]
   send(session, do="from_here")
   header, (dream, real) = read(session)
