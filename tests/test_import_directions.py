@@ -63,11 +63,12 @@ ALLOWED = {
 # The only importers of some libraries.
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
+  "gymnasium": {"envs/gym.py"},
   "gymnax": {"envs/minatar.py"},
   "orbax": {"runs/checkpoint.py"},
   "tensorboardX": {"runs/telemetry.py"},
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
-  "PIL": {"inspection/film.py"},
+  "PIL": {"envs/gym.py", "inspection/film.py"},
   "experiments": set(),
   "benchmarks": set(),
   "tests": set(),

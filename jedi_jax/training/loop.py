@@ -110,6 +110,9 @@ class Trainer:
     steps = sum(int(log["calls"]) * run.env.num_envs for run, log in logs)
     with run_in_threads([functools.partial(run.collector.restore, log) for run, log in logs]) as futures:
       self._wait(futures, "repeating environment steps", steps)
+    for (run, _), future in zip(logs, futures, strict=True):
+      if not future.result():
+        self._console.log(messages.new_games(run, packed=self.learner.devices.packed))
     for run in self.runs:
       if run.progress.epoch:
         run.best.delete_after(run.progress.epoch)
@@ -350,7 +353,7 @@ class Trainer:
       "preset": c.preset,
       "seed": c.seed,
       "env_steps": run.collector.env_steps,
-      "frames": run.env.frames,
+      "frames": run.collector.frames,
       "updates": self.learner.updates(index),
       **describe_results(c.env.name, results),
       "max_episode_steps": c.evaluation.max_episode_steps,

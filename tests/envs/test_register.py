@@ -90,7 +90,7 @@ def collector(env_name):
 
   state = LstmState(jnp.zeros((2, 1)), jnp.zeros((2, 1)))
   env = envs.make(env_name, **OPTIONS)
-  return Collector(env, act, initial_state=state, seed=0, epsilon=0.0, max_calls=200)
+  return Collector(env, act, initial_state=state, seed=0, epsilon=lambda steps: 0.0, max_calls=200)
 
 
 def test_collection_and_its_repetition(corridor):
