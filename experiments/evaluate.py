@@ -22,7 +22,7 @@ from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions on --env instead of a run.")
-_ENV = flags.DEFINE_string("env", None, "Environment of the random policy: atari/<Game>, minatar/<Game> or catch.")
+_ENV = flags.DEFINE_string("env", None, "Environment of the random policy, such as atari/Pong or catch.")
 _OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir by default.")
 _EPISODES = flags.DEFINE_integer("episodes", 100, "Number of games.", upper_bound=10**6)
 _NUM_ENVS = flags.DEFINE_integer("num_envs", 10, "Environments in parallel.", upper_bound=1024)
