@@ -25,7 +25,7 @@ _RANDOM = flags.DEFINE_bool("random", False, "Evaluates uniformly random actions
 _ENV = flags.DEFINE_string(
   "env",
   None,
-  "Environment of the random policy, or of a run if not its own: atari/<Game>, minatar/<Game> or catch.",
+  "Environment of the random policy, or of a run if not its own: such as atari/Pong or catch.",
 )
 _OUT = flags.DEFINE_string("out", None, "File of the result; evaluation.json in the workdir by default.")
 _EPISODES = flags.DEFINE_integer("episodes", 100, "Number of games.", upper_bound=10**6)

@@ -31,8 +31,8 @@ from jedi_jax.training.parallel import Devices
 _ENV = flags.DEFINE_list(
   "env",
   [],
-  "Environments: atari/<Game>, minatar/<Game> or catch; the preset's by default, atari/Breakout for most. Several are "
-  "packed.",
+  "Environments: atari/<Game>, gym/<id>, another family (docs/usage.md) or catch; the preset's by default, "
+  "atari/Breakout for most. Several are packed.",
 )
 _VARIANT = flags.DEFINE_string("variant", "jedi", f"World model: {', '.join(config_lib.VARIANTS)}.")
 _PRESET = flags.DEFINE_string(

@@ -60,7 +60,9 @@ class VectorEnv(Protocol):
   Training and evaluation rely on the following:
 
   - The same seed and the same actions give the same games. A resumed run repeats its actions and fails if it does not
-    arrive at the same observations.
+    arrive at the same observations. Environments that promise less have an attribute `repeatable`: None if games may
+    repeat, and where they do not a resumed run begins new games and says so; False if they do not, and a resumed run
+    begins new games without trying.
   - A finished game restarts within the `step` that ended it; no step is spent on a restart.
   - Every game ends, by itself or by a time limit. Evaluation plays whole games.
   - Returned arrays are not written to later. `observation` and `next_observation` of a step may be the same array.
@@ -80,7 +82,10 @@ class VectorEnv(Protocol):
     """Frames of the underlying game in all steps so far, over all environments (4 a step for plain Atari)."""
 
   def reset(self) -> np.ndarray:
-    """Starts all games; called once, before the first step. Returns observations [N, H, W, C] uint8."""
+    """Starts new games everywhere; returns observations [N, H, W, C] uint8.
+
+    Called once, before the first step; again if `repeatable` is not True and a resumed run begins new games.
+    """
 
   def step(self, actions: np.ndarray) -> EnvStep:
     """Takes one step in every environment; actions [N] int32 or int64 in [0, A)."""

@@ -24,9 +24,9 @@ def run(one_device):
   return recipe
 
 
-def test_there_are_five_recipes_and_no_other_code():
-  assert len(RECIPES) == 5
-  assert PAGE.count("```python") == 5
+def test_there_are_six_recipes_and_no_other_code():
+  assert len(RECIPES) == 6
+  assert PAGE.count("```python") == 6
 
 
 @pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
@@ -34,6 +34,12 @@ def test_a_recipe_trains(name, run, tmp_path):
   output = run(name, tmp_path)
   assert re.search(r"^mean return -?[\d.]+$", output, re.MULTILINE)
   assert len(list(tmp_path.glob("runs/*/result.json"))) == 1
+
+
+def test_an_environment_of_gymnasium_is_made(run, tmp_path):
+  first, following = run("An environment of Gymnasium", tmp_path).splitlines()
+  assert first == "first (2, 8, 12, 1) EnvSpec(num_actions=4, observation_shape=(8, 12, 1))"
+  assert following == "next (2, 8, 12, 1)"
 
 
 def test_the_denoiser_learns_and_samples_alone(run, tmp_path):

@@ -70,6 +70,7 @@ ALLOWED = {
 # The only importers of some libraries.
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
+  "gymnasium": {"envs/gym.py", "inspection/gymnasium_envs.py"},
   "gymnax": {"envs/minatar.py"},
   "minari": {"interop/episodes.py"},
   "orbax": {"runs/checkpoint.py"},
@@ -78,8 +79,7 @@ IMPORTERS = {
   "huggingface_hub": {"runs/sharing.py"},
   "safetensors": set(),  # The format is read and written by runs/safetensors.py.
   "matplotlib": {"runs/figures.py", "evaluation/report.py"},
-  "PIL": {"inspection/film.py"},
-  "gymnasium": {"inspection/gymnasium_envs.py"},
+  "PIL": {"envs/gym.py", "inspection/film.py"},
   "starlette": {"play/server.py"},
   "uvicorn": {"play/server.py"},
   "experiments": set(),

@@ -15,7 +15,7 @@ class EnvConfig:
   """The environment."""
 
   name: str = setting("atari/Breakout", "O")
-  """'atari/<Game>' for any Atari game of EnvPool, 'minatar/<Game>', 'catch', or a registered environment;
+  """'atari/<Game>' for any Atari game of EnvPool, 'gym/<id>', another family, 'catch', or a registered environment;
   'data' for recorded episodes."""
   num_envs: int = setting(1, "D", low=1, high=1024)
   """Environments that collect, each with its own stream of replay."""

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from jedi_jax.envs import skipping
-from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, import_envpool, open_pool
-from jedi_jax.errors import UserError
+from jedi_jax.envs.pooled import Outcome, Pool, PooledEnv, import_envpool, open_pool, tasks
 from jedi_jax.types import EnvSpec
 
 FRAMES_PER_STEP = 4
@@ -44,15 +43,9 @@ _FRAME_BY_FRAME = {
 }
 
 
-@functools.cache
 def games() -> tuple[str, ...] | None:
   """Returns EnvPool's Atari games, sorted, in its spelling (`Breakout`, `MsPacman`); None without EnvPool."""
-  try:
-    specs = import_envpool().registration.registry.specs
-  except UserError:
-    return None
-  # The suffix alone is not enough: MuJoCo's tasks end in -v5 as well.
-  return tuple(sorted(n.removesuffix("-v5") for n, e in specs.items() if e[0] == "envpool.atari" and n.endswith("-v5")))
+  return tasks("envpool.atari", "-v5")
 
 
 @functools.cache
@@ -110,14 +103,12 @@ class AtariEnv(PooledEnv):
     self._life_loss_ends = life_loss_ends
     self._fewest_lives = np.zeros(num_envs, np.int32)
 
-  def _images(self, raw: np.ndarray, env_ids: np.ndarray) -> np.ndarray:
-    del env_ids
-    return np.ascontiguousarray(raw.transpose(0, 2, 3, 1))
-
   def _begin(self, env_ids: np.ndarray, info: Mapping[str, np.ndarray]) -> None:
     self._fewest_lives[env_ids] = info["lives"]
 
-  def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
+  def _outcome(
+    self, reward: np.ndarray, done: np.ndarray, truncated: np.ndarray, info: Mapping[str, np.ndarray]
+  ) -> Outcome:
     del reward  # `info["reward"]` is never clipped.
     # EnvPool flags a game that ends on the step of the time limit as truncated; `info["terminated"]` is exact.
     end = info["terminated"] != 0

@@ -36,6 +36,7 @@ class BatchEnv:
     max_episode_steps: steps after which a game is truncated; None leaves that to the game.
     life_loss_ends: no effect; games have one life.
     num_threads: no effect.
+    repeatable: whether the same seed and actions give the same games; see `jedi_jax.types.VectorEnv`.
 
   Raises:
     UserError: a number is out of its range.
@@ -51,6 +52,7 @@ class BatchEnv:
     max_episode_steps: int | None = None,
     life_loss_ends: bool = False,
     num_threads: int = 0,
+    repeatable: bool | None = True,
   ) -> None:
     del life_loss_ends, num_threads
     check_numbers(num_envs, seed, max_episode_steps)
@@ -58,13 +60,17 @@ class BatchEnv:
     self.spec = spec
     self.frames = 0
     self._games = [make_game() for _ in range(num_envs)]
-    self._seed = seed
+    self._seeds: list[int | None] = list(range(seed, seed + num_envs))
+    self.repeatable = repeatable
     self._limit = math.inf if max_episode_steps is None else max_episode_steps
     self._lengths = np.zeros(num_envs, np.int64)
 
   def reset(self) -> np.ndarray:
-    """Begins the first game in every environment; returns observations [N, H, W, C] uint8."""
-    return np.stack([game.reset(seed=self._seed + i)[0] for i, game in enumerate(self._games)])
+    """Begins a new game in every environment; the first call seeds them. Returns observations [N, H, W, C] uint8."""
+    observations = np.stack([game.reset(seed=seed)[0] for seed, game in zip(self._seeds, self._games, strict=True)])
+    self._seeds = [None] * self.num_envs
+    self._lengths[:] = 0
+    return observations
 
   def step(self, actions: np.ndarray) -> EnvStep:
     """Takes one step in every environment and restarts finished games; actions [N] integers."""

@@ -65,7 +65,9 @@ class CatchEnv(PooledEnv):
     bottom[missed, column[missed]] = False
     return draw(row, column, bottom.argmax(axis=1))
 
-  def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
+  def _outcome(
+    self, reward: np.ndarray, done: np.ndarray, truncated: np.ndarray, info: Mapping[str, np.ndarray]
+  ) -> Outcome:
     # EnvPool's Catch plays on past the step limit, so `done` is always the ninth step.
     truncated = (info["elapsed_step"] >= self._limit) & ~done
     return Outcome(reward=reward, end=done, truncated=truncated, game_over=done | truncated)

@@ -1,6 +1,7 @@
 """The common part of EnvPool environments: opens a pool, checks actions, restarts finished games at once."""
 
 import abc
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -77,8 +78,26 @@ def import_envpool() -> Any:
   try:
     import envpool
   except ImportError as error:
-    raise UserError(f"Catch and the Atari games need EnvPool ({error}): pip install envpool") from None
+    raise UserError(
+      f"Catch, Atari, Procgen, ViZDoom and MiniGrid need EnvPool ({error}): pip install envpool"
+    ) from None
   return envpool
+
+
+@functools.cache
+def tasks(package: str, suffix: str) -> tuple[str, ...] | None:
+  """Returns the names of the tasks of one of EnvPool's packages, such as `envpool.atari`; None without EnvPool.
+
+  Args:
+    package: EnvPool's package.
+    suffix: only names with this end are returned, without it; sorted.
+  """
+  try:
+    specs = import_envpool().registration.registry.specs
+  except UserError:
+    return None
+  names = (name for name, entry in specs.items() if entry[0] == package and name.endswith(suffix))
+  return tuple(sorted(name.removesuffix(suffix) for name in names))
 
 
 def check_numbers(num_envs: int, seed: int, max_episode_steps: int | None) -> None:
@@ -112,7 +131,7 @@ class Outcome(NamedTuple):
 
 
 class PooledEnv(abc.ABC):
-  """A `jedi_jax.types.VectorEnv` over an EnvPool; subclasses implement `_images`, `_outcome` and optionally `_begin`.
+  """A `jedi_jax.types.VectorEnv` over an EnvPool; subclasses implement `_outcome`, optionally `_images`, `_begin`.
 
   By default EnvPool restarts a finished game on the next step: it discards that step's action and returns the first
   frame with reward 0. Such a step is no transition. This class resets finished games before `step` returns and keeps
@@ -184,7 +203,7 @@ class PooledEnv(abc.ABC):
     order, info = _by_env(info)
     self._frames += int(info["frames"].sum()) if "frames" in info else self._num_envs * self.frames_per_step
     next_observation = self._images(raw[order], np.arange(self._num_envs))
-    outcome = self._outcome(reward[order], (terminated | truncated)[order], info)
+    outcome = self._outcome(reward[order], (terminated | truncated)[order], truncated[order], info)
 
     observation = next_observation
     finished = np.flatnonzero(outcome.game_over).astype(np.int32)
@@ -199,17 +218,30 @@ class PooledEnv(abc.ABC):
       self._pool.close()
       self._pool = None  # EnvPool's threads and emulators go with the last reference.
 
-  @abc.abstractmethod
   def _images(self, raw: np.ndarray, env_ids: np.ndarray) -> np.ndarray:
-    """Converts EnvPool's observations [K, ...] of the environments `env_ids` [K] to images [K, H, W, C] uint8."""
+    """Converts EnvPool's observations of the environments `env_ids` [K] to images [K, H, W, C] uint8.
+
+    EnvPool's images are [K, C, H, W]; subclasses with other observations override this.
+    """
+    del env_ids
+    return np.ascontiguousarray(raw.transpose(0, 2, 3, 1))
 
   def _begin(self, env_ids: np.ndarray, info: Mapping[str, np.ndarray]) -> None:
     """Called when new games begin in `env_ids` [K], with their K rows of info; `_images` follows."""
     del env_ids, info
 
   @abc.abstractmethod
-  def _outcome(self, reward: np.ndarray, done: np.ndarray, info: Mapping[str, np.ndarray]) -> Outcome:
-    """Returns the outcome of a step from EnvPool's reward [N] float32, terminated or truncated [N] bool, and info."""
+  def _outcome(
+    self, reward: np.ndarray, done: np.ndarray, truncated: np.ndarray, info: Mapping[str, np.ndarray]
+  ) -> Outcome:
+    """Returns the outcome of a step.
+
+    Args:
+      reward: [N] float32; EnvPool's.
+      done: [N] bool; EnvPool terminated or truncated the game.
+      truncated: [N] bool; EnvPool truncated it.
+      info: EnvPool's, with N rows.
+    """
 
   def _open_pool(self) -> Pool:
     if self._pool is None:

@@ -1,7 +1,9 @@
-"""Environments by name: `catch`, `atari/<Game>`, `minatar/<Game>`, and those added by `register`.
+"""Environments by name: `catch`, those added by `register`, and the families `<family>/<name>`.
 
+The families are `atari`, `procgen`, `vizdoom` and `minigrid` (EnvPool), `minatar` (gymnax) and `gym` (Gymnasium).
 `atari/<Game>?skip=<low>-<high>` draws the number of frames per step uniformly from low to high; without it a step takes
 four. `minatar/<Game>?sticky=<p>` repeats the previous action with probability p; without it no action is sticky.
+`gym/<id>?crop=<rows>x<columns>&size=<pixels>` crops and resizes images.
 """
 
 import functools
@@ -11,17 +13,18 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jedi_jax.envs import atari, catch, minatar, skipping
+from jedi_jax.envs import atari, catch, gym, minatar, pixels, skipping
 from jedi_jax.envs.pooled import import_envpool
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.types import EnvSpec, VectorEnv
 
-_ATARI, _MINATAR = "atari/", "minatar/"
 RECORDED = "data"
 """Name of the environment of a run that trains on recorded episodes. It cannot be made."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*")
 _SKIP = re.compile(r"skip=([0-9]{1,4})-([0-9]{1,4})")
 _STICKY = re.compile(r"sticky=(0(?:\.[0-9]{1,6})?)")
+_SIZE = re.compile(r"size=([1-9][0-9]{0,3})(?:x([1-9][0-9]{0,3}))?")
+_CROP = re.compile(r"crop=([0-9]{1,4})-([0-9]{1,4})x([0-9]{1,4})-([0-9]{1,4})")
 _MEMBERS = ("num_envs", "spec", "frames", "reset", "step", "close")
 
 
@@ -29,17 +32,33 @@ class _Entry(NamedTuple):
   """An environment of the registry.
 
   Attributes:
-    spec: returns its spec.
+    spec: returns its spec; takes the keyword arguments that `options` returns.
     make: takes the keyword arguments of `jedi_jax.envs.make`.
-    options: converts the text after `?` of a name to further keyword arguments of `make`, given the name without it;
-      None for environments without options.
+    options: converts the text after `?` of a name to further keyword arguments of `make` and `spec`, given the name
+      without it; None for environments without options.
     check_installed: raises `UserError` if a package that `make` needs is not installed.
   """
 
-  spec: Callable[[], EnvSpec]
+  spec: Callable[..., EnvSpec]
   make: Callable[..., VectorEnv]
   options: Callable[[str, str], Mapping[str, Any]] | None = None
   check_installed: Callable[[], object] = lambda: None
+
+
+class _Family(NamedTuple):
+  """Environments whose names have the same first part.
+
+  Attributes:
+    owner: the package that defines them.
+    names: returns the second parts of their names; None if the package is not installed, and then every name passes.
+    entry: returns the entry of a second part.
+    listed: whether `names` of this module has them.
+  """
+
+  owner: str
+  names: Callable[[], tuple[str, ...] | None]
+  entry: Callable[[str], _Entry]
+  listed: bool = True
 
 
 _entries: dict[str, _Entry] = {}
@@ -54,8 +73,8 @@ def register(
   For a game that is a Python object with `reset` and `step`, see `BatchEnv`.
 
   Args:
-    name: letters, digits, `_`, `-` and `.`, in parts separated by `/`, such as `my/corridor`; not `atari/...` or
-      `minatar/...`.
+    name: letters, digits, `_`, `-` and `.`, in parts separated by `/`, such as `my/corridor`; the first
+      of several parts is no family, such as `atari`.
     spec: number of actions and observation shape; or a function that returns them, called at the first use.
     make: called with the keyword arguments num_envs, seed, life_loss_ends, max_episode_steps and num_threads, which
       `jedi_jax.envs.make` describes; one that needs only the first two is written `make(*, num_envs, seed, **options)`.
@@ -68,9 +87,9 @@ def register(
   """
   if not isinstance(name, str) or not _NAME.fullmatch(name):
     raise UserError(f"environment name {name!r}: write letters, digits, '_', '-' and '.', in parts separated by '/'")
-  for prefix, owner in ((_ATARI, "EnvPool"), (_MINATAR, "gymnax")):
-    if name.startswith(prefix):
-      raise UserError(f"environment name {name!r}: names that begin with {prefix!r} are {owner}'s; choose another")
+  for family, own in _FAMILIES.items():
+    if name.startswith(f"{family}/"):
+      raise UserError(f"environment name {name!r}: names that begin with '{family}/' are {own.owner}'s; choose another")
   if name == RECORDED:
     raise UserError(f"environment name {name!r} stands for recorded episodes; choose another")
   if name in _entries and not replace:
@@ -87,19 +106,21 @@ def register(
 
 
 def names() -> tuple[str, ...]:
-  """Returns the registered environments in order of registration, `catch` first, then `atari/<Game>`, `minatar/<Game>`.
+  """Returns the registered environments in order of registration, `catch` first, then those of the families.
 
-  Atari games are included only if EnvPool is installed; each of them also takes `?skip=`. The MinAtar games are
-  included without gymnax too; each of them also takes `?sticky=`.
+  Atari games and EnvPool's other families are included only if EnvPool is installed; an Atari game also takes `?skip=`.
+  The MinAtar games are included without gymnax too; each of them also takes `?sticky=`. Gymnasium's environments are
+  not included: most of those that come with it have no images.
   """
-  return (*_entries, *(_ATARI + game for game in atari.games() or ()), *(_MINATAR + game for game in minatar.SPECS))
+  return (*_entries, *(name for family, own in _FAMILIES.items() if own.listed for name in _full_names(family)))
 
 
 def validate(name: str) -> None:
-  """Checks that an environment of this name exists; without EnvPool, every name that begins with `atari/` passes.
+  """Checks that an environment of this name exists; if the package of its family is not installed, every name passes.
 
   Args:
-    name: such as `atari/Breakout`, `atari/Breakout?skip=2-6` or `minatar/Breakout?sticky=0.1`; case matters.
+    name: such as `atari/Breakout`, `atari/Breakout?skip=2-6`, `minatar/Breakout?sticky=0.1` or
+      `gym/my/Maze-v0?size=64`; case matters. An id of Gymnasium includes its version and is registered with it before.
 
   Raises:
     UserError: it does not exist; the message suggests the nearest names or describes the mistake in the option.
@@ -119,13 +140,17 @@ def check_installed(name: str) -> None:
 def spec(name: str) -> EnvSpec:
   """Returns the number of actions and the observation shape of an environment; no game is started.
 
+  One environment of Gymnasium is made and closed at the first call.
+
   Args:
     name: see `validate`.
 
   Raises:
-    UserError: there is no such environment, or EnvPool is needed and not installed.
+    UserError: there is no such environment, a package that it needs is not installed, its actions are not discrete, or
+      its observations are no images.
   """
-  return _parse(name)[0].spec()
+  entry, options = _parse(name)
+  return entry.spec(**options)
 
 
 def make(
@@ -147,7 +172,8 @@ def make(
     life_loss_ends: whether a lost life ends the training episode although the game continues (Atari; no effect on
       Catch and MinAtar). True in training, false in evaluation, which plays whole games.
     max_episode_steps: steps after which a game is truncated; None means the game's own limit: 27,000 for Atari (108,000
-      frames), 1,000 for MinAtar (2,500 for Freeway; never more), none for Catch, whose games take 9.
+      frames), none for Catch, whose games take 9. Other families have limits of their own, such as 1,000 steps in most
+      MinAtar games, which it only lowers.
     num_threads: emulator threads; 0 lets EnvPool choose.
 
   Returns:
@@ -169,7 +195,7 @@ def make(
   missing = [member for member in _MEMBERS if not hasattr(env, member)]
   if missing:
     raise UserError(f"environment {name!r}: make returned a {type(env).__name__} without {', '.join(missing)}")
-  for member, found, expected in (("num_envs", env.num_envs, num_envs), ("spec", env.spec, entry.spec())):
+  for member, found, expected in (("num_envs", env.num_envs, num_envs), ("spec", env.spec, entry.spec(**options))):
     if found != expected:
       env.close()
       raise UserError(f"environment {name!r}: make returned environments with {member} {found}, not {expected}")
@@ -190,6 +216,9 @@ def _parse(name: str) -> tuple[_Entry, Mapping[str, Any]]:
   """Returns the entry of an environment, and the keyword arguments of its `make` that the name adds."""
   base, question, query = str(name).partition("?")
   entry = _find(base)
+  if entry is None and base.startswith("gym/"):
+    cure = "; a package registers its environments with --import=my_package or when it is imported"
+    raise UserError(f"unknown environment {name!r}{nearest(base, _full_names('gym'))}{cure}")
   if entry is None:
     raise UserError(f"unknown environment {name!r}{nearest(base, names())}")
   if not question:
@@ -220,20 +249,38 @@ def _sticky(base: str, query: str) -> Mapping[str, Any]:
   return {"sticky": float(match[1])}
 
 
+def _view(base: str, query: str) -> Mapping[str, Any]:
+  view = gym.View()
+  for part in query.split("&"):
+    if (match := _SIZE.fullmatch(part)) and view.size is None:
+      view = view._replace(size=(int(match[1]), int(match[2] or match[1])))
+    elif (match := _CROP.fullmatch(part)) and view.crop is None:
+      top, bottom, left, right = map(int, match.groups())
+      view = view._replace(crop=(top, bottom, left, right))
+    else:
+      example = f"{base}?crop=34-194x0-160&size=64"
+      raise UserError(f"{part!r} is no crop (rows x columns) or size in pixels; write it like {example!r}")
+  return {"view": view}
+
+
+def _full_names(family: str) -> tuple[str, ...]:
+  return tuple(f"{family}/{name}" for name in _FAMILIES[family].names() or ())
+
+
 def _find(name: str) -> _Entry | None:
   """Returns the entry of a name without options, None if there is none."""
   if name == RECORDED:
     return _Entry(_refuse_recorded, _refuse_recorded)
-  if name.startswith(_MINATAR):
-    game = name.removeprefix(_MINATAR)
-    return _minatar_entry(game) if game in minatar.SPECS else None
-  if not name.startswith(_ATARI):
+  family, _, own_name = name.partition("/")
+  if not own_name or family not in _FAMILIES:
     return _entries.get(name)
-  game, games = name.removeprefix(_ATARI), atari.games()
-  if games is not None and game not in games:
-    return None
-  spec, make = functools.partial(atari.game_spec, game), functools.partial(atari.AtariEnv, game)
-  return _Entry(spec, make, _skip, import_envpool)
+  known = _FAMILIES[family].names()
+  return None if known is not None and own_name not in known else _FAMILIES[family].entry(own_name)
+
+
+def _atari_entry(game: str) -> _Entry:
+  make = functools.partial(atari.AtariEnv, game)
+  return _Entry(lambda **_: atari.game_spec(game), make, _skip, import_envpool)
 
 
 def _refuse_recorded(**options: Any) -> Any:
@@ -247,7 +294,30 @@ def _refuse_recorded(**options: Any) -> Any:
 
 def _minatar_entry(game: str) -> _Entry:
   make = functools.partial(minatar.MinAtarEnv, game)
-  return _Entry(lambda: minatar.SPECS[game], make, _sticky, minatar.import_gymnax)
+  return _Entry(lambda **_: minatar.SPECS[game], make, _sticky, minatar.import_gymnax)
+
+
+def _pixels_entry(family: str, name: str) -> _Entry:
+  spec = functools.partial(pixels.task_spec, family, name)
+  return _Entry(spec, functools.partial(pixels.PixelEnv, family, name), check_installed=spec)
+
+
+def _gym_entry(env_id: str) -> _Entry:
+  def spec(view: gym.View = gym.View()) -> EnvSpec:
+    return gym.game_spec(env_id, view)
+
+  return _Entry(spec, functools.partial(gym.GymEnv, env_id), _view, gym.import_gymnasium)
+
+
+_FAMILIES: Mapping[str, _Family] = {
+  "atari": _Family("EnvPool", atari.games, _atari_entry),
+  **{
+    family: _Family("EnvPool", own.names, functools.partial(_pixels_entry, family))
+    for family, own in pixels.FAMILIES.items()
+  },
+  "minatar": _Family("gymnax", lambda: tuple(minatar.SPECS), _minatar_entry),
+  "gym": _Family("Gymnasium", gym.ids, _gym_entry, listed=False),
+}
 
 
 def _checked_spec(name: str, spec: Any) -> EnvSpec:

@@ -33,7 +33,8 @@ class Collected(NamedTuple):
 class Collector:
   """Steps the environments and logs the actions, so that a resumed run continues exactly.
 
-  Emulators cannot be saved, but they are deterministic: a resumed run repeats the logged actions.
+  Emulators cannot be saved, but they are deterministic: a resumed run repeats the logged actions. Where an environment
+  does not promise to repeat itself (`repeatable` of `VectorEnv`), the run goes on with new games if it does not.
 
   Args:
     env: N environments; they are reset here.
@@ -63,6 +64,7 @@ class Collector:
     self._epsilon = epsilon
     self._state = initial_state
     self._calls = 0
+    self._not_repeated = 0  # Environment steps before the games of `env`.
     self._log = np.zeros((max_calls, env.num_envs), np.min_scalar_type(env.spec.num_actions - 1))
     self._returns = np.zeros(env.num_envs)
     self._lengths = np.zeros(env.num_envs, np.int64)
@@ -74,6 +76,16 @@ class Collector:
   def env_steps(self) -> int:
     """Environment steps taken, over all environments."""
     return self._calls * self._env.num_envs
+
+  @property
+  def frames(self) -> int:
+    """Game frames of these steps; steps that the environments did not repeat count as one frame each."""
+    return self._env.frames + self._not_repeated
+
+  @property
+  def repeats(self) -> bool:
+    """Whether `restore` repeats steps; it begins new games at once where the environments never repeat themselves."""
+    return getattr(self._env, "repeatable", True) is not False
 
   def collect(
     self,
@@ -167,22 +179,38 @@ class Collector:
       "observations": self._observations.copy(),
     }
 
-  def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
+  def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> bool:
     """Continues from a saved state, in environments of the same seed that have taken no step.
 
     Args:
       saved: the result of `save`.
       check: called after each step of all environments; may raise to stop.
 
+    Returns:
+      Whether the games go on; if not, new ones have begun, and the unfinished ones stay in replay as they are.
+
     Raises:
-      UserError: the environments do not arrive at the same observations.
+      UserError: the environments promise to repeat themselves, and do not arrive at the same observations.
     """
-    for calls in range(int(saved["calls"])):
-      self._step(saved["actions"][calls].astype(np.int32), [], [])
-      check()
-    if not np.array_equal(self._observations, saved["observations"]):
-      raise UserError(
-        "the environment did not repeat its steps, so this run cannot be continued here: "
-        "use the version of the environment that it was started with, and draw all of its randomness from its seed"
-      )
-    self._state = LstmState(*saved["state"])
+    calls = int(saved["calls"])
+    if self.repeats:
+      for call in range(calls):
+        self._step(saved["actions"][call].astype(np.int32), [], [])
+        check()
+      if np.array_equal(self._observations, saved["observations"]):
+        self._state = LstmState(*saved["state"])
+        return True
+      if getattr(self._env, "repeatable", True):
+        raise UserError(
+          "the environment did not repeat its steps, so this run cannot be continued here: "
+          "use the version of the environment that it was started with, and draw all of its randomness from its seed"
+        )
+    else:
+      self._calls, self._not_repeated = calls, calls * self._env.num_envs
+      self._log[:calls] = saved["actions"][:calls]
+    if not calls:
+      return True
+    self._observations = self._env.reset()
+    self._restart[:] = True
+    self._returns[:], self._lengths[:] = 0.0, 0
+    return False

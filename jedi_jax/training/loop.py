@@ -115,6 +115,9 @@ class Trainer:
     steps = sum(int(log["calls"]) * run.env.num_envs for run, log in logs)
     with run_in_threads([functools.partial(run.collector.restore, log) for run, log in logs]) as futures:
       self._wait(futures, "repeating environment steps", steps)
+    for (run, _), future in zip(logs, futures, strict=True):
+      if not future.result():
+        self._console.log(messages.new_games(run, packed=self.learner.devices.packed))
     for run in self.runs:
       if run.progress.epoch:
         run.best.delete_after(run.progress.epoch)
@@ -362,7 +365,7 @@ class Trainer:
       "preset": c.preset,
       "seed": c.seed,
       "env_steps": run.collector.env_steps,
-      "frames": run.env.frames,
+      "frames": run.collector.frames,
       "updates": self.learner.updates(index),
       **about,
       "seconds": seconds,

@@ -99,6 +99,14 @@ def runaway(run: Run, values: Mapping[str, Any], *, packed: bool) -> str:
   )
 
 
+def new_games(run: Run, *, packed: bool) -> str:
+  """Reports that the games of a resumed run could not be continued."""
+  return (
+    f"{_place(run, packed=packed)}WARNING: {run.config.env.name} does not repeat its steps: new games begin, and the "
+    "run is not the one that it would have been without the interruption"
+  )
+
+
 def _place(run: Run, *, packed: bool) -> str:
   """Names one of several runs."""
   return f"{run.workdir.path}: " if packed else ""

@@ -18,10 +18,12 @@ class Recorded:
 
   Attributes:
     num_envs: 1, the streams of replay.
+    repeats: False, as no environment steps are repeated to continue a run.
     env_steps: steps of the episodes that were collected.
   """
 
   num_envs = 1
+  repeats = False
 
   def __init__(self, episodes: tuple[Episode, ...]):
     self._episodes = episodes

@@ -201,7 +201,7 @@ class Run:
   def collection_metrics(self, steps: Steps) -> dict[str, Any]:
     """Returns the epoch's metrics of environment steps."""
     collected, seconds = steps.collected, steps.seconds
-    values: dict[str, Any] = {"env_steps": self.collector.env_steps, "frames": self.env.frames}
+    values: dict[str, Any] = {"env_steps": self.collector.env_steps, "frames": self.collector.frames}
     values["time/collect_seconds"] = seconds
     if collected.steps:
       values["collect/steps"] = collected.steps

@@ -91,6 +91,6 @@ def restore(run: Run, learner: Learner, console: Console) -> tuple[TrainState, R
   run.progress = Progress(int(p["epoch"]), int(p["total_epochs"]), float(p["seconds"]), float(p["best"]))
   log = saved["collector"]
   steps = int(log["calls"]) * run.env.num_envs
-  repeating = f": repeating {steps:,} environment steps" if run.data is None else ""
-  console.log(f"resuming after epoch {run.progress.epoch}{repeating}")
+  what = f": repeating {steps:,} environment steps" if run.collector.repeats else ""
+  console.log(f"resuming after epoch {run.progress.epoch}{what}")
   return saved["train"].replace(params=params), saved["replay"], log

@@ -9,11 +9,12 @@ from jedi_jax.evaluation import human_normalized_score
 MINIMAL_ACTIONS = {"Breakout": 4, "Pong": 6, "Freeway": 3, "MsPacman": 9, "Seaquest": 18}
 
 
-def test_names_are_catch_atari_and_minatar():
+def test_names_are_catch_and_the_families():
   known = envs.names()
   assert known[0] == "catch"
-  assert all(name.startswith("atari/") for name in known[1:-5])
-  assert all(name.startswith("minatar/") for name in known[-5:])
+  families = [name.partition("/")[0] for name in known[1:]]
+  assert list(dict.fromkeys(families)) == ["atari", "procgen", "vizdoom", "minigrid", "minatar"]
+  assert families == sorted(families, key=list(dict.fromkeys(families)).index)
   assert len(set(known)) == len(known)
   assert "atari/Ant" not in known  # MuJoCo, though its version is v5 as well.
   assert not any(name.endswith("-v5") for name in known)

@@ -5,6 +5,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+import walk
 from hypothesis import strategies as st
 
 import jedi_jax
@@ -188,6 +189,28 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(
   assert_equal(*last, skip=("seconds",))
   best = [sorted(p.name for p in (d / "checkpoints" / "best").iterdir()) for d in (directory, finished_run)]
   assert best[0] == best[1]
+
+
+def test_a_run_whose_games_do_not_repeat_resumes_with_new_ones(tmp_path, monkeypatch, tiny, train_tiny, quiet):
+  walk.register(monkeypatch)
+
+  class StopError(Exception):
+    pass
+
+  def stop(directory, record):
+    if record["epoch"] == 3:
+      raise StopError
+
+  # The shapes are those of Catch, so that the tiny configuration's programs fit.
+  config = make_config(env="gym/test/Random-v0?size=24", preset="debug", overrides=tiny.overrides)
+  with pytest.raises(StopError):
+    train_tiny(tmp_path / "run", config=config, on_epoch=stop)
+  result = train_tiny(tmp_path / "run", config=config, console=quiet)
+  [repeating] = [line for line in quiet.lines if line.startswith("resuming after epoch 2: repeating ")]
+  assert repeating.endswith(" environment steps")
+  [line] = [line for line in quiet.lines if "does not repeat its steps: new games begin" in line]
+  assert line.startswith("WARNING: gym/test/Random-v0?size=24 ")
+  assert result["env_steps"] == result["frames"] == tiny.config.collect.total_steps
 
 
 def test_a_run_is_resumed_on_another_number_of_devices(finished_run, interrupted, train_tiny, tiny, tmp_path, timeless):
