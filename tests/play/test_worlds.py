@@ -69,7 +69,7 @@ def test_another_number_of_sampler_steps_gives_other_frames_of_the_same_paramete
     dream.sampler_steps = steps
     assert dream.sampler_steps == steps
     dream.reset(start)
-    values.setdefault(steps, []).append(dream.step(1).value)
+    values.setdefault(steps, []).append(dream.step(1).reward)  # The untrained value is 0.
   assert values[2][0] == values[2][1] != values[4][0]
 
 
