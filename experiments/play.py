@@ -1,10 +1,12 @@
 """Serves a page on this machine to play in the dream of a trained model, beside the real game.
 
+  python experiments/play.py
   python experiments/play.py --workdir=runs/breakout
 
-Open the printed address in a browser. A dream starts from frames of the real game; all later frames are imagined for
-the actions of your keyboard, or of the policy. For a run without a probe decoder, a probe is fitted to recorded games;
-the run is not changed. Needs `pip install '.[play]'`.
+Without a run, the dream is that of the agent of Catch that is part of the package. Open the printed address in a
+browser. A dream starts from frames of the real game; all later frames are imagined for the actions of your keyboard, or
+of the policy. For a run without a probe decoder, a probe is fitted to recorded games; the run is not changed. Needs
+`pip install '.[play]'`.
 """
 
 import secrets
@@ -15,10 +17,10 @@ import jedi_jax
 from jedi_jax.inspection import probe, recording
 from jedi_jax.play import server
 from jedi_jax.play.session import SPEEDS, Session
-from jedi_jax.runs import program, workdir
+from jedi_jax.runs import program, sharing, workdir
 from jedi_jax.training import seeds
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", "jedi://catch", "Directory of the run, or a saved agent.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port on 127.0.0.1; 0 for a free one.", lower_bound=0, upper_bound=65535)
 _SPEED = flags.DEFINE_float(
@@ -39,13 +41,12 @@ _SEED = flags.DEFINE_integer("seed", 0, "Seed of games and dreams; independent o
 
 def main() -> None:
   """Loads the run and serves the page until Ctrl-C."""
-  if not _WORKDIR.value:
-    raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
   server.check_installed()
   program.enable_compilation_cache()
-  run = workdir.read(_WORKDIR.value)
+  place = sharing.resolve(_WORKDIR.value)
+  workdir.read(place)  # Before the port is taken.
   with server.listen(_PORT.value) as listener:
-    agent = jedi_jax.load_agent(run.path, _CHECKPOINT.value)
+    agent = jedi_jax.load_agent(place, _CHECKPOINT.value)
     seed = seeds.evaluation_seed(_SEED.value)
     if agent.model.decode is None:
       print(f"the run has no probe decoder: fitting one in {_PROBE_UPDATES.value:,} updates ...", flush=True)

@@ -288,7 +288,7 @@ MISTAKES = {
   "diagnose no checkpoint": ([DIAGNOSE, "--workdir=taken"], ["no checkpoint"]),
   "dream nothing": ([DREAM], ["--workdir"]),
   "dream in another format": ([DREAM, "--workdir=taken", "--out=dream.avi"], ["dream.avi", ".gif"]),
-  "play nothing": ([PLAY], ["--workdir"]),
+  "play an unknown agent": ([PLAY, "--workdir=jedi://cach"], ["jedi://cach", "nearest: jedi://catch"]),
   "play no run": ([PLAY, "--workdir=empty"], ["holds no run", "empty"]),
   "play no checkpoint": ([PLAY, "--workdir=taken", "--port=0"], ["no checkpoint", "taken"]),
   "play at no port": ([PLAY, "--workdir=taken", "--port=70000"], ["port", "70000"]),

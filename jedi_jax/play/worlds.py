@@ -43,9 +43,7 @@ class Moment(NamedTuple):
 class _State(NamedTuple):
   """What the next imagined step depends on; a batch of one."""
 
-  past: Array  # [1, L, h, w, c]
-  past_actions: Array  # [1, L - 1]; the actions between the past frames.
-  reward_end_state: LstmState
+  world: imagination.WorldState
   policy_state: LstmState  # After the last frame.
 
 
@@ -129,17 +127,18 @@ def _prepare(model: Model, params: dict[str, Params]) -> dict[str, Params]:
 @functools.partial(jax.jit, static_argnums=0)
 def _start(model: Model, params: dict[str, Params], start: Segment) -> tuple[_State, tuple[Array, ...]]:
   past = model.encode(params, start.observations, start.mask)
-  actions = start.actions[:, :-1]
-  reward_end_state = model.reward_end.initial_state(1)
-  if past.shape[1] > 1:
-    _, _, reward_end_state = model.reward_end.predict(
-      params["reward_end"], past[:, :-1], actions, past[:, 1:], reward_end_state
-    )
+  world = imagination.start_world(model.reward_end, params["reward_end"], past, start.actions[:, :-1])
   keep = start.mask.astype(jnp.float32) if model.parts.forget_padding else None
   logits, values, policy_state = model.actor_critic.apply(params["actor_critic"], past, model.initial_state(1), keep)
-  state = _State(past, actions, reward_end_state, policy_state)
   zero = jnp.zeros(())
-  return state, (start.observations[0, -1], zero, zero, zero, values[0, -1], jax.nn.softmax(logits[0, -1]))
+  return _State(world, policy_state), (
+    start.observations[0, -1],
+    zero,
+    zero,
+    zero,
+    values[0, -1],
+    jax.nn.softmax(logits[0, -1]),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -148,23 +147,19 @@ def _step(
 ) -> tuple[_State, tuple[Array, ...]]:
   noise = imagination.draw_noise(dynamics, key[None], horizon=1, num_actions=model.spec.num_actions)
   noise = jax.tree.map(lambda x: x[0], noise)
-  actions = jnp.concatenate([state.past_actions, action[:, None]], axis=1)
-  following = dynamics.sample(params["denoiser"], state.past, actions, noise.frames)[:, None]
-  reward_logits, end_logits, reward_end_state = model.reward_end.predict(
-    params["reward_end"], state.past[:, -1:], action[:, None], following, state.reward_end_state
-  )
+  world, outcome = imagination.step_world(dynamics, model.reward_end, params, state.world, action, noise)
+  following = world.past[:, -1:]
   logits, values, policy_state = model.actor_critic.apply(params["actor_critic"], following, state.policy_state)
-  past = jnp.concatenate([state.past[:, 1:], following], axis=1)
   assert model.decode is not None
   outputs = (
     model.decode(params, following)[0, 0],
-    jax.nn.softmax(reward_logits[0, 0]) @ jnp.asarray([-1.0, 0.0, 1.0]),
-    jax.nn.softmax(end_logits[0, 0])[1],
-    jnp.argmax(end_logits[0, 0] + noise.ends[0]) == 1,
+    jax.nn.softmax(outcome.reward_logits[0]) @ jnp.asarray([-1.0, 0.0, 1.0]),
+    jax.nn.softmax(outcome.end_logits[0])[1],
+    outcome.end[0],
     values[0, 0],
     jax.nn.softmax(logits[0, 0]),
   )
-  return _State(past, actions[:, 1:], reward_end_state, policy_state), outputs
+  return _State(world, policy_state), outputs
 
 
 class Game:
