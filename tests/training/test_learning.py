@@ -36,7 +36,7 @@ def test_another_learner_learns_in_the_dream(learned, monkeypatch):
   monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
   policy = importlib.import_module("dream_ppo").train(learned[0], steps=100_000, num_envs=32, seed=0)
   returns = [result.return_ for result in jedi_jax.evaluate(policy, "catch", episodes=100)]
-  assert np.mean(returns) >= 0.8
+  assert np.mean(returns) >= 0.2  # A random policy has -0.62, and three seeds of another run 0.24 to 1.00.
 
 
 @pytest.mark.slow
