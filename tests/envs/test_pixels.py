@@ -57,11 +57,11 @@ def test_specs_frames_and_repetition(name, num_actions, channels, frames_per_ste
   assert (first != other).any()
 
 
-@pytest.mark.parametrize("name", [PROCGEN, DOOM, GRID])
 def test_some_scenarios_are_grey():
   assert envs.spec(installed("vizdoom/RocketBasic")) == (6, (64, 64, 1))
 
 
+@pytest.mark.parametrize("name", [PROCGEN, DOOM, GRID])
 def test_our_time_limit_truncates(name):
   _, steps, _ = play(installed(name), 13, actions=0, max_episode_steps=3)
   lengths, last, over = np.zeros(2, int), None, 0
