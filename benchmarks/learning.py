@@ -81,6 +81,8 @@ def _training_games(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _row(path: pathlib.Path) -> dict[str, Any]:
   run = workdir.read(path)
   records = workdir.read_metrics(run.metrics)
+  if run.data is not None:
+    raise jedi_jax.UserError(f"{path} was trained on recorded episodes: it has no games")
   if run.result.exists():
     result = workdir.read_json(run.result)
     games = _games(result)

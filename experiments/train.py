@@ -39,7 +39,7 @@ _PRESET = flags.DEFINE_string(
   "preset",
   "paper",
   "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns a game on a CPU in "
-  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in twenty minutes), minatar (learns a "
+  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in seven minutes), minatar (learns a "
   "MinAtar game in 35 minutes on one core), debug (seconds).",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers; the first seed of several runs.")

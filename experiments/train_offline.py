@@ -29,6 +29,9 @@ _EPOCHS = flags.DEFINE_integer(
   upper_bound=10**9,
 )  # fmt: skip
 _SET = flags.DEFINE_multi_string("set", [], "Overrides a setting, as in --set=denoiser.targets=1; may be repeated.")
+_LOG = flags.DEFINE_list(
+  "log", ["tensorboard"], "Loggers beside metrics.jsonl: tensorboard, wandb (Weights & Biases); empty for none."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Removes the run in the workdir and starts again.")
 _DEVICES = flags.DEFINE_integer("devices", 0, "Devices to train on; 0 for all.", lower_bound=0)
 _GRACE = flags.DEFINE_float(
@@ -63,6 +66,7 @@ def main() -> None:
       overwrite=_OVERWRITE.value,
       devices=Devices.take(_DEVICES.value),
       interruption=interruption,
+      log=_LOG.value,
       data=data,
     )
 

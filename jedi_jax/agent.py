@@ -15,6 +15,7 @@ from jedi_jax.config import Config
 from jedi_jax.errors import UserError
 from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
+from jedi_jax.models.build import count_parameters
 from jedi_jax.runs import checkpoint, sharing, workdir
 from jedi_jax.types import Array, LstmState, Policy
 
@@ -188,6 +189,7 @@ class Agent:
       params=jax.device_get(self.params),
       config=self.config,
       spec=spec,
+      sizes=count_parameters(self.params),
       result=self.result,
       overwrite=overwrite,
     )

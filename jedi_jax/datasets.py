@@ -250,19 +250,20 @@ def from_run(directory: str | os.PathLike[str]) -> tuple[Workdir, list[Episode]]
     UserError: if there is no such run, or it has no checkpoint with a replay.
   """
   run = workdir.read(directory)
+  return run, list(replay_lib.to_episodes(load_replay(run)))
+
+
+def load_replay(run: Workdir) -> replay_lib.ReplayState:
+  """Reads the replay of the newest valid checkpoint of a run; NumPy arrays.
+
+  Raises:
+    UserError: if the run has no checkpoint, or none that is valid.
+  """
   latest = run.checkpoints / "latest"
-  number = checkpoint.newest(latest)
-  if number is None:
-    raise UserError(f"there is no checkpoint in {latest}")
-  arrays = checkpoint.read(latest, number)
-  fields: dict[str, Any] = {
-    name.removeprefix("state/replay/"): x for name, x in arrays.items() if name.startswith("state/replay/")
-  }
-  try:
-    replay = replay_lib.ReplayState(**fields, observation_shape=run.spec.observation_shape)
-  except TypeError:
-    raise UserError(f"checkpoint {number} in {latest} has no replay") from None
-  return run, list(replay_lib.to_episodes(replay))
+  if checkpoint.newest(latest) is None:
+    raise UserError(f"{run.path} has no checkpoint, and so no replay")
+  arrays: dict[str, Any] = checkpoint.load_state(latest, "replay")
+  return replay_lib.ReplayState(**arrays, observation_shape=run.spec.observation_shape)
 
 
 def held_out(run: Workdir, directory: str | os.PathLike[str] | None = None) -> tuple[Episode, ...]:

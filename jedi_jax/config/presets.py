@@ -144,7 +144,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.max_episode_steps": 2_000,
     "checkpoint.interval_epochs": 2,
   },
-  # Learns Catch within twenty minutes on two CPU cores.
+  # Learns Catch within ten minutes on a CPU core.
   "catch": {
     **_STABLE_LATENTS,
     "env.name": "catch",

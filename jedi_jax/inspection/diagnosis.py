@@ -11,6 +11,7 @@ import numpy as np
 from jedi_jax.agent import Agent, load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.inspection.recording import Episode, real_episodes, windows
+from jedi_jax.models import phases
 from jedi_jax.models.dynamics import DenoisingNoise
 from jedi_jax.ops import edm
 from jedi_jax.ops.statistics import latent_statistics
@@ -158,6 +159,7 @@ def _denoising(agent: Agent, segment: Segment, key: Array) -> Figures:
   @jax.jit
   def measure(params: dict[str, Params], segment: Segment, noise: DenoisingNoise, level: Array) -> tuple[Array, Array]:
     at_level = noise._replace(sigma=jnp.full_like(noise.sigma, level), use_estimate=jnp.zeros((), bool))
+    params = phases.imagining(params)
     latents = model.encode(params, segment.observations, segment.mask)
     clean, weights = latents[:, length:], segment.mask[:, length:].astype(jnp.float32)
     losses = model.dynamics.losses(

@@ -13,13 +13,14 @@ import numpy as np
 
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, load_agent
+from jedi_jax.datasets import load_replay
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.models import imagination, phases
 from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
 from jedi_jax.models.imagination import WorldState
 from jedi_jax.replay import ReplayState
-from jedi_jax.runs import checkpoint, workdir
+from jedi_jax.runs import sharing, workdir
 from jedi_jax.types import Array, Params, Segment
 
 if TYPE_CHECKING:
@@ -227,9 +228,12 @@ def _read_starts(agent: Agent, starts: Any) -> tuple[Any, Callable[[Any, Array],
     return _check_rows(model, starts), _draw_row
   how: dict[str, Any] = {"age_weights": (1.0,)}
   if isinstance(starts, str | os.PathLike):
-    run = workdir.read(starts)
+    run = workdir.read(sharing.resolve(starts))
     how = {"age_weights": run.config.replay.age_weights, "age_groups": run.config.replay.age_groups}
-    starts = load_replay(run)
+    try:
+      starts = load_replay(run)
+    except UserError as error:
+      raise UserError(f"{error}: give starts") from None
   elif not isinstance(starts, ReplayState):
     if not isinstance(starts, Iterable):
       raise UserError(f"starts is a {type(starts).__name__}: give the directory of a run, episodes or a Segment")
@@ -239,19 +243,6 @@ def _read_starts(agent: Agent, starts: Any) -> tuple[Any, Callable[[Any, Array],
     raise UserError("the replay has no steps to start from")
   # As imagination draws in training: the last frame is one on which an action was taken.
   return starts, functools.partial(replay_lib.sample, length=length, beyond_end=False, final_frames=False, **how)
-
-
-def load_replay(run: workdir.Workdir) -> ReplayState:
-  """Reads the replay of the newest valid checkpoint of a run; NumPy arrays.
-
-  Raises:
-    UserError: if the run has no checkpoint, or none that is valid.
-  """
-  directory = run.checkpoints / "latest"
-  if checkpoint.newest(directory) is None:
-    raise UserError(f"{run.path} has no replay to start from, as it has no checkpoint: give starts")
-  arrays: dict[str, Any] = checkpoint.load_state(directory, "replay")
-  return ReplayState(**arrays, observation_shape=run.spec.observation_shape)
 
 
 def _draw_row(rows: Segment, keys: Array) -> Segment:

@@ -83,12 +83,13 @@ def _torch_is_safe() -> bool:
   return match is not None and (int(match.group(1)), int(match.group(2))) >= _SAFE_TORCH
 
 
-def _flat(data: Mapping[Any, Any], prefix: str = "") -> dict[Any, Any]:
-  """Returns a nested dictionary as one; names that are no strings, which are refused later, are kept."""
+def _flat(data: Mapping[Any, Any]) -> dict[Any, Any]:
+  """Returns a dictionary of dictionaries as one. Deeper ones, and names that are no strings, are refused later."""
   flat: dict[Any, Any] = {}
   for name, value in data.items():
-    full = f"{prefix}{name}" if isinstance(name, str) else name
-    flat |= _flat(value, f"{full}.") if isinstance(value, Mapping) else {full: value}
+    inner = value.items() if isinstance(value, Mapping) else ()
+    flat |= {f"{name}.{own}" if isinstance(own, str) else own: x for own, x in inner}
+    flat |= {} if isinstance(value, Mapping) else {name: value}
   return flat
 
 

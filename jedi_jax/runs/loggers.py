@@ -110,12 +110,19 @@ class WeightsAndBiases:
   def write(self, epoch: int, values: Mapping[str, float]) -> None:
     """See `Logger`. An epoch that a resumed run repeats has been written before."""
     if epoch >= self._run.step:
-      self._run.log(dict(values), step=epoch, commit=True)
+      self._log(dict(values), epoch, commit=True)
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
     """See `Logger`."""
     if epoch >= self._run.step:
-      self._run.log({name: self._wandb.Image(image)}, step=epoch, commit=False)
+      self._log({name: self._wandb.Image(image)}, epoch, commit=False)
+
+  def _log(self, values: dict[str, Any], epoch: int, *, commit: bool) -> None:
+    try:
+      self._run.log(values, step=epoch, commit=commit)
+    except Exception as error:  # W&B raises many types.
+      reason = " ".join(str(error).split())[:200] or type(error).__name__
+      raise UserError(f"W&B cannot write ({reason}): repeat the command, without the logger wandb if need be") from None
 
   def close(self) -> None:
     """See `Logger`."""
@@ -144,7 +151,7 @@ def check(names: Sequence[str]) -> None:
   Raises:
     UserError: if a name is unknown or a package is missing.
   """
-  for name in names:
+  for name in [names] if isinstance(names, str) else names:
     if name not in LOGGERS:
       raise UserError(f"unknown logger {name!r}{nearest(name, LOGGERS)}")
     _ = _import_wandb() if name == "wandb" else _import_tensorboardx()
@@ -162,8 +169,13 @@ def make(names: Sequence[str], run: Workdir, *, last_epoch: int) -> list[Logger]
     UserError: if one cannot be opened.
   """
   found: list[Logger] = []
-  for name in dict.fromkeys(names):
-    found.append(WeightsAndBiases(run) if name == "wandb" else TensorBoard(run.tensorboard, last_epoch=last_epoch))
+  try:
+    for name in dict.fromkeys([names] if isinstance(names, str) else names):
+      found.append(WeightsAndBiases(run) if name == "wandb" else TensorBoard(run.tensorboard, last_epoch=last_epoch))
+  except UserError:
+    for logger in found:
+      logger.close()
+    raise
   return found
 
 

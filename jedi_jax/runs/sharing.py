@@ -101,6 +101,7 @@ def write(
   params: Any,
   config: Config,
   spec: EnvSpec,
+  sizes: Mapping[str, int],
   result: Mapping[str, Any] | None = None,
   overwrite: bool = False,
 ) -> pathlib.Path:
@@ -111,6 +112,7 @@ def write(
     params: pytree of arrays.
     config: the configuration of its run.
     spec: the environment of its run.
+    sizes: numbers of trained parameters, for the model card.
     result: the contents of the run's result.json, for the model card.
     overwrite: replaces the three files of an earlier save. Other files stay as they are.
 
@@ -121,8 +123,10 @@ def write(
   if (path / "checkpoints").exists():
     raise UserError(f"{path} holds a run: name another folder")
   found = [name for name in (MODEL, CONFIG, CARD) if (path / name).exists()]
+  if found and not is_saved_agent(path):
+    raise UserError(f"{path} has {found[0]}, which is not a saved agent's: name another folder")
   if found and not overwrite:
-    raise UserError(f"{path} already has {found[0]}: name another folder, or overwrite it")
+    raise UserError(f"{path} holds an agent: name another folder, or overwrite it")
   model = safetensors.encode(checkpoint.flatten(params))
   about = {
     "agent": FORMAT,
@@ -133,7 +137,6 @@ def write(
     "config": config_lib.to_dict(config),
     "result": None if result is None else dict(result),
   }
-  sizes = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
   versions = {"jedi_jax": __version__, "JAX": jax.__version__}
   text = card.write(config, spec, sizes=sizes, result=result, versions=versions)
   try:

@@ -58,10 +58,11 @@ class Recorded:
     """Returns the state for `restore`. No call of an environment has to be repeated."""
     return {"calls": np.zeros((), np.int32), "steps": np.asarray(self.env_steps, np.int32)}
 
-  def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
-    """Continues from a saved state; the episodes are in the saved replay."""
+  def restore(self, saved: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> bool:
+    """Continues from a saved state; the episodes are in the saved replay. Returns True: nothing is new."""
     del check
     self.env_steps = int(saved["steps"])
+    return True
 
   def close(self) -> None:
     """Does nothing."""

@@ -15,8 +15,8 @@ from refusals import refused
 import jedi_jax
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent
+from jedi_jax.datasets import load_replay
 from jedi_jax.inspection import recording
-from jedi_jax.inspection.dream_env import load_replay
 from jedi_jax.models import imagination
 from jedi_jax.runs import workdir
 

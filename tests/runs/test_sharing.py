@@ -153,7 +153,7 @@ def test_an_agent_with_slots_for_actions_keeps_those_of_its_game(tmp_path, tiny)
 def test_saving_replaces_nothing_unasked(agent, folder, snapshot):
   (folder / "notes.txt").write_text("mine")
   before = snapshot(folder)
-  refused(lambda: agent.save(folder), "already has model.safetensors", str(folder))
+  refused(lambda: agent.save(folder), "holds an agent", str(folder))
   assert snapshot(folder) == before
   agent.save(folder, overwrite=True)
   assert snapshot(folder) == before

@@ -115,6 +115,7 @@ def test_a_stopped_run_ends_bit_equal(home, data, stopped, quiet, timeless, tmp_
     jedi_jax.train(config(data), run, data=data, console=quiet)
   jedi_jax.train(config(data), run, data=data, console=quiet)
   assert "resuming after epoch 2" in quiet.lines
+  assert not any("new games" in line for line in quiet.lines)
   assert arrays(run) == arrays(home / "runs" / "offline")
   assert timeless(run / "metrics.jsonl") == timeless(home / "runs" / "offline" / "metrics.jsonl")
 
