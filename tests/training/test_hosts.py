@@ -98,7 +98,9 @@ def flags_of(overrides):
   return ["--env=catch", "--preset=debug", *(f"--set={name}={text(value)}" for name, value in overrides.items())]
 
 
-@pytest.fixture(scope="module", params=["toy", "toy overlap", pytest.param("real", marks=pytest.mark.slow)])
+@pytest.fixture(
+  scope="module", params=["toy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("toy overlap", "real"))]
+)
 def runs(request, tiny, toy_flags, tmp_path_factory):
   """A run by one process, and one by two of which the leader was stopped: (directories, outcomes of the two)."""
   how = request.param

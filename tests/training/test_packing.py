@@ -88,6 +88,7 @@ def test_the_first_epoch_of_a_packed_run_is_that_of_the_run_alone(packed, finish
     assert together[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_packed_runs_take_steps_while_they_train(packed, tiny, quiet, tmp_path, timeless):
   """Their second epoch acts as without overlap, and is trained on the first one's steps alone."""
   configs = [override(config, {"collect.overlap": True}) for config in packed[0]]
@@ -108,6 +109,7 @@ def test_finished_runs_are_not_repeated(packed, tiny, quiet, snapshot):
   assert [snapshot(place) for place in places] == before
 
 
+@pytest.mark.slow
 def test_a_packed_run_goes_on_alone(tiny, quiet, train_tiny, stopped, tmp_path):
   configs = [override(tiny.config, {"seed": seed}) for seed in range(RUNS)]
   places = [tmp_path / str(config.seed) for config in configs]

@@ -71,7 +71,15 @@ def train(tmp_path, tiny, quiet, env, variant, **overrides):
   return result
 
 
-@pytest.mark.parametrize("variant", sorted(config_lib.VARIANTS.keys() - {"jedi"}))
+@pytest.mark.parametrize(
+  "variant",
+  [
+    "autoencoder",
+    "diamond",
+    # Their routes of gradients have tests of their own.
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "no_diffusion_gradient", "decoder_gradient")),
+  ],
+)
 def test_on_catch(tmp_path, tiny, quiet, variant):
   train(tmp_path, tiny, quiet, "catch", variant)
 
