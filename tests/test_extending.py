@@ -29,7 +29,17 @@ def test_there_are_six_recipes_and_no_other_code():
   assert PAGE.count("```python") == 6
 
 
-@pytest.mark.parametrize("name", [name for name, code in RECIPES.items() if "jedi_jax.train(" in code])
+LONG = ("An encoder of your own", "Dynamics of your own")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in LONG))
+    for name, code in RECIPES.items()
+    if "jedi_jax.train(" in code
+  ],
+)
 def test_a_recipe_trains(name, run, tmp_path):
   output = run(name, tmp_path)
   assert re.search(r"^mean return -?[\d.]+$", output, re.MULTILINE)

@@ -147,6 +147,7 @@ def test_two_processes_train_what_one_trains(runs, timeless):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), ours, theirs)
 
 
+@pytest.mark.slow
 def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
   """They need not meet: one process ends before the other begins."""
   for index, own in enumerate(both(free_port())):

@@ -213,6 +213,7 @@ def test_a_run_whose_games_do_not_repeat_resumes_with_new_ones(tmp_path, monkeyp
   assert result["env_steps"] == result["frames"] == tiny.config.collect.total_steps
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_on_another_number_of_devices(finished_run, interrupted, train_tiny, tiny, tmp_path, timeless):
   directory = tmp_path / "run"
   shutil.copytree(interrupted, directory)

@@ -160,6 +160,7 @@ def test_a_replay_that_is_too_small_says_so(home, data, stopped, quiet, tmp_path
   assert "the data have 450 frames and replay holds 200: the first 250" in warning
 
 
+@pytest.mark.slow
 def test_diagnosis_and_films_use_the_held_out_episodes(home, data, tmp_path):
   run = shutil.copytree(home / "runs" / "offline", tmp_path / "run")
   figures = diagnosis.diagnose_run(run)

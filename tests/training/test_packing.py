@@ -174,6 +174,7 @@ def test_too_few_slots_are_refused(tiny):
   assert build(override(tiny.config, {"env.action_slots": 3}), EnvSpec(3, SPEC.observation_shape)).spec.num_actions == 3
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_the_others_be(tiny, quiet, poisoned, tmp_path):
   configs = [override(tiny.config, {"seed": seed, "training.max_skipped": 1}) for seed in range(RUNS)]
   places = [tmp_path / str(config.seed) for config in configs]

@@ -74,16 +74,19 @@ def train(tmp_path, tiny, quiet, env, variant, **overrides):
 @pytest.mark.parametrize(
   "variant",
   [
-    "autoencoder",
     "diamond",
     # Their routes of gradients have tests of their own.
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("mse", "no_diffusion_gradient", "decoder_gradient")),
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("autoencoder", "mse", "no_diffusion_gradient", "decoder_gradient")
+    ),
   ],
 )
 def test_on_catch(tmp_path, tiny, quiet, variant):
   train(tmp_path, tiny, quiet, "catch", variant)
 
 
+@pytest.mark.slow
 def test_all_switches_at_once_on_catch(tmp_path, tiny, quiet):
   train(tmp_path, tiny, quiet, "catch", "jedi", **SWITCHES)
 
