@@ -239,7 +239,7 @@ def _value(agent: Agent, episodes: list[Episode]) -> Figures:
       some, state = measure(agent.params, chunk, state)
       values.append(np.asarray(some, np.float64))
     all_values = np.concatenate(values)[:count]
-    following = 0.0 if episode.ends[-1] else all_values[-1]
+    following = 0.0 if np.asarray(episode.ends)[-1] else all_values[-1]
     returns = np.zeros(count - 1)
     for t in reversed(range(count - 1)):
       following = returns[t] = np.sign(episode.rewards[t]) + gamma * following

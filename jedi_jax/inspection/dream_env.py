@@ -119,7 +119,7 @@ class Dream:
     self.num_actions = int(self.model.num_actions(agent.params))
     given, draw = _read_starts(agent, starts)
     self._starts = jax.device_put(given)
-    self._params = jax.jit(functools.partial(_prepare, self.model))(agent.params)
+    self._params = jax.jit(functools.partial(phases.prepared, self.model.parts))(agent.params)
     self._restart = jax.jit(functools.partial(_restart, self.model, draw, images))
     self._step = jax.jit(functools.partial(_step, self.model, images, rewards))
     self._decode = jax.jit(functools.partial(_observe, self.model, True))  # noqa: FBT003 - as images.
@@ -158,14 +158,6 @@ class Dream:
   def decode(self) -> np.ndarray:
     """Returns images [N, H, W, C] uint8 of the current latents; the model must have `decode`."""
     return np.asarray(self._decode(self._params, self._state))
-
-
-def _prepare(model: Model, params: dict[str, Params]) -> dict[str, Params]:
-  """Returns the parameters that imagine and decode, prepared once; without the policy."""
-  params = phases.imagining(params)
-  used = {name: value for name, value in params.items() if name not in ("actor_critic", "average_denoiser")}
-  denoiser, reward_end = model.dynamics.prepare(params["denoiser"]), model.reward_end.prepare(params["reward_end"])
-  return {**used, "denoiser": denoiser, "reward_end": reward_end}
 
 
 def _keys(seeds: Array, counts: Array) -> Array:

@@ -1,7 +1,6 @@
 """Records real games of an agent and cuts them into segments."""
 
 import os
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,26 +9,11 @@ import numpy as np
 from jedi_jax import datasets, envs
 from jedi_jax import replay as replay_lib
 from jedi_jax.agent import Agent, make_act
+from jedi_jax.episodes import Episode
 from jedi_jax.errors import UserError
 from jedi_jax.runs.workdir import Workdir
 from jedi_jax.training.collector import CHUNK_SLOTS, Collector
 from jedi_jax.types import Segment
-
-
-class Episode(NamedTuple):
-  """An episode of n steps of a real game; NumPy arrays.
-
-  Attributes:
-    observations: [n + 1, H, W, C] uint8; observation t + 1 follows action t.
-    actions: [n] int32.
-    rewards: [n] float32, raw.
-    ends: [n] bool; only the last can be true.
-  """
-
-  observations: np.ndarray
-  actions: np.ndarray
-  rewards: np.ndarray
-  ends: np.ndarray
 
 
 def record(agent: Agent, *, steps: int, num_envs: int, seed: int, epsilon: float = 0.0) -> list[Episode]:
@@ -106,15 +90,17 @@ def real_episodes(
   if run.data is None and data is None:
     return record(agent, steps=-(-steps // num_envs), num_envs=num_envs, seed=seed)
   episodes: list[Episode] = []
+  left = steps
   for episode in datasets.held_out(run, data):
-    if sum(len(other.actions) for other in episodes) >= steps:
+    if left <= 0:
       break
     episodes.append(with_ends(episode))
+    left -= len(episode.actions)
   return episodes
 
 
-def with_ends(episode: replay_lib.Episode) -> Episode:
-  """Returns an episode with `ends` of every step."""
+def with_ends(episode: Episode) -> Episode:
+  """Returns an episode with `ends` of every step, as `windows` takes it."""
   observations, actions, rewards, terminated = episode
   ends = np.zeros(len(actions), bool)
   ends[-1] = terminated
@@ -146,7 +132,7 @@ def windows(episodes: list[Episode], *, before: int, after: int, stride: int) ->
           episode.observations[np.clip(index, 0, steps)],
           np.where(acted, episode.actions[at], 0),
           np.where(acted, episode.rewards[at], 0.0).astype(np.float32),
-          episode.ends[at] & acted,
+          np.asarray(episode.ends)[at] & acted,
           mask,
         )
       )

@@ -74,6 +74,14 @@ class Outcome(NamedTuple):
   end_logits: Array
 
 
+def prepare(
+  dynamics: Dynamics, reward_end: RewardEnd, actor_critic: ActorCritic, params: dict[str, Params]
+) -> dict[str, Params]:
+  """Returns the parameters with those of the three parts prepared, once for a loop of steps."""
+  parts = (("denoiser", dynamics), ("reward_end", reward_end), ("actor_critic", actor_critic))
+  return {**params, **{name: part.prepare(params[name]) for name, part in parts}}
+
+
 def start_world(reward_end: RewardEnd, params: Params, past: Array, past_actions: Array) -> WorldState:
   """Returns the state of the world model after L frames, on which its reward / end model is burned in.
 
@@ -178,10 +186,7 @@ def imagine(
   if actions is not None:
     chex.assert_shape(actions, (batch, horizon))
   params, past = jax.lax.stop_gradient((params, past))
-  params = {
-    name: part.prepare(params[name])
-    for name, part in (("denoiser", dynamics), ("reward_end", reward_end), ("actor_critic", actor_critic))
-  }
+  params = prepare(dynamics, reward_end, actor_critic, params)
   world = start_world(reward_end, params["reward_end"], past, past_actions)
   policy_state = actor_critic.initial_state(rows)
   if length > 1:

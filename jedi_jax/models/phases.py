@@ -157,7 +157,13 @@ def follow_denoiser(parts: Parts, params: dict[str, Params], metrics: Metrics) -
 
 def imagining(params: dict[str, Params]) -> dict[str, Params]:
   """Returns the parameters with which a model imagines: 'denoiser' is the average denoiser, if there is one."""
-  return {**params, "denoiser": params.get("average_denoiser", params["denoiser"])}
+  others = {name: value for name, value in params.items() if name != "average_denoiser"}
+  return {**others, "denoiser": params.get("average_denoiser", params["denoiser"])}
+
+
+def prepared(parts: Parts, params: dict[str, Params]) -> dict[str, Params]:
+  """Returns the parameters with which a model imagines, prepared once for a loop of `imagination.step_world`."""
+  return imagination.prepare(parts.dynamics, parts.reward_end, parts.actor_critic, imagining(params))
 
 
 def reconstruction(decoder: codecs.Decoder, params: Params, latents: Array, segment: Segment) -> Term:

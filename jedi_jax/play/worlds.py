@@ -66,7 +66,7 @@ class Dream:
     if agent.model.decode is None:
       raise UserError("the agent has no decoder: fit one with inspection.probe.fit")
     self._model, self._config = agent.model, agent.config
-    self._params = _prepare(agent.model, agent.params)
+    self._params = jax.jit(functools.partial(phases.prepared, agent.model.parts))(agent.params)
     self._dynamics: dict[int, Dynamics] = {}
     self._key, self._count = jax.random.key(seed), 0
     self._state: _State | None = None
@@ -114,14 +114,6 @@ class Dream:
 def _moment(outputs: tuple[Array, ...]) -> Moment:
   frame, reward, end, over, value, probabilities = jax.device_get(outputs)
   return Moment(frame, float(reward), float(end), bool(over), float(value), probabilities)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _prepare(model: Model, params: dict[str, Params]) -> dict[str, Params]:
-  """Returns the parameters that imagine, prepared once for a loop of steps."""
-  params = phases.imagining(params)
-  parts = (("denoiser", model.dynamics), ("reward_end", model.reward_end), ("actor_critic", model.actor_critic))
-  return {**params, **{name: part.prepare(params[name]) for name, part in parts}}
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,7 +5,7 @@ import os
 import pathlib
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,7 +39,7 @@ class TensorBoard:
 
   def __init__(self, directory: pathlib.Path, *, last_epoch: int):
     self._path, self._tensorboardx = directory, _import_tensorboardx()
-    with self._write_errors():
+    with workdir.write_errors("the events", self._path):
       directory.mkdir(parents=True, exist_ok=True)
       # SummaryWriter's thread ends at the first write error, and its full queue then blocks; EventsWriter has neither.
       self._events = self._tensorboardx.event_file_writer.EventsWriter(str(directory / "events"))
@@ -47,31 +47,20 @@ class TensorBoard:
       self._add(last_epoch + 1, session_log=log(status=log.START))  # TensorBoard drops this step and later ones.
       self._events.flush()
 
-  @contextlib.contextmanager
-  def _write_errors(self) -> Iterator[None]:
-    """Turns write errors into `UserError`."""
-    try:
-      yield
-    except OSError as error:
-      raise UserError(
-        f"cannot write the events in {self._path} ({error.strerror}): free the disk or make it writable, and "
-        "repeat the command; the run resumes from its last checkpoint"
-      ) from None
-
   def _add(self, epoch: int, **content: Any) -> None:
     event = self._tensorboardx.proto.event_pb2.Event(wall_time=time.time(), step=epoch, **content)
     self._events.write_event(event)
 
   def write(self, epoch: int, values: Mapping[str, float]) -> None:
     """See `Logger`."""
-    with self._write_errors():
+    with workdir.write_errors("the events", self._path):
       for name, value in values.items():
         self._add(epoch, summary=self._tensorboardx.summary.scalar(name, value))
       self._events.flush()
 
   def write_image(self, epoch: int, name: str, image: np.ndarray) -> None:
     """See `Logger`."""
-    with self._write_errors():
+    with workdir.write_errors("the events", self._path):
       self._add(epoch, summary=self._tensorboardx.summary.image(name, image, dataformats="HWC"))
       self._events.flush()
 

@@ -4,12 +4,12 @@ import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jedi_jax.errors import UserError
+from jedi_jax.runs import workdir
 from jedi_jax.runs.loggers import Logger
 
 Values = dict[str, float]
@@ -34,7 +34,7 @@ class MetricsWriter:
 
   def __init__(self, jsonl: pathlib.Path, loggers: Sequence[Logger] = (), *, last_epoch: int):
     self._path, self._loggers = jsonl, loggers
-    with self._write_errors():
+    with workdir.write_errors("the metrics", self._path.parent):
       if jsonl.exists():
         lines = jsonl.read_text(errors="replace").splitlines()
         temporary = jsonl.with_name(f".{jsonl.name}.tmp")
@@ -42,23 +42,12 @@ class MetricsWriter:
         temporary.replace(jsonl)
       self._file = jsonl.open("a")
 
-  @contextlib.contextmanager
-  def _write_errors(self) -> Iterator[None]:
-    """Turns write errors into `UserError`."""
-    try:
-      yield
-    except OSError as error:
-      raise UserError(
-        f"cannot write the metrics in {self._path.parent} ({error.strerror}): free the disk or make it writable, and "
-        "repeat the command; the run resumes from its last checkpoint"
-      ) from None
-
   def write(self, epoch: int, values: Mapping[str, Any]) -> dict[str, Any]:
     """Writes a record and returns it, with None for NaN and infinity; numbers also go to the loggers."""
     record = {"epoch": epoch} | {
       name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
-    with self._write_errors():
+    with workdir.write_errors("the metrics", self._path.parent):
       self._file.write(json.dumps(record) + "\n")
       self._file.flush()
     for logger in self._loggers:

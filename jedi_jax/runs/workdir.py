@@ -283,6 +283,18 @@ def read_config(path: pathlib.Path, *, cure: str) -> tuple[dict[str, Any], Confi
     raise UserError(f"{file}{written or ' is not valid here:'} {error}") from None
 
 
+@contextlib.contextmanager
+def write_errors(what: str, directory: pathlib.Path) -> Iterator[None]:
+  """A context that turns errors of writing a run's files, `what` in a directory, into `UserError`."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"cannot write {what} in {directory} ({error.strerror}): free the disk or make it writable, and "
+      "repeat the command; the run resumes from its last checkpoint"
+    ) from None
+
+
 def read_json(path: pathlib.Path) -> Any:
   """Reads JSON.
 
