@@ -22,18 +22,21 @@ from jedi_jax.types import Array, LstmState, Policy
 Act = Callable[..., tuple[Array, LstmState]]
 
 
-def make_act(model: Model) -> Act:
+def make_act(model: Model, *, max_hold: int = 1) -> Act:
   """Builds the pure function that samples actions.
 
   Args:
     model: the composed model.
+    max_hold: longest hold of a random action, in steps; see `collect.epsilon_hold`.
 
   Returns:
     (parameters, observations [N, H, W, C] uint8, state, restart [N] bool, key, count [] uint32, epsilon []) -> (actions
-    [N] int32, state). The state is cleared first where `restart` is true. An action is uniform with probability
-    epsilon, otherwise it is sampled from the policy. `count` is folded into the key, so that a loop can pass the same
-    key with the number of the step.
+    [N] int32, state). The state is cleared first where `restart` is true. With probability epsilon a uniform action is
+    drawn, which is taken for one step or held for more; any other action is sampled from the policy. `count` is folded
+    into the key, so that a loop can pass the same key with the number of the step.
   """
+  weights = 1.0 / np.arange(1, max_hold + 1) ** 2
+  held = (weights[::-1].cumsum()[::-1] / weights.sum()).astype(np.float32)  # Probability of a hold longer than an age.
 
   def act(
     params: dict[str, Any],
@@ -46,11 +49,18 @@ def make_act(model: Model) -> Act:
   ) -> tuple[Array, LstmState]:
     state = jax.tree.map(lambda x: jnp.where(restart[:, None], 0.0, x), state)
     logits, _, state = model.policy(params, observations, state)
-    policy_key, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, count), 3)
-    action = jax.random.categorical(policy_key, logits)
-    explore = jax.random.bernoulli(explore_key, epsilon, action.shape)
-    uniform = jax.random.randint(uniform_key, action.shape, 0, model.num_actions(params))
-    return jnp.where(explore, uniform, action).astype(jnp.int32), state
+    policy_key, *_ = jax.random.split(jax.random.fold_in(key, count), 3)
+    sampled = jax.random.categorical(policy_key, logits)
+
+    def draw(age: Array, held: Array) -> tuple[Array, Array]:
+      """Returns whether a random action drawn `age` steps ago is taken now, and which: [N] each."""
+      _, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, count - age), 3)
+      explore = jax.random.bernoulli(explore_key, epsilon * held, sampled.shape)
+      return explore, jax.random.randint(uniform_key, sampled.shape, 0, model.num_actions(params))
+
+    explore, uniform = jax.vmap(draw)(jnp.arange(max_hold, dtype=jnp.uint32), held)
+    latest = jnp.take_along_axis(uniform, explore.argmax(0)[None], 0)[0]
+    return jnp.where(explore.any(0), latest, sampled).astype(jnp.int32), state
 
   return act
 

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from refusals import refused
 
 import jedi_jax
 from jedi_jax import envs
-from jedi_jax.agent import load_agent
+from jedi_jax.agent import load_agent, make_act
 from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.evaluation.evaluate import describe_results
@@ -90,6 +92,30 @@ def test_epsilon_one_is_uniform(agent):
   np.testing.assert_array_equal(counts[0.0], [600, 0, 0])
   # Standard deviation of a count is sqrt(600 / 3 * 2 / 3) = 11.5.
   assert np.all(np.abs(counts[1.0] - 200) < 60)
+
+
+def test_random_actions_are_held(agent):
+  # The policy always chooses action 0, so runs of 1 and 2 are random actions.
+  params = jax.tree.map(np.array, agent.params)
+  params["actor_critic"]["actor"]["bias"][:] = [1e4, 0.0, 0.0]
+  observations, restart, state = np.zeros((256, 24, 24, 3), np.uint8), np.zeros(256, bool), agent.initial_state(256)
+  lengths = {}
+  for max_hold in (1, 3):
+    act = jax.jit(make_act(agent.model, max_hold=max_hold))
+    actions = np.stack(
+      [
+        act(params, observations, state, restart, jax.random.key(5), np.uint32(t + 10), np.float32(0.02))[0]
+        for t in range(100)
+      ]
+    )
+    runs = [len(list(run)) for env in actions.T for action, run in itertools.groupby(env.tolist()) if action]
+    lengths[max_hold] = np.bincount(runs, minlength=4)
+  # 341 are expected, of one step each; few follow each other.
+  assert 250 < lengths[1][1] < 430
+  assert lengths[1][2:].sum() < 25
+  # At most 3 steps long, 36, 9 and 4 of 49 are held for 1, 2 and 3.
+  np.testing.assert_allclose(lengths[3][1:4] / lengths[3].sum(), np.array([36, 9, 4]) / 49, atol=0.08)
+  assert lengths[3][4:].sum() < 5
 
 
 def test_wrong_observations_are_refused(agent):

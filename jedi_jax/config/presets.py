@@ -219,6 +219,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 1_000,
     "collect.first_epsilon": 0.1,
     "collect.epsilon_steps": 60_000,
+    "collect.epsilon_hold": 32,  # Uniform actions do not cross Freeway's road.
     "replay.capacity": 100_000,
     "replay.final_frames": 30_000,
     "training.order": "alternating",  # See docs/choices.md.

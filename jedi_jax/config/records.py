@@ -236,6 +236,9 @@ class CollectConfig:
   """Probability of a uniformly random action at the first step."""
   epsilon_steps: int = setting(0, "O", low=0, high=10**9)
   """Environment steps over which the probability falls in a line from `first_epsilon` to `epsilon`; 0 for none."""
+  epsilon_hold: int = setting(1, "O", low=1, high=1_000)
+  """Longest hold of a random action, in steps. An action is held for n steps with a probability in proportion to
+  1 / n**2 (arXiv:2006.01782), or until the next random action."""
   overlap: bool = setting(False, "O")
   """Whether the host collects an epoch's steps while the device trains on the earlier ones. New steps then reach replay
   one epoch later (with `training.final_epochs` 0, the last ones after the last update)."""

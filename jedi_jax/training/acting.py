@@ -47,7 +47,7 @@ class Actor:
     if self._cpu_device is not None:
       settings = {"precision.compute_dtype": "float32", "precision.convolution": "lax", "precision.kernels": "xla"}
       self.model = build(config_lib.override(config, settings), spec)
-    self.act = jax.jit(make_act(self.model))
+    self.act = jax.jit(make_act(self.model, max_hold=config.collect.epsilon_hold))
 
   def device_context(self) -> contextlib.AbstractContextManager[Any]:
     """A context whose new arrays are on the device that evaluates the policy."""
