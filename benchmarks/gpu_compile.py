@@ -197,8 +197,7 @@ def measure(card: str, variant: str, runs: int, dtype: str, part: str) -> dict[s
   except (RuntimeError, ValueError) as error:  # JaxRuntimeError is a RuntimeError.
     raise UserError(f"XLA does not compile for {card}: {str(error).splitlines()[0][:200]}") from None
   # What 'auto' is on a GPU.
-  convolution = "matmul" if runs > 1 else "lax"
-  settings = {"precision.convolution": convolution, "precision.kernels": "pallas", "encoder.chunk": 0}
+  settings = {"precision.convolution": "pallas", "precision.kernels": "pallas", "encoder.chunk": 0}
   settings = {path: value for path, value in settings.items() if not any(s.startswith(f"{path}=") for s in _FLAGS.set)}
   settings["precision.compute_dtype"] = dtype
   config = config_lib.override(throughput.make_config(variant), settings)

@@ -215,6 +215,12 @@ def _flop(instruction: _Instruction, own: Mapping[str, _Instruction], computatio
     return _product_flop(instruction, own)
   if "conv" in target or instruction.operation == "convolution":
     return _convolution_flop(instruction, own, target)
+  if target.endswith("triton"):
+    # A kernel of ours multiplies an image [..., B, P, I] by matrices [..., rows, O] to [..., B, P, O].
+    result = _dims(instruction.shape)
+    shapes = [_dims(own[name].shape) for name in instruction.operands]
+    rows = [shape[-2] for shape in shapes if len(shape) == len(result) - 1 and shape[-1:] == result[-1:]]
+    return 2 * math.prod(result) * sum(rows)
   inside = _fused(instruction, computations)
   nested = (one for one in inside.values() if one.operation in ("dot", "convolution", "fusion"))
   return sum(_flop(one, inside, computations) for one in nested)

@@ -80,6 +80,7 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
     Item("smoke", tests),
     benchmark("jedi", *jedi, narrow, "--launches"),
     benchmark("diamond", "throughput", "--variants=diamond", "--updates=2", narrow, "--launches"),
+    benchmark("lax", *jedi, narrow, "--set=precision.convolution=lax", "--launches"),
     benchmark("chunk", *jedi, narrow, "--set=encoder.chunk=64", "--launches"),
     benchmark("packed", *jedi, narrow, "--runs=8"),
     benchmark("float32", *jedi),

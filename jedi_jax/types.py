@@ -167,11 +167,14 @@ class Compute(NamedTuple):
     dtype: of activations and products; parameters stay float32.
     lowering: of 3 x 3 convolutions; see `ops.images.conv3x3`.
     kernels: of group norm and attention: 'xla', or see `ops.kernels`.
+    fused_convolution: whether `ops.kernels.convolution` convolves where no gradient is needed and `kernels` is not
+      'xla'.
   """
 
   dtype: Any = np.dtype("float32")
   lowering: str = "lax"
   kernels: str = "xla"
+  fused_convolution: bool = False
 
 
 class Trajectory(flax.struct.PyTreeNode):

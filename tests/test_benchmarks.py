@@ -188,6 +188,19 @@ def test_kernels_of_a_program_for_a_gpu_are_counted(benchmark_module, gpu_progra
     hlo.read("HloModule empty")
 
 
+def test_products_of_a_kernel_of_ours_are_counted(benchmark_module):
+  text = """
+ENTRY %main (x: bf16[2,64,32], kernel: bf16[288,16], bias: f32[1,16]) -> bf16[2,64,16] {
+  %x = bf16[2,64,32]{2,1,0} parameter(0)
+  %kernel = bf16[288,16]{1,0} parameter(1)
+  %bias = f32[1,16]{1,0} parameter(2)
+  ROOT %call.1 = bf16[2,64,16]{2,1,0} custom-call(%x, %kernel, %bias), custom_call_target="__gpu$xla.gpu.triton"
+}
+"""
+  [kernel] = benchmark_module("hlo").read(text)
+  assert kernel.flop == 2 * (2 * 64 * 16) * (288 + 1)
+
+
 def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_module, gpu_program):
   hlo = benchmark_module("hlo")
   kernels = hlo.read(gpu_program)

@@ -332,8 +332,9 @@ class PrecisionConfig:
 
   compute_dtype: str = setting("float32", "O", choices=("float32", "bfloat16"))
   """Format of activations and products; parameters, losses and group-norm statistics stay float32."""
-  convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul"))
-  """Lowering of 3 x 3 convolutions; 'auto' uses 'matmul_gradient' on CPUs and 'lax' elsewhere."""
+  convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul", "pallas"))
+  """Lowering of 3 x 3 convolutions. 'pallas' convolves in imagination in one kernel with what follows, and elsewhere as
+  'lax' does; 'auto' is 'pallas' on GPUs with such kernels, 'matmul_gradient' on CPUs and 'lax' elsewhere."""
   kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
   """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs."""
 

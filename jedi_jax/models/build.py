@@ -92,8 +92,13 @@ def build(
 
 
 def _compute(config: Config, *, packed: bool) -> Compute:
-  lowering = resolve_convolution(config.precision.convolution, packed=packed)
-  return Compute(jnp.dtype(config.precision.compute_dtype), lowering, resolve_kernels(config.precision.kernels))
+  given = config.precision
+  return Compute(
+    dtype=jnp.dtype(given.compute_dtype),
+    lowering=resolve_convolution(given.convolution, packed=packed),
+    kernels=resolve_kernels(given.kernels),
+    fused_convolution=given.convolution in ("auto", "pallas"),
+  )
 
 
 def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: Compute) -> codecs.Codec:

@@ -51,7 +51,8 @@ def prepare(params: Params, compute: Compute) -> Params:
   """Prepares the parameters of a network for a loop that evaluates it many times without a gradient.
 
   Kernels, and the biases beside them, are cast to the dtype in which layers use them. For `compute.kernels` other than
-  'xla' what several layers can share is joined: see `Condition` and `FusedGroupNorm`.
+  'xla' what several layers can share is joined: see `Condition` and `FusedGroupNorm`. With `compute.fused_convolution`
+  the kernels of 3 x 3 convolutions are also given as `kernels.convolution` takes them.
   """
 
   def cast(tree: Any) -> Any:
@@ -64,6 +65,8 @@ def prepare(params: Params, compute: Compute) -> Params:
     if not isinstance(tree, Mapping):
       return tree
     joined = {"affine": jnp.concatenate([tree["scale"], tree["bias"]])} if "scale" in tree else {}
+    if compute.fused_convolution and getattr(tree.get("kernel"), "ndim", 0) == 4:
+      joined["fused"] = tree["kernel"].reshape(-1, tree["kernel"].shape[-1])
     return {**{name: join(value) for name, value in tree.items()}, **joined}
 
   params = cast(params)
@@ -171,6 +174,9 @@ class Conv3x3(nn.Module):
     kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
     bias = self.param("bias", bias_uniform(fan_in), (self.features,))
     x, kernel, bias = (value.astype(self.compute.dtype) for value in (x, kernel, bias))
+    fused = _fused_layer(self.variables["params"], x) if self.stride == 1 else None
+    if fused is not None:
+      return kernels.convolution(x, fused, _group_size(self.features), self.compute.kernels)
     return images.conv3x3(x, kernel, stride=self.stride, lowering=self.compute.lowering) + bias
 
 
@@ -231,8 +237,19 @@ class FusedGroupNorm(nn.Module):
     return _fused_norm(x, affine[None], offset=0.0, silu=self.silu, compute=self.compute)
 
 
+def _fused_layer(params: Params, x: Array) -> kernels.Convolution | None:
+  """Returns a convolution of `x` as `kernels.convolution` takes it; None if it is not prepared or does not fit."""
+  if "fused" not in params:
+    return None
+  layer, features = kernels.Convolution(params["fused"], params["bias"]), params["bias"].size
+  group = _group_size(features)
+  return layer if features % group == 0 and kernels.fits_convolution(x, group) else None
+
+
 def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: Compute, start: int = 0) -> Array:
-  settings = kernels.GroupNormSettings(_group_size(x), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start)
+  settings = kernels.GroupNormSettings(
+    _group_size(x.shape[-1]), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start
+  )
   return kernels.group_norm(x.astype(compute.dtype), affine, settings)
 
 
@@ -240,12 +257,12 @@ def _groups(channels: int) -> int:
   return max(1, channels // GROUP_SIZE)
 
 
-def _group_size(x: Array) -> int:
-  return x.shape[-1] // _groups(x.shape[-1])
+def _group_size(channels: int) -> int:
+  return channels // _groups(channels)
 
 
 def _fuses_norm(x: Array, compute: Compute) -> bool:
-  return compute.kernels != "xla" and kernels.fits_group_norm(x, _group_size(x))
+  return compute.kernels != "xla" and kernels.fits_group_norm(x, _group_size(x.shape[-1]))
 
 
 def group_norm(x: Array, *, compute: Compute, name: str, silu: bool = False, affine: bool = True) -> Array:
@@ -302,10 +319,12 @@ class SelfAttention(nn.Module):
   compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: Array) -> Array:
+  def __call__(self, x: Array, *, normalised: bool = False) -> Array:
+    """Attends; `normalised` says that `x` has gone through the group norm already."""
     batch, height, width, channels = x.shape
     heads, dtype = max(1, channels // HEAD_WIDTH), self.compute.dtype
-    x = group_norm(x, compute=self.compute, name="norm")
+    if not normalised:
+      x = group_norm(x, compute=self.compute, name="norm")
     h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
     if self.compute.kernels != "xla" and kernels.fits_attention(x):
       h = kernels.attention(h, heads, self.compute.kernels)
@@ -359,6 +378,10 @@ class ResidualBlock(nn.Module, kw_only=True):
   def __call__(self, x: Array, condition: Condition) -> Array:
     channels = x.shape[-1]
     h = AdaptiveGroupNorm(self.compute, name="norm_1")(x, condition)
+    params = self.variables.get("params", {})
+    first, second = (_fused_layer(params.get(name, {}), x) for name in ("conv_1", "conv_2"))
+    if first is not None and second is not None:
+      return self._fused(x, h, condition, first, second, params)
     h = Conv3x3(self.features, compute=self.compute, name="conv_1")(h)
     h = AdaptiveGroupNorm(self.compute, name="norm_2")(h, condition)
     zeros = nn.initializers.zeros_init()
@@ -367,6 +390,28 @@ class ResidualBlock(nn.Module, kw_only=True):
       x = dense(self.features, channels, name="skip", dtype=self.compute.dtype)(x)
     x = x + h
     return SelfAttention(self.compute, name="attention")(x) if self.attention else x
+
+  def _fused(
+    self,
+    x: Array,
+    h: Array,
+    condition: Condition,
+    first: kernels.Convolution,
+    second: kernels.Convolution,
+    params: Params,
+  ) -> Array:
+    """What follows the first norm, `h`, with each convolution and what follows it in one GPU kernel."""
+    group, mode = _group_size(self.features), self.compute.kernels
+    convolve = functools.partial(kernels.convolution, group=group, kernels=mode)
+    start = dict(condition.starts)[*self.path, "norm_2"]
+    adaptive = kernels.GroupNormSettings(group, GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode, start=start)
+    h = convolve(h, first, norm=adaptive, affine=condition.joint)
+    skip = kernels.Skip(x.astype(h.dtype), **params.get("skip", {}))
+    if not self.attention:
+      return convolve(h, second, skip=skip)
+    plain, affine = adaptive._replace(offset=0.0, silu=False, start=0), params["attention"]["norm"]["affine"]
+    x = convolve(h, second, skip=skip, norm=plain, affine=affine[None])
+    return SelfAttention(self.compute, name="attention")(x, normalised=True)
 
 
 class Downsample(nn.Module):

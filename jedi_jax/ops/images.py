@@ -22,20 +22,20 @@ _COLORS = np.array(
 
 
 def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
-  """Replaces 'auto' by the lowering of 3 x 3 convolutions that suits the default backend.
+  """Returns the lowering of 3 x 3 convolutions that suits the default backend.
 
   XLA's CPU backend computes the gradients of a convolution inside a loop 19 to 75 times slower than 'matmul_gradient'
   (see docs/performance.md). Under `vmap` over kernels only 'matmul' avoids grouped convolutions.
 
   Args:
-    lowering: 'auto' or a lowering of `conv3x3`, which is returned unchanged.
+    lowering: a lowering of `conv3x3`, which is returned unchanged; 'auto'; or 'pallas', which is 'auto' on a GPU.
     packed: whether the convolution is mapped over the kernels of several runs.
   """
-  if lowering != "auto":
+  if lowering not in ("auto", "pallas"):
     return lowering
   if packed:
     return "matmul"
-  return "matmul_gradient" if jax.default_backend() == "cpu" else "lax"
+  return "matmul_gradient" if lowering == "auto" and jax.default_backend() == "cpu" else "lax"
 
 
 def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") -> Array:

@@ -1,9 +1,10 @@
-"""GPU kernels of the networks' small operations, in Pallas: group norm with gain, shift and SiLU, and self-attention.
+"""GPU kernels of the networks' small operations, in Pallas.
 
-XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a
-kernel for its value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is 'pallas', or
-'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is
-Flax's `GroupNorm`, of attention `attention_reference`.
+They are group norm with gain, shift and SiLU; self-attention; and a 3 x 3 convolution with what follows it. XLA makes
+several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Group norm and attention have a
+kernel for the value and one for the gradient, the convolution has no gradient. Sums are float32 whatever the inputs
+are. `kernels` is 'pallas', or 'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of
+group norm is Flax's `GroupNorm`, of attention `attention_reference`, of the convolution `ops.images.conv3x3`.
 """
 
 import functools
@@ -161,9 +162,7 @@ class _Block:
 
   def normalise(self) -> tuple[Array, Array]:
     """Returns the block with mean 0 and variance 1, and the factor that it was scaled by."""
-    centred = jnp.where(self._mask, self._x - jnp.sum(self._x) / self.count, 0.0)
-    factor = jax.lax.rsqrt(jnp.sum(centred * centred) / self.count + self._epsilon)
-    return centred * factor, factor
+    return _normalise(self._x, self._mask, self.count, self._epsilon)
 
   def load(self, ref: Any) -> Array:
     return _load(ref.at[self._rows[:, None], self._columns[None]], self._mask).astype(jnp.float32)
@@ -177,6 +176,17 @@ class _Block:
 
   def _of_group(self, ref: Any, start: int) -> Any:
     return ref.at[0, start + self._first + self._columns]
+
+
+def _normalise(x: Array, mask: Array, count: int, epsilon: float) -> tuple[Array, Array]:
+  """Gives the `count` elements of `x` under the mask mean 0 and variance 1; `x` is 0 elsewhere.
+
+  Returns:
+    The result, and the factor that it was scaled by.
+  """
+  centred = jnp.where(mask, x - jnp.sum(x) / count, 0.0)
+  factor = jax.lax.rsqrt(jnp.sum(centred * centred) / count + epsilon)
+  return centred * factor, factor
 
 
 def _flat(x: Array) -> Array:
@@ -289,8 +299,7 @@ class _Head:
     positions, width = ref.shape[0], channels // heads
     self.scale = width**-0.5
     self._first = pl.program_id(1) * width
-    self._rows = jnp.arange(max(_padded(positions), _MIN_PRODUCT))
-    self._columns = jnp.arange(max(_padded(width), _MIN_PRODUCT))
+    self._rows, self._columns = jnp.arange(_side(positions)), jnp.arange(_side(width))
     self._real = self._rows < positions
     self._mask = self._real[:, None] & (self._columns < width)[None]
     self.query, self.key, self.value = (self.load(ref, i * channels) for i in range(3))
@@ -331,6 +340,155 @@ def _attention_call(
   )
 
 
+class Convolution(NamedTuple):
+  """Parameters of a 3 x 3 convolution for `convolution`.
+
+  Attributes:
+    kernel: [9 I, O], rows of the kernel [3, 3, I, O] in its order.
+    bias: [O].
+  """
+
+  kernel: Array
+  bias: Array
+
+
+class Skip(NamedTuple):
+  """A linear layer beside a convolution for `convolution`, or the identity.
+
+  Attributes:
+    x: [B, H, W, J].
+    kernel: [J, O]; None adds `x` itself, and then J is O.
+    bias: [O]; None with the kernel.
+  """
+
+  x: Array
+  kernel: Array | None = None
+  bias: Array | None = None
+
+
+def fits_convolution(x: Array, group: int) -> bool:
+  """Whether `convolution` can hold a group of output channels of an image [H, W, I] of `x` [B, H, W, I]."""
+  return _side(x.shape[1] * x.shape[2]) * _side(group) <= _MAX_ELEMENTS // 2
+
+
+def convolution(
+  x: Array,
+  layer: Convolution,
+  group: int,
+  kernels: str,
+  *,
+  skip: Skip | None = None,
+  norm: GroupNormSettings | None = None,
+  affine: Array | None = None,
+) -> Array:
+  """Convolves with a 3 x 3 kernel and one pixel of zero padding, adds a skip connection, and normalises, if asked.
+
+  It is one kernel, of which one program computes a group of output channels of one image. It has no gradient.
+
+  Args:
+    x: [B, H, W, I].
+    layer: kernel and bias.
+    group: output channels of a group; divides O.
+    kernels: 'pallas' or 'interpret'.
+    skip: what is added to the convolution.
+    norm: group norm, gain, shift and SiLU of the sum, as of `group_norm`; its group is `group`.
+    affine: [B or 1, D] of that norm.
+
+  Returns:
+    [B, H, W, O] of x's dtype.
+
+  Raises:
+    ValueError: if the shapes do not fit together.
+  """
+  batch, height, width, inputs = x.shape
+  outputs, positions = layer.kernel.shape[-1], height * width
+  if layer.kernel.shape[0] != 9 * inputs or outputs % group or (norm is not None and norm.group != group):
+    raise ValueError(f"kernel {layer.kernel.shape} and groups of {group} channels do not fit {x.shape}")
+  if (norm is None) != (affine is None):
+    raise ValueError("a norm and its gains and shifts, `affine`, are given together")
+  if skip is not None and skip.x.shape[:3] != x.shape[:3]:
+    raise ValueError(f"skip {skip.x.shape} does not fit {x.shape}")
+
+  def image(channels: int) -> pl.BlockSpec:
+    return pl.BlockSpec((None, positions, channels), lambda b, g: (b, 0, 0))
+
+  def columns(rows: int) -> pl.BlockSpec:
+    return pl.BlockSpec((rows, group), lambda b, g: (0, g))
+
+  tile = pl.BlockSpec((None, positions, group), lambda b, g: (b, 0, g))
+  operands = {
+    "x": (_flat(x), image(inputs)),
+    "kernel": (layer.kernel.astype(x.dtype), columns(9 * inputs)),
+    "bias": (layer.bias[None], columns(1)),
+  }
+  if skip is not None and skip.kernel is not None and skip.bias is not None:
+    operands["skip"] = (_flat(skip.x), image(skip.x.shape[-1]))
+    operands["skip_kernel"] = (skip.kernel.astype(x.dtype), columns(skip.x.shape[-1]))
+    operands["skip_bias"] = (skip.bias[None], columns(1))
+  elif skip is not None:
+    operands["skip"] = (_flat(skip.x), tile)
+  if norm is not None and affine is not None:
+    own = affine.shape[0] == batch
+    operands["affine"] = (affine, pl.BlockSpec((1, affine.shape[1]), lambda b, g: (b if own else 0, 0)))
+
+  def kernel(*all_refs: Any) -> None:
+    *in_refs, out_ref = all_refs
+    refs = dict(zip(operands, in_refs, strict=True))
+    rows, channels = jnp.arange(_side(positions)), jnp.arange(_side(group))
+    of_group = channels < group
+    mask = (rows < positions)[:, None] & of_group[None]
+
+    def of_channels(ref: Any) -> Array:
+      return _load(ref.at[0, channels], of_group).astype(jnp.float32)[None]
+
+    def product(x_ref: Any, kernel_ref: Any, taps: int) -> Array:
+      """Sums over taps and input channels, `depth` channels at a time."""
+      features = x_ref.shape[1]
+      depth = min(_side(features), 32)
+      parts = -(-features // depth)
+
+      def add(i: Array, total: Array) -> Array:
+        tap, part = _divide(i, parts)
+        feature = part * depth + jnp.arange(depth)
+        down, right = (side - taps // 9 for side in _divide(tap, 3))  # Of a single tap they are 0.
+        row, column = (position + shift for position, shift in zip(_divide(rows, width), (down, right), strict=True))
+        inside = (rows < positions) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        source, real = jnp.where(inside, row * width + column, 0), feature < features
+        a = _load(x_ref.at[source[:, None], feature[None]], inside[:, None] & real[None])
+        at = jnp.where(real, tap * features + feature, 0)
+        b = _load(kernel_ref.at[at[:, None], channels[None]], real[:, None] & of_group[None])
+        return total + _product(a, b)
+
+      return jax.lax.fori_loop(0, taps * parts, add, jnp.zeros((len(rows), len(channels)), jnp.float32))
+
+    y = product(refs["x"], refs["kernel"], 9) + of_channels(refs["bias"])
+    if "skip_kernel" in refs:
+      y += product(refs["skip"], refs["skip_kernel"], 1) + of_channels(refs["skip_bias"])
+    elif "skip" in refs:
+      y += _load(refs["skip"].at[rows[:, None], channels[None]], mask).astype(jnp.float32)
+    if norm is not None:
+      y, _ = _normalise(jnp.where(mask, y, 0.0), mask, positions * group, norm.epsilon)
+      first = norm.start + pl.program_id(1) * group
+      gain, shift = (
+        _load(refs["affine"].at[0, first + start + channels], of_group).astype(jnp.float32)[None]
+        for start in (0, outputs)
+      )
+      y = y * (norm.offset + gain) + shift
+      y = y * jax.nn.sigmoid(y) if norm.silu else y
+    _store(out_ref.at[rows[:, None], channels[None]], y, mask)
+
+  call = _call(
+    kernel,
+    kernels,
+    elements=2 * _side(positions) * _side(group),
+    grid=(batch, outputs // group),
+    in_specs=[spec for _, spec in operands.values()],
+    out_specs=tile,
+    out_shape=jax.ShapeDtypeStruct((batch, positions, outputs), x.dtype),
+  )
+  return call(*(value for value, _ in operands.values())).reshape(batch, height, width, outputs)
+
+
 def _call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings: Any) -> Callable[..., Any]:
   if kernels == "interpret":
     return pl.pallas_call(kernel, interpret=True, **settings)
@@ -350,6 +508,17 @@ def _store(ref: Any, value: Array, mask: Array) -> None:
   from jax.experimental.pallas import triton
 
   triton.store(ref, value.astype(ref.dtype), mask=mask)
+
+
+def _divide(x: Array, divisor: int) -> tuple[Array, Array]:
+  """Returns quotient and remainder of integers that are not negative."""
+  by = jnp.asarray(divisor, x.dtype)
+  return jax.lax.div(x, jnp.broadcast_to(by, x.shape)), jax.lax.rem(x, jnp.broadcast_to(by, x.shape))
+
+
+def _side(size: int) -> int:
+  """Returns the side of a matrix that holds `size` rows or columns and that the matrix units take."""
+  return max(_padded(size), _MIN_PRODUCT)
 
 
 def _padded(size: int) -> int:

@@ -135,8 +135,14 @@ class Learner:
       UserError: if a replay has frames of another size or actions that the model does not have, or if kernels are
         asked for that do not run on the device.
     """
-    if self.config.precision.kernels == "pallas" and not kernels.runs_here():
-      raise UserError("precision.kernels=pallas needs a CUDA GPU of compute capability 8.0 or newer: take auto or xla")
+    precision = self.config.precision
+    for name, other in (("kernels", "xla"), ("convolution", "lax")):
+      if getattr(precision, name) == "pallas" and not kernels.runs_here():
+        raise UserError(
+          f"precision.{name}=pallas needs a CUDA GPU of compute capability 8.0 or newer: take auto or {other}"
+        )
+    if precision.convolution == "pallas" and precision.kernels == "xla":
+      raise UserError("precision.convolution=pallas needs precision.kernels=auto or pallas")
     for replay in replays:
       size, num_actions = math.prod(self.spec.observation_shape), self.model.spec.num_actions
       if replay.frames.shape[-1] != size:

@@ -239,10 +239,12 @@ def test_kernels_of_our_own_and_joint_layers_change_nothing(name):
   network, _ = NETWORKS[name]()
   apply, params, arguments = compiled(name)
   expected = apply(params, *arguments)
-  fused = network.clone(compute=Compute(kernels="interpret"))
-  prepared = blocks.prepare(params["params"], fused.compute)
+  own = network.clone(compute=Compute(kernels="interpret"))
+  prepared = blocks.prepare(params["params"], own.compute)
   assert "adaptive_norms" in prepared
-  for given in (params["params"], prepared):
-    actual = jit(fused.apply)({"params": given}, *arguments)
+  fused = blocks.prepare(params["params"], own.compute._replace(fused_convolution=True))
+  assert "fused" in fused["conv_in"]
+  for given in (params["params"], prepared, fused):
+    actual = jit(own.apply)({"params": given}, *arguments)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)

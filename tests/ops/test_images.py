@@ -93,6 +93,7 @@ def test_the_automatic_lowering_depends_on_the_backend(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
     assert images.resolve_convolution("auto") == lowering
     assert images.resolve_convolution("matmul") == "matmul"
+    assert images.resolve_convolution("pallas") == "lax"
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (2, 3)])

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedi_jax.ops import kernels
-from jedi_jax.ops.kernels import GroupNormSettings
+from jedi_jax.ops import images, kernels
+from jedi_jax.ops.kernels import GroupNormSettings, Skip
 
 MODE = "pallas" if kernels.runs_here() else "interpret"
 
@@ -90,6 +90,49 @@ def test_gradients_in_bfloat16_agree_with_those_of_float32():
       assert error < 1e-2
 
 
+# Sides, input channels and groups that are no powers of two are padded; three groups, and one.
+@pytest.mark.parametrize(
+  ("shape", "outputs", "group", "start"),
+  [((2, 8, 8, 80), 96, 32, 0), ((3, 5, 7, 20), 48, 48, 3), ((1, 10, 4, 3), 10, 10, 0)],
+)
+def test_convolution_with_what_follows(shape, outputs, group, start):
+  x, kernel, bias = normal(*shape), normal(3, 3, shape[-1], outputs) / shape[-1], normal(outputs)
+  layer = kernels.Convolution(kernel.reshape(-1, outputs), bias)
+  convolve = functools.partial(kernels.convolution, x, layer, group, MODE)
+  with jax.default_matmul_precision("highest"):
+    expected = images.conv3x3(x, kernel) + bias
+    np.testing.assert_allclose(convolve(), expected, rtol=1e-4, atol=1e-5)
+    other, weights = normal(*shape[:3], 12), normal(12, outputs)
+    joined = expected + other @ weights + 2 * bias
+  np.testing.assert_allclose(convolve(skip=Skip(other, weights, 2 * bias)), joined, rtol=1e-4, atol=1e-5)
+  for rows, silu in ((shape[0], True), (1, False)):
+    affine, settings = normal(rows, start + 2 * outputs + 5), GroupNormSettings(group, 1e-5, 1.0, silu, MODE, start)
+    value = convolve(skip=Skip(joined), norm=settings, affine=affine)
+    np.testing.assert_allclose(value, plain_group_norm(expected + joined, affine, settings), rtol=1e-3, atol=1e-4)
+
+
+def test_convolution_in_bfloat16_adds_up_in_float32():
+  x, kernel, bias = normal(2, 8, 8, 64, dtype=jnp.bfloat16), normal(9 * 64, 32, dtype=jnp.bfloat16) / 24, normal(32)
+  value = kernels.convolution(x, kernels.Convolution(kernel, bias), 32, MODE)
+  assert value.dtype == jnp.bfloat16
+  wide = kernels.convolution(x.astype(jnp.float32), kernels.Convolution(kernel.astype(jnp.float32), bias), 32, MODE)
+  np.testing.assert_allclose(value.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
+
+
+def test_convolutions_of_packed_runs_are_those_of_each():
+  x, kernel, bias = normal(3, 2, 4, 4, 20), normal(3, 180, 16), normal(3, 16)
+  settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
+
+  def convolve(x, kernel, bias, affine):
+    layer = kernels.Convolution(kernel, bias)
+    return kernels.convolution(x, layer, 16, MODE, norm=settings, affine=affine)
+
+  arguments = (x, kernel, bias, normal(3, 2, 32))
+  together = jax.vmap(convolve)(*arguments)
+  for i in range(3):
+    np.testing.assert_allclose(together[i], convolve(*(value[i] for value in arguments)), rtol=1e-5, atol=1e-5)
+
+
 def test_both_can_be_mapped_over_packed_runs():
   settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
   x, affine, qkv = normal(3, 2, 4, 4, 16), normal(3, 2, 32), normal(3, 2, 16, 48)
@@ -108,6 +151,8 @@ def test_both_can_be_mapped_over_packed_runs():
 def test_what_does_not_fit():
   assert kernels.fits_group_norm(jnp.zeros((1, 8, 8, 160)), 32)
   assert not kernels.fits_group_norm(jnp.zeros((1, 64, 64, 32)), 32)
+  assert kernels.fits_convolution(jnp.zeros((1, 16, 16, 64)), 32)
+  assert not kernels.fits_convolution(jnp.zeros((1, 32, 32, 64)), 32)
   assert kernels.fits_attention(jnp.zeros((1, 10, 10, 8)))
   assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
 
@@ -122,6 +167,10 @@ def test_shapes_that_do_not_fit_together_are_refused():
       jax.grad(lambda x, affine=affine: kernels.group_norm(x, affine, settings).sum())(x)
   with pytest.raises(ValueError, match="groups of 48"):
     kernels.group_norm(x, jnp.zeros((3, 128)), settings._replace(group=48))
+  layer = kernels.Convolution(jnp.zeros((9 * 64, 32)), jnp.zeros(32))
+  for group, of, skip in ((24, x, None), (32, x[..., :8], None), (32, x, Skip(x[:1]))):
+    with pytest.raises(ValueError, match="fit"):
+      kernels.convolution(of, layer, group, MODE, skip=skip)
   with pytest.raises(ValueError, match="5 heads do not divide"):
     kernels.attention(jnp.zeros((2, 16, 48)), 5, MODE)
 
