@@ -56,7 +56,8 @@ class EncoderConfig:
   denoiser if the denoiser's loss or a reconstruction trains the encoder, else of the reward / end model."""
   chunk: int = setting(-1, "O", low=-1, high=10**6)
   """Frames encoded at a time; their activations are recomputed for the gradient, which takes less memory and more
-  operations. 0 for all frames at once; -1 for 0 on GPUs, where more launches cost most, and 64 elsewhere."""
+  operations. 0 for all frames at once. -1 for 0 on GPUs that give JAX 8 GiB, or 48 GiB for packed runs, since launches
+  cost most there; and for 64 elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -57,7 +57,7 @@ def build(
     raise UserError("encoder.kind=identity trains no encoder, so `codec` cannot be given: use encoder.kind=learned")
   if codec is None:
     shape = spec.observation_shape
-    codec = _encoder(config, shape, compute) if learned else codecs.identity(shape)
+    codec = _encoder(config, shape, compute, packed=packed) if learned else codecs.identity(shape)
   else:
     _check_codec(codec, spec)
   _check_pooling("actor_critic.downsample", config.actor_critic.downsample, codec.latent_shape[:2])
@@ -101,7 +101,9 @@ def _compute(config: Config, *, packed: bool) -> Compute:
   )
 
 
-def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: Compute) -> codecs.Codec:
+def _encoder(
+  config: Config, observation_shape: tuple[int, int, int], compute: Compute, *, packed: bool
+) -> codecs.Codec:
   c = config.encoder
   height, width, _ = observation_shape
   if height % c.patch or width % c.patch:
@@ -115,9 +117,18 @@ def _encoder(config: Config, observation_shape: tuple[int, int, int], compute: C
     norm=c.norm,
     clamp=c.clamp,
     clamp_estimate=config.denoiser.clamp_estimate,
-    chunk=c.chunk if c.chunk >= 0 else 0 if jax.default_backend() == "gpu" else 64,
+    chunk=_chunk(packed=packed) if c.chunk < 0 else c.chunk,
     compute=compute,
   )
+
+
+def _chunk(*, packed: bool) -> int:
+  """Returns `encoder.chunk` for the memory of the default device."""
+  device = jax.local_devices()[0]
+  if device.platform != "gpu":
+    return 64
+  least = (48 if packed else 8) * 2**30
+  return 0 if ((device.memory_stats() or {}).get("bytes_limit") or least) >= least else 64
 
 
 def _check_codec(codec: codecs.Codec, spec: EnvSpec) -> None:

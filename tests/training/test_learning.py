@@ -40,9 +40,6 @@ def test_another_learner_learns_in_the_dream(learned, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  reason="the first imagined step of this seed is off by 0.25 of copying; the later ones by 0.08 to 0.11"
-)
 def test_the_world_model_of_catch_is_right(learned):
   directory, _ = learned
   figures = diagnosis.diagnose_run(directory, steps=800, num_envs=8)

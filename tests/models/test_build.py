@@ -1,0 +1,23 @@
+import types
+
+import jax
+import pytest
+
+from jedi_jax import envs
+from jedi_jax.config import make_config
+from jedi_jax.models import build
+
+
+@pytest.mark.parametrize(
+  ("platform", "gigabytes", "packed", "chunk"),
+  [("cpu", 128, False, 64), ("gpu", 8, False, 0), ("gpu", 6, False, 64), ("gpu", 24, True, 64), ("gpu", 60, True, 0)],
+)
+def test_frames_are_encoded_at_once_where_memory_allows(platform, gigabytes, packed, chunk, monkeypatch):
+  stats = {"bytes_limit": gigabytes * 2**30}
+  device = types.SimpleNamespace(platform=platform, compute_capability="7.0", memory_stats=lambda: stats)
+  given = {}
+  learned = build.codecs.learned
+  monkeypatch.setattr(build.codecs, "learned", lambda *args, **kwargs: given.update(kwargs) or learned(*args, **kwargs))
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  build.build(make_config(env="catch", preset="debug"), envs.spec("catch"), packed=packed)
+  assert given["chunk"] == chunk
