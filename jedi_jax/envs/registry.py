@@ -263,7 +263,7 @@ def _sticky_and_scale(base: str, query: str) -> Mapping[str, Any]:
       options["scale"] = int(match[1])
     else:
       example = f"{base}?scale=4&sticky=0.1"
-      raise UserError(f"{part!r} is no scale in 1..99 or probability in [0, 1); write it like {example!r}")
+      raise UserError(f"{part!r} is no scale in 1..99 and no sticky in [0, 1); write it like {example!r}")
   return options
 
 
