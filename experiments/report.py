@@ -56,7 +56,7 @@ def main() -> None:
       methods[name] = method
   boards = minatar.compare(runs, reps=_REPS.value, seed=_SEED.value)
   if not methods and not boards:
-    raise jedi_jax.UserError("; ".join(["no result is of an Atari 100k or MinAtar game", *skipped]))
+    raise jedi_jax.UserError(". ".join(["no result is of an Atari 100k or MinAtar game", *skipped]))
 
   aggregates = {
     name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()
