@@ -4,7 +4,7 @@
 
 The folder has model.safetensors, config.json and README.md, the model card. `jedi_jax.load_agent` loads it, and so do
 evaluate.py, dream.py and diagnose.py with --workdir. The card has the score of the run's result.json; --episodes plays
-games for a new score, which --checkpoint=best and a run without a result need.
+games for a new score, which --checkpoint=best, a run without a result and, with --env, one on recorded episodes need.
 """
 
 from absl import flags
@@ -21,6 +21,7 @@ _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Whi
 _EPISODES = flags.DEFINE_integer(
   "episodes", 0, "Games to play for the score; 0 for the score of the run's result.", lower_bound=0, upper_bound=10**6
 )
+_ENV = flags.DEFINE_string("env", None, "Environment of the games, for a run on recorded episodes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the games; independent of training seeds.", lower_bound=0)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces an agent in the folder.")
 
@@ -33,12 +34,14 @@ def main() -> None:
   program.enable_compilation_cache()
   agent = jedi_jax.load_agent(_WORKDIR.value, _CHECKPOINT.value)
   assert agent.config is not None
+  if _ENV.value and (agent.data is None or not _EPISODES.value):
+    raise jedi_jax.UserError("--env is for the games (--episodes) of a run on recorded episodes: leave it out")
   if _EPISODES.value:
-    name = agent.config.env.name
+    name = _ENV.value or agent.config.env.name
     results = jedi_jax.evaluate(
       agent, name, episodes=_EPISODES.value, seed=seeds.evaluation_seed(_SEED.value), console=Console()
     )
-    agent.result = {**(agent.result or {}), **describe_results(name, results)}
+    agent.result = {**(agent.result or {}), "env": name, **describe_results(name, results)}
   folder = agent.save(_OUT.value, overwrite=_OVERWRITE.value)
   size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
   print(f"{agent.config.variant} on {agent.config.env.name}, {size / 2**20:.2f} MiB: {folder}")

@@ -5,7 +5,8 @@
 
 Prints the aggregates of Atari 100k and a table for each MinAtar game. With --out, also writes report.md, figures as PNG
 and SVG, with --latex report.tex, and scores.csv, aggregates.csv and aggregates.json of Atari 100k or minatar.csv. The
-report names missing games and runs and never fills them in. docs/evaluation.md describes the conventions.
+report names missing games and runs and never fills them in, and the runs on recorded episodes, which play no games.
+docs/evaluation.md describes the conventions.
 """
 
 import glob
@@ -39,8 +40,9 @@ def main() -> None:
   paths = sorted({pathlib.Path(path) for pattern in _RESULTS.value for path in glob.glob(pattern, recursive=True)})
   if _RESULTS.value and not paths:
     raise jedi_jax.UserError(f"no file matches {', '.join(_RESULTS.value)}")
-  runs = [report.read_run(path) for path in paths]
+  runs, skipped = report.read_runs(paths)
   methods, notes = report.collect(runs)
+  notes = skipped + notes
   ours = list(methods)
   compared = scores_lib.published() if _METHODS.value else {}
   compared |= {method.name: method for method in scores_lib.find_published(_COMPARE.value)}
@@ -54,7 +56,7 @@ def main() -> None:
       methods[name] = method
   boards = minatar.compare(runs, reps=_REPS.value, seed=_SEED.value)
   if not methods and not boards:
-    raise jedi_jax.UserError("no result is of an Atari 100k or MinAtar game")
+    raise jedi_jax.UserError(". ".join(["no result is of an Atari 100k or MinAtar game", *skipped]))
 
   aggregates = {
     name: scores_lib.aggregate(method, reps=_REPS.value, seed=_SEED.value) for name, method in methods.items()

@@ -74,6 +74,8 @@ class Agent:
       'actor_critic'.
     config: the configuration of the run; acting does not use it, and saving needs it.
     result: the result of the run with these parameters, as result.json has it; `save` writes it into the model card.
+    data: of a run on recorded episodes, what it records of them, see `datasets.Dataset.record`; `save` writes it into
+      config.json and the model card.
   """
 
   def __init__(
@@ -82,11 +84,13 @@ class Agent:
     params: dict[str, Any],
     config: Config | None = None,
     result: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
   ):
     self.model = model
     self.params = jax.device_put(params)  # Once, not at every call.
     self.config = config
     self.result = result
+    self.data = data
     self._act = jax.jit(make_act(model))
 
   def initial_state(self, batch: int) -> LstmState:
@@ -201,6 +205,7 @@ class Agent:
       spec=spec,
       sizes=count_parameters(self.params),
       result=self.result,
+      data=self.data,
       overwrite=overwrite,
     )
 
@@ -229,7 +234,7 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
     saved = sharing.read(path)
     model = build(saved.config, saved.spec)
     params = checkpoint.unflatten(saved.arrays, _shapes(model), where=str(path / sharing.MODEL))
-    return Agent(model, params, saved.config, saved.result)
+    return Agent(model, params, saved.config, saved.result, saved.data)
   run = workdir.read(path)
   model = build(run.config, run.spec)
   params = checkpoint.load_params(run.checkpoints / which, _shapes(model))
@@ -237,7 +242,7 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
   if which == "latest" and run.result.exists():
     with contextlib.suppress(UserError):  # The parameters are whole, even if the result is not.
       result = workdir.read_json(run.result)
-  return Agent(model, params, run.config, result if isinstance(result, dict) else None)
+  return Agent(model, params, run.config, result if isinstance(result, dict) else None, run.data)
 
 
 def _shapes(model: Model) -> Any:

@@ -113,8 +113,8 @@ def plan(
   names: list[str] = []
   groups = {
     "atari100k": [f"atari/{name}" for name in scores.games()],
-    "minatar": [f"minatar/{name}" for name in envs.minatar.SPECS],
-    "minatar_sticky": [f"minatar/{name}?sticky=0.1" for name in envs.minatar.SPECS],
+    "minatar": [f"minatar/{name}" for name in envs.gymnax.MINATAR],
+    "minatar_sticky": [f"minatar/{name}?sticky=0.1" for name in envs.gymnax.MINATAR],
   }
   for game in games:
     names += groups.get(game) or [_env_name(game)]

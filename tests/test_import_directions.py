@@ -71,7 +71,7 @@ ALLOWED = {
 IMPORTERS = {
   "envpool": {"envs/pooled.py"},
   "gymnasium": {"envs/gym.py", "inspection/gymnasium_envs.py"},
-  "gymnax": {"envs/minatar.py"},
+  "gymnax": {"envs/gymnax.py"},
   "minari": {"interop/episodes.py"},
   "orbax": {"runs/checkpoint.py"},
   "tensorboardX": {"runs/loggers.py"},

@@ -8,7 +8,7 @@ from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.envs.batch import BatchEnv
 from jedi_jax.envs.catch import CatchEnv
 from jedi_jax.envs.gym import GymEnv
-from jedi_jax.envs.minatar import MinAtarEnv
+from jedi_jax.envs.gymnax import GymnaxEnv
 from jedi_jax.envs.pixels import PixelEnv
 from jedi_jax.envs.registry import RECORDED, check_installed, is_stochastic, make, names, register, spec, validate
 
@@ -18,7 +18,7 @@ __all__ = [
   "BatchEnv",
   "CatchEnv",
   "GymEnv",
-  "MinAtarEnv",
+  "GymnaxEnv",
   "PixelEnv",
   "check_installed",
   "is_stochastic",

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ class Family(NamedTuple):
     drawn: whether images are drawn, since the observations are none.
     frames_per_step: game frames in one step.
     without: tasks that are left out, in our names.
+    folder: a folder that each game makes in the current one, unless it is there; games that start at once and make it
+      both crash, or hang, so that it is made before.
   """
 
   package: str
@@ -35,6 +38,7 @@ class Family(NamedTuple):
   drawn: bool = False
   frames_per_step: int = 1
   without: tuple[str, ...] = ()
+  folder: str = ""
 
   def names(self) -> tuple[str, ...] | None:
     """Returns the names of the tasks, sorted; None without EnvPool."""
@@ -70,6 +74,7 @@ FAMILIES: Mapping[str, Family] = {
     },
     suffix="-v1",
     frames_per_step=4,
+    folder="_vizdoom",
     without=("VizdoomCustom", "Cig", "MultiDuel"),  # No scenario of its own; games of several players.
   ),
   "minigrid": Family("envpool.minigrid", {}, prefix="MiniGrid-", drawn=True),
@@ -140,6 +145,8 @@ class PixelEnv(PooledEnv):
     check_numbers(num_envs, seed, max_episode_steps)
     own = FAMILIES[family]
     spec = task_spec(family, name)  # First, since it reports what is missing.
+    if own.folder:
+      _make_folder(own.folder, f"{family}/{name}")
     pool: PartialPool | DrawnPool = open_pool(
       name + own.suffix,
       num_envs=num_envs,
@@ -159,6 +166,15 @@ class PixelEnv(PooledEnv):
     end = done & ~truncated
     truncated = (truncated | (info["elapsed_step"] >= self._limit)) & ~end  # Procgen ignores a limit of ours.
     return Outcome(reward=reward, end=end, truncated=truncated, game_over=end | truncated)
+
+
+def _make_folder(folder: str, env: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    raise UserError(
+      f"environment {env} cannot be made: it writes to the current folder ({error.strerror}); run it in another"
+    ) from None
 
 
 @functools.cache

@@ -1,8 +1,10 @@
 """Environments by name: `catch`, those added by `register`, and the families `<family>/<name>`.
 
-The families are `atari`, `procgen`, `vizdoom` and `minigrid` (EnvPool), `minatar` (gymnax) and `gym` (Gymnasium).
+The families are `atari`, `procgen`, `vizdoom` and `minigrid` (EnvPool), `minatar` and `gymnax` (gymnax) and `gym`
+(Gymnasium).
 `atari/<Game>?skip=<low>-<high>` draws the number of frames per step uniformly from low to high; without it a step takes
 four. `minatar/<Game>?sticky=<p>` repeats the previous action with probability p; without it no action is sticky.
+`gymnax/<Id>?scale=<n>&sticky=<p>` draws every pixel n times along both axes.
 `gym/<id>?crop=<rows>x<columns>&size=<pixels>` crops and resizes images.
 """
 
@@ -13,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from jedi_jax.envs import atari, catch, gym, minatar, pixels, skipping
+from jedi_jax.envs import atari, catch, gym, gymnax, pixels, skipping
 from jedi_jax.envs.pooled import import_envpool
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.types import EnvSpec, VectorEnv
@@ -23,6 +25,7 @@ RECORDED = "data"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)*")
 _SKIP = re.compile(r"skip=([0-9]{1,4})-([0-9]{1,4})")
 _STICKY = re.compile(r"sticky=(0(?:\.[0-9]{1,6})?)")
+_SCALE = re.compile(r"scale=([1-9][0-9]?)")
 _SIZE = re.compile(r"size=([1-9][0-9]{0,3})(?:x([1-9][0-9]{0,3}))?")
 _CROP = re.compile(r"crop=([0-9]{1,4})-([0-9]{1,4})x([0-9]{1,4})-([0-9]{1,4})")
 _MEMBERS = ("num_envs", "spec", "frames", "reset", "step", "close")
@@ -109,8 +112,8 @@ def names() -> tuple[str, ...]:
   """Returns the registered environments in order of registration, `catch` first, then those of the families.
 
   Atari games and EnvPool's other families are included only if EnvPool is installed; an Atari game also takes `?skip=`.
-  The MinAtar games are included without gymnax too; each of them also takes `?sticky=`. Gymnasium's environments are
-  not included: most of those that come with it have no images.
+  The MinAtar games are included without gymnax too; each of them also takes `?sticky=`. The environments `gym/<id>` and
+  `gymnax/<Id>` are not included: most of those that come with Gymnasium and gymnax have no images.
   """
   return (*_entries, *(name for family, own in _FAMILIES.items() if own.listed for name in _full_names(family)))
 
@@ -119,8 +122,9 @@ def validate(name: str) -> None:
   """Checks that an environment of this name exists; if the package of its family is not installed, every name passes.
 
   Args:
-    name: such as `atari/Breakout`, `atari/Breakout?skip=2-6`, `minatar/Breakout?sticky=0.1` or
-      `gym/my/Maze-v0?size=64`; case matters. An id of Gymnasium includes its version and is registered with it before.
+    name: such as `atari/Breakout`, `atari/Breakout?skip=2-6`, `minatar/Breakout?sticky=0.1`, `gymnax/Pong-misc` or
+      `gym/my/Maze-v0?size=64`; case matters. An id of Gymnasium includes its version. Your own are registered with
+      Gymnasium or gymnax before.
 
   Raises:
     UserError: it does not exist; the message suggests the nearest names or describes the mistake in the option.
@@ -216,9 +220,10 @@ def _parse(name: str) -> tuple[_Entry, Mapping[str, Any]]:
   """Returns the entry of an environment, and the keyword arguments of its `make` that the name adds."""
   base, question, query = str(name).partition("?")
   entry = _find(base)
-  if entry is None and base.startswith("gym/"):
+  family = base.partition("/")[0]
+  if entry is None and "/" in base and family in _FAMILIES and not _FAMILIES[family].listed:
     cure = "; a package registers its environments with --import=my_package or when it is imported"
-    raise UserError(f"unknown environment {name!r}{nearest(base, _full_names('gym'))}{cure}")
+    raise UserError(f"unknown environment {name!r}{nearest(base, _full_names(family))}{cure}")
   if entry is None:
     raise UserError(f"unknown environment {name!r}{nearest(base, names())}")
   if not question:
@@ -247,6 +252,19 @@ def _sticky(base: str, query: str) -> Mapping[str, Any]:
     example = f"{base}?sticky=0.1"
     raise UserError(f"{query!r} is no probability of sticky actions in [0, 1); write it like {example!r}")
   return {"sticky": float(match[1])}
+
+
+def _sticky_and_scale(base: str, query: str) -> Mapping[str, Any]:
+  options: dict[str, Any] = {}
+  for part in query.split("&"):
+    if (match := _STICKY.fullmatch(part)) and "sticky" not in options:
+      options["sticky"] = float(match[1])
+    elif (match := _SCALE.fullmatch(part)) and "scale" not in options:
+      options["scale"] = int(match[1])
+    else:
+      example = f"{base}?scale=4&sticky=0.1"
+      raise UserError(f"{part!r} is no scale in 1..99 and no sticky in [0, 1); write it like {example!r}")
+  return options
 
 
 def _view(base: str, query: str) -> Mapping[str, Any]:
@@ -293,8 +311,13 @@ def _refuse_recorded(**options: Any) -> Any:
 
 
 def _minatar_entry(game: str) -> _Entry:
-  make = functools.partial(minatar.MinAtarEnv, game)
-  return _Entry(lambda **_: minatar.SPECS[game], make, _sticky, minatar.import_gymnax)
+  make = functools.partial(gymnax.GymnaxEnv, f"{game}-MinAtar", scale=1)
+  return _Entry(lambda **_: gymnax.MINATAR[game], make, _sticky, gymnax.import_gymnax)
+
+
+def _gymnax_entry(env_id: str) -> _Entry:
+  spec = functools.partial(gymnax.game_spec, env_id)
+  return _Entry(spec, functools.partial(gymnax.GymnaxEnv, env_id), _sticky_and_scale, gymnax.import_gymnax)
 
 
 def _pixels_entry(family: str, name: str) -> _Entry:
@@ -315,7 +338,8 @@ _FAMILIES: Mapping[str, _Family] = {
     family: _Family("EnvPool", own.names, functools.partial(_pixels_entry, family))
     for family, own in pixels.FAMILIES.items()
   },
-  "minatar": _Family("gymnax", lambda: tuple(minatar.SPECS), _minatar_entry),
+  "minatar": _Family("gymnax", lambda: tuple(gymnax.MINATAR), _minatar_entry),
+  "gymnax": _Family("gymnax", gymnax.ids, _gymnax_entry, listed=False),
   "gym": _Family("Gymnasium", gym.ids, _gym_entry, listed=False),
 }
 

@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,13 +67,32 @@ def is_minatar(run: Run) -> bool:
   return run.game.startswith("minatar/")
 
 
-def read_run(path: pathlib.Path) -> Run:
-  """Reads a result.json, and metrics.jsonl in the same directory if it exists.
+def read_runs(paths: Iterable[pathlib.Path]) -> tuple[list[Run], list[str]]:
+  """Reads result.json files, and metrics.jsonl in the same directories where it exists.
+
+  Returns:
+    The runs; and notes, at most one sentence, on the results that have no games and are skipped.
 
   Raises:
     UserError: if a file cannot be read or has invalid contents.
   """
-  result = workdir.read_json(path)
+  results = {path: workdir.read_json(path) for path in paths}
+  recorded = [path for path, result in results.items() if _is_offline(result)]
+  runs = [_read_run(path, result) for path, result in results.items() if path not in recorded]
+  if not recorded:
+    return runs, []
+  return runs, [
+    f"Skipped, since training on recorded episodes plays no games (evaluate.py --env=... does): "
+    f"{', '.join(map(str, recorded))}."
+  ]
+
+
+def _is_offline(result: Any) -> bool:
+  """Returns whether the contents of a result.json are those of a run on recorded episodes, without an evaluation."""
+  return isinstance(result, dict) and isinstance(result.get("data"), dict) and "mean_return" not in result
+
+
+def _read_run(path: pathlib.Path, result: Any) -> Run:
   try:
     env, variant, preset = (str(result[name]) for name in ("env", "variant", "preset"))
     score = float(result["mean_return"])

@@ -69,4 +69,4 @@ def fit(agent: Agent, episodes: list[Episode], *, updates: int, seed: int = 0) -
     carry, _ = run(carry, jax.random.split(jax.random.fold_in(key, call), _PER_CALL))
   # The configuration of a model with a probe, so that the agent can be saved.
   config = override(agent.config, {"training.first_updates.probe": max(calls, 1) * _PER_CALL})
-  return Agent(model, {**agent.params, **carry[0]}, config, agent.result)
+  return Agent(model, {**agent.params, **carry[0]}, config, agent.result, agent.data)

@@ -28,7 +28,9 @@ _ATARI = {
 }
 """Minimal action sets as indices into `_ALE`; games with 18 actions have all of them."""
 
-_MINATAR = {
+_GYMNAX = {
+  "Catch-bsuite": "left,noop,right",
+  "Pong-misc": "noop,up,down",
   "Asterix": "noop,left,up,right,down",
   "Breakout": "noop,left,right",
   "Freeway": "noop,up,down",
@@ -51,8 +53,8 @@ def action_names(env: str, num_actions: int) -> tuple[str, ...]:
   names: tuple[str, ...] = ()
   if (family, game) == ("", "catch"):
     names = ("left", "noop", "right")
-  elif family == "minatar":
-    names = tuple(_MINATAR.get(game, "").split(","))
+  elif family in {"minatar", "gymnax"}:
+    names = tuple(_GYMNAX.get(game.removesuffix("-MinAtar"), "").split(","))
   elif family == "atari":
     sets = [indices for games, indices in _ATARI.items() if game in games.split()]
     names = tuple(_ALE[i] for i in (sets[0] if sets else range(len(_ALE))))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from jedi_jax.config.presets import VARIANT_SUMMARIES
 from jedi_jax.tables import markdown_table
 from jedi_jax.types import EnvSpec
 
+_NAME = re.compile(r"[\w./?=&-]{1,200}")
+_COUNTS = {"trained on": "episodes", "held out": "held_out", "steps": "steps"}
+
 
 def write(
   config: Config,
@@ -20,6 +24,7 @@ def write(
   *,
   sizes: Mapping[str, int],
   result: Mapping[str, Any] | None,
+  data: Mapping[str, Any] | None,
   versions: Mapping[str, str],
 ) -> str:
   """Returns the model card.
@@ -29,18 +34,23 @@ def write(
     spec: the environment.
     sizes: number of parameters by component.
     result: the contents of the run's result.json, or a part of them; None if they are not known.
+    data: of a run on recorded episodes, `datasets.Dataset.record` of them; None otherwise.
     versions: version by name of the package.
   """
   result = result or {}
   returns = _returns(result)
   c = config
   height, width, channels = spec.observation_shape
+  env = _env(config, result, data)
+  policy = " and its policy, which was trained in imagination," if c.training.updates.actor_critic else ""
   rows: list[tuple[str, str]] = [
-    ("environment", f"`{c.env.name}`: {spec.num_actions} actions, observations {height} x {width} x {channels} uint8"),
+    ("environment", f"`{env}`: {spec.num_actions} actions, observations {height} x {width} x {channels} uint8"),
     ("variant", f"`{c.variant}`: {VARIANT_SUMMARIES[c.variant]}"),
     ("preset, seed", f"`{c.preset}`, {c.seed}"),
     ("parameters", ", ".join(f"{name} {count:,}" for name, count in sizes.items() if count)),
   ]
+  if data is not None:
+    rows.append(("data", _data(data)))
   for name, unit in (("env_steps", "environment steps"), ("frames", "frames")):
     if isinstance(result.get(name), int):
       rows.append((unit, f"{result[name]:,}"))
@@ -51,18 +61,18 @@ def write(
   rows.append(("score", _score(returns, result)))
   rows.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
   lines = [
-    *_metadata(config, returns),
+    *_metadata(config, env, returns),
     "",
-    f"# {c.variant} on {c.env.name}",
+    f"# {c.variant} on {env}",
     "",
-    "A world model and its policy, which was trained in imagination, by jedi_jax, an implementation of JEDI",
+    f"A world model{policy} by jedi_jax, an implementation of JEDI",
     "([arXiv:2505.19698](https://arxiv.org/abs/2505.19698)) in JAX.",
     "",
     markdown_table([("", ""), *rows]),
     "",
     "## Use",
     "",
-    _USE.format(env=c.env.name),
+    _USE.format(env=env),
   ]
   changed = _changed(config)
   if changed:
@@ -90,9 +100,25 @@ env.close()
 ```"""
 
 
-def _metadata(config: Config, returns: Sequence[float]) -> list[str]:
+def _env(config: Config, result: Mapping[str, Any], data: Mapping[str, Any] | None) -> str:
+  """Returns the environment: of a run on recorded episodes the one that was evaluated in, or the source of the data."""
+  if data is None:
+    return config.env.name
+  names = [result.get("env") if "episode_returns" in result else None, data.get("source")]
+  return next((name for name in names if isinstance(name, str) and _NAME.fullmatch(name)), "an/environment")
+
+
+def _data(data: Mapping[str, Any]) -> str:
+  """Describes recorded episodes, without the folder's place on the machine."""
+  source = " ".join(str(data.get("source", "")).split())[:100].replace("`", "'").replace("|", "/")
+  parts = [f"recorded episodes of `{source}`" if source else "recorded episodes"]
+  parts += [f"{name} {data[key]:,}" for name, key in _COUNTS.items() if isinstance(data.get(key), int)]
+  return ", ".join([*parts, f"SHA-256 `{str(data.get('fingerprint'))[:64]}`"])
+
+
+def _metadata(config: Config, env: str, returns: Sequence[float]) -> list[str]:
   """Returns the YAML at the top of a card. A JSON string is a YAML string."""
-  name = json.dumps(config.env.name)
+  name = json.dumps(env)
   lines = [
     "---",
     "library_name: jedi_jax",

@@ -40,12 +40,14 @@ class Saved(NamedTuple):
     spec: the environment of its run.
     arrays: parameters by path, such as 'encoder/conv_in/kernel'.
     result: the contents of the run's result.json; None if they are not known.
+    data: of a run on recorded episodes, `datasets.Dataset.record` of them; None otherwise.
   """
 
   config: Config
   spec: EnvSpec
   arrays: dict[str, np.ndarray]
   result: dict[str, Any] | None
+  data: dict[str, Any] | None
 
 
 def resolve(name: str | os.PathLike[str]) -> pathlib.Path:
@@ -103,6 +105,7 @@ def write(
   spec: EnvSpec,
   sizes: Mapping[str, int],
   result: Mapping[str, Any] | None = None,
+  data: Mapping[str, Any] | None = None,
   overwrite: bool = False,
 ) -> pathlib.Path:
   """Writes an agent and returns the folder.
@@ -114,6 +117,7 @@ def write(
     spec: the environment of its run.
     sizes: numbers of trained parameters, for the model card.
     result: the contents of the run's result.json, for the model card.
+    data: of a run on recorded episodes, `datasets.Dataset.record` of them, for the model card.
     overwrite: replaces the three files of an earlier save. Other files stay as they are.
 
   Raises:
@@ -136,13 +140,14 @@ def write(
     "spec": {"num_actions": spec.num_actions, "observation_shape": list(spec.observation_shape)},
     "config": config_lib.to_dict(config),
     "result": None if result is None else dict(result),
+    **({} if data is None else {"data": dict(data)}),
   }
   versions = {"jedi_jax": __version__, "JAX": jax.__version__}
-  text = card.write(config, spec, sizes=sizes, result=result, versions=versions)
+  text = card.write(config, spec, sizes=sizes, result=result, data=data, versions=versions)
   try:
     path.mkdir(parents=True, exist_ok=True)
-    for name, data in ((MODEL, model), (CARD, text.encode())):
-      _replace(path / name, data)
+    for name, content in ((MODEL, model), (CARD, text.encode())):
+      _replace(path / name, content)
   except OSError as error:
     raise UserError(f"cannot write the agent in {path}: {error.strerror}") from None
   workdir.write_json(path / CONFIG, about)
@@ -192,4 +197,5 @@ def read(path: pathlib.Path) -> Saved:
   if hashlib.sha256(data).hexdigest() != about.get("sha256"):
     raise UserError(f"{path / MODEL} is truncated or altered: its SHA-256 differs from that in {CONFIG}; {_CURE}")
   result = about.get("result")
-  return Saved(config, spec, safetensors.decode(data, path / MODEL), result if isinstance(result, dict) else None)
+  arrays = safetensors.decode(data, path / MODEL)
+  return Saved(config, spec, arrays, result if isinstance(result, dict) else None, about.get("data"))

@@ -10,12 +10,12 @@ from refusals import refused
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
-from jedi_jax.envs import minatar
-from jedi_jax.envs.minatar import SPECS
+from jedi_jax.envs import gymnax as gymnax_lib
+from jedi_jax.envs.gymnax import MINATAR
 from jedi_jax.models.build import build
 from jedi_jax.types import EnvSpec
 
-GAMES = list(SPECS)
+GAMES = list(MINATAR)
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def play(name, actions, *, seed=0, **options):
 
 
 def draw(game, steps, num_envs, seed=0):
-  return np.random.default_rng(seed).integers(SPECS[game].num_actions, size=(steps, num_envs))
+  return np.random.default_rng(seed).integers(MINATAR[game].num_actions, size=(steps, num_envs))
 
 
 def column(steps, env):
@@ -199,7 +199,7 @@ def test_numbers_out_of_range_name_the_field(field, value):
 
 
 def test_names_of_minatar_are_gymnaxs():
-  refused(lambda: envs.register("minatar/Mine", SPECS["Breakout"], lambda **options: None), "gymnax's")
+  refused(lambda: envs.register("minatar/Mine", MINATAR["Breakout"], lambda **options: None), "gymnax's")
 
 
 @pytest.mark.parametrize("action", [3, -1])
@@ -224,7 +224,13 @@ from jedi_jax.errors import UserError
 name = "minatar/Breakout?sticky=0.1"
 assert config.make_config(env=name, preset="debug").env.name == name
 assert envs.spec(name) == (3, (10, 10, 4))
-for attempt in (lambda: envs.check_installed(name), lambda: envs.make(name, num_envs=1, seed=0)):
+other = "gymnax/Pong-misc"
+envs.validate(other)
+attempts = (
+  lambda: envs.check_installed(name), lambda: envs.make(name, num_envs=1, seed=0),
+  lambda: envs.check_installed(other), lambda: envs.spec(other), lambda: envs.make(other, num_envs=1, seed=0),
+)
+for attempt in attempts:
   try:
     attempt()
   except UserError as error:
@@ -259,4 +265,4 @@ def test_without_a_cpu_backend_the_cure_is_named(monkeypatch):
     raise RuntimeError(f"Unknown backend {backend}")
 
   monkeypatch.setattr(jax, "local_devices", local_devices)
-  refused(minatar._cpu, "JAX_PLATFORMS", "add cpu")
+  refused(gymnax_lib._cpu, "JAX_PLATFORMS", "add cpu")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_report import write
 
-from jedi_jax.envs.minatar import SPECS
+from jedi_jax.envs.gymnax import MINATAR
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import human_normalized_score, minatar, report
 
@@ -77,11 +77,11 @@ def test_minatar_is_no_part_of_atari_100k(tmp_path):
 
 def test_the_published_scores_are_of_the_games():
   table = minatar._published()
-  assert set(table["episode_steps"]) == set(SPECS)
+  assert set(table["episode_steps"]) == set(MINATAR)
   known = {"agent", "steps", "protocol", "source"}
   for row in table["scores"]:
     assert known < set(row)
-    assert set(row) - known <= set(SPECS)
+    assert set(row) - known <= set(MINATAR)
     assert row["protocol"] in ("gymnax", "sticky")
 
 

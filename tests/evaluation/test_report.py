@@ -3,6 +3,7 @@ import io
 import json
 
 import pytest
+from refusals import refused
 
 from jedi_jax.errors import UserError
 from jedi_jax.evaluation import report
@@ -17,7 +18,8 @@ def write(directory, *, env="atari/Pong", variant="jedi", preset="paper", seed=0
     "episode_returns": [score] * 100, "mean_return": score, "max_episode_steps": 27_000, **changes,
   }  # fmt: skip
   (directory / "result.json").write_text(json.dumps(result))
-  return report.read_run(directory / "result.json")
+  [run], _ = report.read_runs([directory / "result.json"])
+  return run
 
 
 def test_runs_are_grouped_by_variant_and_preset(tmp_path):
@@ -41,6 +43,22 @@ def test_runs_are_grouped_by_variant_and_preset(tmp_path):
   assert "2 of 26 games" in gaps[0]
   assert "Alien" in gaps[0]
   assert "Pong 1" in gaps[1]
+
+
+def test_results_without_games_are_skipped_and_named(tmp_path):
+  run = write(tmp_path / "a")
+  paths = [tmp_path / name / "result.json" for name in "abc"]
+  offline = json.loads(paths[0].read_text()) | {"env": "data", "data": {"directory": "data/pong", "fingerprint": "1"}}
+  for path in paths[1:]:
+    path.parent.mkdir()
+    path.write_text(json.dumps({key: offline[key] for key in offline if "return" not in key}))
+  runs, [note] = report.read_runs(paths)
+  assert runs == [run]
+  assert note.startswith("Skipped, since training on recorded episodes plays no games")
+  assert str(paths[0]) not in note
+  assert all(str(path) in note for path in paths[1:])
+  paths[1].write_text(json.dumps(offline | {"data": None, "mean_return": None}))
+  refused(lambda: report.read_runs(paths), str(paths[1]), "is not the result of a run")
 
 
 def test_what_a_reader_must_know_is_noted(tmp_path):
@@ -70,7 +88,7 @@ def test_two_results_of_one_run_are_refused(tmp_path):
 def test_files_that_are_no_results_are_refused(tmp_path, content):
   (tmp_path / "result.json").write_text(content)
   with pytest.raises(UserError, match=r"result\.json"):
-    report.read_run(tmp_path / "result.json")
+    report.read_runs([tmp_path / "result.json"])
 
 
 def test_results_without_a_finite_score_are_refused(tmp_path):

@@ -119,6 +119,32 @@ def test_an_agent_without_a_result_has_no_score(agent, tmp_path):
   assert jedi_jax.load_agent(folder).result is None
 
 
+def test_the_agent_of_a_run_on_recorded_episodes_names_them(agent, tiny, tmp_path):
+  data = {
+    "directory": "/home/me/data/pong", "source": "atari/Pong", "episodes": 45, "steps": 4_050, "held_out": 5,
+    "fingerprint": "1f" * 32,
+  }  # fmt: skip
+  run = workdir.prepare(tmp_path / "run", tiny.config, SPEC, data=data)
+  checkpoints = checkpoint.Checkpoints(run.checkpoints / "latest", keep=1)
+  checkpoints.save(5, params=jax.device_get(agent.params))
+  checkpoints.close()
+  of_run = jedi_jax.load_agent(run.path)
+  folder = of_run.save(tmp_path / "agent")
+  assert of_run.data == jedi_jax.load_agent(folder).data == workdir.read(folder).data == data
+  text = (folder / "README.md").read_text()
+  line = f"| data | recorded episodes of `atari/Pong`, trained on 45, held out 5, steps 4,050, SHA-256 `{'1f' * 32}` |"
+  assert line in text
+  assert "# jedi on atari/Pong" in text
+  assert 'envs.make("atari/Pong"' in text
+  assert "/home/me" not in text
+  of_run.result = {"env": "catch", "episode_returns": [1.0]}
+  assert "# jedi on catch" in (of_run.save(folder, overwrite=True) / "README.md").read_text()
+  of_run.result, of_run.data = None, {"directory": "d", "fingerprint": "f", "source": "two\nlines | `of` text"}
+  text = (of_run.save(folder, overwrite=True) / "README.md").read_text()
+  assert "| data | recorded episodes of `two lines / 'of' text`, SHA-256 `f` |" in text
+  assert "# jedi on an/environment" in text
+
+
 def test_a_foreign_result_breaks_nothing(agent, tmp_path):
   result = {"episode_returns": ["x"], "updates": {"denoiser": "many"}, "env_steps": None, "human_normalized_score": []}
   folder = jedi_jax.Agent(agent.model, agent.params, agent.config, result).save(tmp_path / "agent")

@@ -47,6 +47,7 @@ SMALL = {
     "catch",
     "atari/Pong",
     "minatar/Breakout",
+    "gymnax/Catch-bsuite",
     "procgen/CoinrunEasy",
     "vizdoom/Basic",
     "minigrid/MiniGrid-Empty-5x5-v0",
