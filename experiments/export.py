@@ -23,6 +23,9 @@ _EPISODES = flags.DEFINE_integer(
 )
 _ENV = flags.DEFINE_string("env", None, "Environment of the games, for a run on recorded episodes.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the games; independent of training seeds.", lower_bound=0)
+_HALF = flags.DEFINE_bool(
+  "half", False, "Rounds the parameters to float16, which halves the file; the score is that before."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replaces an agent in the folder.")
 
 
@@ -42,7 +45,7 @@ def main() -> None:
       agent, name, episodes=_EPISODES.value, seed=seeds.evaluation_seed(_SEED.value), console=Console()
     )
     agent.result = {**(agent.result or {}), "env": name, **describe_results(name, results)}
-  folder = agent.save(_OUT.value, overwrite=_OVERWRITE.value)
+  folder = agent.save(_OUT.value, half=_HALF.value, overwrite=_OVERWRITE.value)
   size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
   print(f"{agent.config.variant} on {agent.config.env.name}, {size / 2**20:.2f} MiB: {folder}")
 

@@ -176,7 +176,7 @@ class Agent:
 
     return play
 
-  def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> pathlib.Path:
+  def save(self, folder: str | os.PathLike[str], *, half: bool = False, overwrite: bool = False) -> pathlib.Path:
     """Writes the agent to a folder that `load_agent` takes and that fits the Hugging Face Hub.
 
     The folder has `model.safetensors` (all parameters, those that dreaming needs too), `config.json` (configuration,
@@ -185,6 +185,7 @@ class Agent:
 
     Args:
       folder: created if missing.
+      half: whether float32 parameters are rounded to float16, which halves the file; loading makes them float32 again.
       overwrite: replaces these three files of an earlier save. Other files stay as they are.
 
     Returns:
@@ -206,6 +207,7 @@ class Agent:
       sizes=count_parameters(self.params),
       result=self.result,
       data=self.data,
+      half=half,
       overwrite=overwrite,
     )
 
@@ -216,7 +218,8 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
   Args:
     directory: the working directory of a run; a folder that `Agent.save` wrote; 'hf://user/name' or
       'hf://user/name@revision' for a repository of the Hugging Face Hub with the files of such a folder (needs
-      `huggingface_hub`); or 'jedi://name' for an agent of the package: 'jedi://catch'.
+      `huggingface_hub`); or 'jedi://catch' or 'jedi://breakout' (MinAtar), agents
+      of the package.
     which: of a run, 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in
       evaluations during training.
     build: builds the model, as in `train`.

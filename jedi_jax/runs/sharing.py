@@ -106,6 +106,7 @@ def write(
   sizes: Mapping[str, int],
   result: Mapping[str, Any] | None = None,
   data: Mapping[str, Any] | None = None,
+  half: bool = False,
   overwrite: bool = False,
 ) -> pathlib.Path:
   """Writes an agent and returns the folder.
@@ -118,6 +119,7 @@ def write(
     sizes: numbers of trained parameters, for the model card.
     result: the contents of the run's result.json, for the model card.
     data: of a run on recorded episodes, `datasets.Dataset.record` of them, for the model card.
+    half: whether float32 parameters are rounded to float16.
     overwrite: replaces the three files of an earlier save. Other files stay as they are.
 
   Raises:
@@ -131,7 +133,10 @@ def write(
     raise UserError(f"{path} has {found[0]}, which is not a saved agent's: name another folder")
   if found and not overwrite:
     raise UserError(f"{path} holds an agent: name another folder, or overwrite it")
-  model = safetensors.encode(checkpoint.flatten(params))
+  arrays = checkpoint.flatten(params)
+  if half:
+    arrays = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in arrays.items()}
+  model = safetensors.encode(arrays)
   about = {
     "agent": FORMAT,
     "version": __version__,
@@ -197,5 +202,8 @@ def read(path: pathlib.Path) -> Saved:
   if hashlib.sha256(data).hexdigest() != about.get("sha256"):
     raise UserError(f"{path / MODEL} is truncated or altered: its SHA-256 differs from that in {CONFIG}; {_CURE}")
   result = about.get("result")
-  arrays = safetensors.decode(data, path / MODEL)
+  arrays = {
+    name: value.astype(np.float32) if value.dtype == np.float16 else value
+    for name, value in safetensors.decode(data, path / MODEL).items()
+  }
   return Saved(config, spec, arrays, result if isinstance(result, dict) else None, about.get("data"))

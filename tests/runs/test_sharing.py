@@ -111,6 +111,17 @@ def test_the_card_says_what_the_agent_is(original):
     assert part in body
 
 
+def test_half_precision_halves_the_file_and_loads_as_float32(agent, tmp_path):
+  whole = agent.save(tmp_path / "whole")
+  half = agent.save(tmp_path / "half", half=True)
+  sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, half)]
+  assert 0.45 < sizes[1] / sizes[0] < 0.6  # The header stays.
+  loaded = jax.device_get(jedi_jax.load_agent(half).params)
+  for value, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(jax.device_get(agent.params)), strict=True):
+    assert value.dtype == expected.dtype
+    np.testing.assert_allclose(value, expected, rtol=2**-11, atol=2**-25)
+
+
 def test_an_agent_without_a_result_has_no_score(agent, tmp_path):
   folder = jedi_jax.Agent(agent.model, agent.params, agent.config).save(tmp_path / "agent")
   text = (folder / "README.md").read_text()
@@ -331,14 +342,20 @@ def test_an_unknown_agent_of_the_package():
   refused(lambda: jedi_jax.load_agent("jedi://../agents/catch"), "not an agent of this package")
 
 
-def test_the_shipped_agent_plays_and_dreams():
-  agent = jedi_jax.load_agent("jedi://catch")
-  files = list((sharing.SHIPPED / "catch").iterdir())
+# The random policy has -0.52 and 0.29.
+@pytest.mark.parametrize(("name", "episodes", "least"), [("catch", 40, 0.8), ("breakout", 8, 4)])
+def test_shipped_agents_play(name, episodes, least):
+  agent = jedi_jax.load_agent(f"jedi://{name}")
+  files = list((sharing.SHIPPED / name).iterdir())
   assert {path.name for path in files} == {"model.safetensors", "config.json", "README.md"}
   assert sum(path.stat().st_size for path in files) < 3 * 10**6
-  results = jedi_jax.evaluate(agent, "catch", episodes=40)
-  assert np.mean([result.return_ for result in results]) > 0.8  # Of the random policy: -0.52.
-  assert agent.result["mean_return"] > 0.8
+  results = jedi_jax.evaluate(agent, agent.config.env.name, episodes=episodes)
+  assert np.mean([result.return_ for result in results]) > least
+  assert agent.result["mean_return"] > least
+
+
+def test_the_shipped_agent_dreams():
+  agent = jedi_jax.load_agent("jedi://catch")
   count, length = 2, agent.model.conditioning_frames
   start = jedi_jax.Segment(
     np.zeros((count, length, 24, 24, 3), np.uint8),
