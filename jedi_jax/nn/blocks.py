@@ -5,6 +5,7 @@ be loaded. Activations have the module's `dtype`; parameters and the statistics 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -72,11 +73,8 @@ def prepare(params: Params, compute: Compute) -> Params:
   params = cast(params)
   if compute.kernels == "xla":
     return params
-  linear = [layer for _, layer in _adaptive_norms(params)]
-  if linear:
-    kernel, bias = (jnp.concatenate([own[name] for own in linear], axis=-1) for name in ("kernel", "bias"))
-    params = {**params, _JOINT: {"kernel": kernel, "bias": bias}}
-  return join(params)
+  layers = _adaptive_norms(params)
+  return join({**params, _JOINT: _joined(layers)} if layers else params)
 
 
 _JOINT = "adaptive_norms"
@@ -90,6 +88,11 @@ def _adaptive_norms(params: Params) -> list[tuple[tuple[str, ...], Params]]:
     if isinstance(tree, Mapping):
       found += [((), tree)] if name == "linear" else [((name, *path), own) for path, own in _adaptive_norms(tree)]
   return found
+
+
+def _joined(layers: Sequence[tuple[tuple[str, ...], Params]]) -> Params:
+  """Joins the linear layers that `_adaptive_norms` returns."""
+  return {name: jnp.concatenate([own[name] for _, own in layers], axis=-1) for name in ("kernel", "bias")}
 
 
 @flax.struct.dataclass
@@ -109,15 +112,17 @@ class Condition:
   @classmethod
   def of(cls, network: nn.Module, value: Array) -> "Condition":
     """Returns the condition `value` of a network, which this is called by."""
-    params = network.variables.get("params", {})
-    if _JOINT not in params:
+    params, compute = network.variables.get("params", {}), network.compute
+    layers = _adaptive_norms(params)
+    if compute.kernels == "xla" or not layers:  # There are none at initialisation.
       return cls(value)
-    kernel, bias = params[_JOINT]["kernel"], params[_JOINT]["bias"]
-    starts, start = [], 0
-    for path, layer in _adaptive_norms(params):
-      starts.append(((*network.path, *path), start))
-      start += layer["bias"].size
-    return cls(value, value.astype(kernel.dtype) @ kernel + bias, tuple(starts))
+    joint = params[_JOINT] if _JOINT in params else _joined(layers)
+    kernel, bias = (joint[name].astype(compute.dtype) for name in ("kernel", "bias"))
+    sizes = [layer["bias"].size for _, layer in layers]
+    starts = zip(
+      ((*network.path, *path) for path, _ in layers), itertools.accumulate(sizes[:-1], initial=0), strict=True
+    )
+    return cls(value, value.astype(compute.dtype) @ kernel + bias, tuple(starts))
 
 
 def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:

@@ -248,3 +248,18 @@ def test_kernels_of_our_own_and_joint_layers_change_nothing(name):
     actual = jit(own.apply)({"params": given}, *arguments)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["inner", "reward_end"])
+def test_gradients_through_kernels_of_our_own_and_joint_layers_are_the_same(name):
+  network, arguments = NETWORKS[name]()
+  _, params, _ = compiled(name)
+
+  def loss(network, params):
+    return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(network.apply(params, *arguments)))
+
+  own = network.clone(compute=Compute(kernels="interpret"))
+  expected, actual = (jit(jax.grad(functools.partial(loss, each)))(params) for each in (network, own))
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-3 * np.abs(y).max())
