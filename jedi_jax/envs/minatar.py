@@ -56,7 +56,7 @@ class _Programs(NamedTuple):
   """Compiled functions of a game, over N environments; JAX compiles them once for each N.
 
   Attributes:
-    reset: maps seeds [N] int32 to `_Running` and first observations.
+    reset: maps keys [N] to `_Running` and first observations.
     step: maps `_Running`, actions [N] int32, the probability of a sticky action and the time limit to `_Running` and
       the fields of `EnvStep` in order.
     limit: gymnax's time limit in steps.
@@ -109,13 +109,16 @@ class MinAtarEnv:
     self.spec = SPECS[game]
     self.frames = 0
     self._programs = _programs(game)
-    self._seeds = np.arange(seed, seed + num_envs, dtype=np.int32)
+    seeds = jax.device_put(np.arange(seed, seed + num_envs, dtype=np.int32), self._programs.device)
+    self._keys = jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(seeds)
+    self._running: _Running | None = None
     self._sticky = np.float32(sticky)
     self._limit = np.int32(min(self._programs.limit, max_episode_steps or self._programs.limit))
 
   def reset(self) -> np.ndarray:
-    """Begins the first game in every environment; returns observations [N, 10, 10, C] uint8."""
-    self._running, observation = self._programs.reset(jax.device_put(self._seeds, self._programs.device))
+    """Begins a new game in every environment; returns observations [N, 10, 10, C] uint8."""
+    keys = self._keys if self._running is None else self._running.key
+    self._running, observation = self._programs.reset(keys)
     return np.asarray(observation)
 
   def step(self, actions: np.ndarray) -> EnvStep:
@@ -137,8 +140,8 @@ def _programs(game: str) -> _Programs:
     env = getattr(import_gymnax().environments, f"Min{game}")()
     params = env.default_params
 
-  def reset(seed: Array) -> tuple[_Running, Array]:
-    key, key_reset = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+  def reset(key: Array) -> tuple[_Running, Array]:
+    key, key_reset = jax.random.split(key)
     observation, state = env.reset_env(key_reset, params)
     # Python numbers become arrays, so that the first step has the types of later ones.
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)

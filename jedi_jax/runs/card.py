@@ -1,7 +1,6 @@
 """The model card of a saved agent: a README.md with the metadata that the Hugging Face Hub reads."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,9 @@ from jedi_jax.config import Config
 from jedi_jax.config.presets import VARIANT_SUMMARIES
 from jedi_jax.tables import markdown_table
 from jedi_jax.types import EnvSpec
+
+_BEYOND = 1e15
+"""Returns of a result.json that are as large are not believed."""
 
 
 def write(
@@ -115,7 +117,7 @@ def _metadata(config: Config, returns: Sequence[float]) -> list[str]:
 
 def _returns(result: Mapping[str, Any]) -> list[float]:
   returns = result.get("episode_returns")
-  if not isinstance(returns, list) or not all(isinstance(x, int | float) and math.isfinite(x) for x in returns):
+  if not isinstance(returns, list) or not all(isinstance(x, int | float) and abs(x) < _BEYOND for x in returns):
     return []
   return [float(x) for x in returns]
 

@@ -21,10 +21,15 @@ def marked(name, function):
   return wrapper
 
 
-loop.evaluate = marked("evaluating", loop.evaluate)
-loop.Trainer.run_epoch = marked("epoch", loop.Trainer.run_epoch)
-checkpoint.Checkpoints.save = marked("saving", checkpoint.Checkpoints.save)
+def mark():
+  """Makes the training of this process print markers."""
+  loop.evaluate = marked("evaluating", loop.evaluate)
+  loop.Trainer.run_epoch = marked("epoch", loop.Trainer.run_epoch)
+  checkpoint.Checkpoints.save = marked("saving", checkpoint.Checkpoints.save)
 
-sys.argv = sys.argv[1:]
-sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
-runpy.run_path(sys.argv[0], run_name="__main__")
+
+if __name__ == "__main__":
+  mark()
+  sys.argv = sys.argv[1:]
+  sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+  runpy.run_path(sys.argv[0], run_name="__main__")

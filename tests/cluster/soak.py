@@ -1,0 +1,425 @@
+"""A sweep that is killed, stopped, starved of disk and continued many times must end as an undisturbed one.
+
+`python soak.py FOLDER HARMS SEED GAMES SEEDS` prints what happened as JSON; its status is 1 with a reason if a promise
+of docs/reliability.md is broken. The libraries are imported once; the sweep and its runs are forks that begin where
+experiments/sweep.py and experiments/train.py do.
+"""
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import pathlib
+import random
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+TESTS = pathlib.Path(__file__).parents[1]
+PROGRAMS = TESTS.parent / "experiments"
+sys.path[:0] = [str(TESTS), str(TESTS / "faults"), str(TESTS.parent)]
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import conftest  # noqa: E402 - it sets the environment of JAX.
+import running  # noqa: E402
+import victim  # noqa: E402
+from absl import app, flags  # noqa: E402
+
+from jedi_jax import sweep  # noqa: E402
+
+SETTINGS = {
+  **conftest._TINY,
+  "training.first_updates.probe": 0,  # Its program takes long to trace, at each start.
+  "training.updates.probe": 0,
+  "collect.total_steps": 420,
+  "collect.first_epoch_min_steps": 20,
+  "collect.first_epoch_max_steps": 20,
+  "evaluation.interval_epochs": 4,
+  "evaluation.interval_episodes": 2,
+  "evaluation.max_episode_steps": 30,
+  "checkpoint.interval_epochs": 1,
+}
+"""41 epochs with a checkpoint each."""
+ROOM = 64 << 20
+STATUSES = {0, 2, 75, -signal.SIGKILL}
+"""A sweep or a run ends with no others."""
+MARKERS = ("<epoch>", "<saving>", "<evaluating>")
+
+
+KINDS = ("kill all", "kill run", "kill sweep", "stop", "stop run", "disk", "read-only", "clock")
+
+
+class Broken(Exception):
+  """A promise that was not kept."""
+
+
+# ---- Forks of this process as programs ----
+
+
+def obey_permissions():
+  """Takes the right from the superuser to write where the permissions forbid it."""
+  if os.geteuid() == 0:
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    data = (ctypes.c_uint32 * 6)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(head, data) == 0:
+      for i in (0, 1):  # Effective and permitted; CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+        data[i] &= ~0b110
+      libc.capset(head, data)
+
+
+class Fork:
+  """A fork that runs a program, with the part of `subprocess.Popen` that `sweep.Pool` uses."""
+
+  notes = pathlib.Path()
+  clock = pathlib.Path()
+
+  def __init__(self, argv, stdout, stderr=None, process_group=0):
+    del stderr, process_group
+    self.returncode = None
+    sys.stdout.flush()
+    self.pid = os.fork()
+    if self.pid:
+      return
+    status = 1
+    try:
+      os.setpgid(0, 0)
+      for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        signal.signal(number, handler)
+      signal.set_wakeup_fd(-1)
+      os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+      os.dup2(stdout.fileno(), 1)
+      os.dup2(stdout.fileno(), 2)
+      for name in flags.FLAGS:  # Those of the sweep, which forks its runs.
+        if flags.FLAGS.find_module_defining_flag(name).endswith("sweep.py"):
+          delattr(flags.FLAGS, name)
+      app._register_and_parse_flags_with_usage.done = False
+      sys.argv = argv[1:]
+      runpy.run_path(argv[1], run_name="__main__")
+      status = 0
+    except SystemExit as error:
+      status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+      with (self.notes / "tracebacks").open("a") as file:
+        traceback.print_exc(file=file)
+    with contextlib.suppress(Exception):
+      with (self.notes / "statuses").open("a") as file:
+        file.write(f"{pathlib.Path(argv[1]).name} {status}\n")
+      sys.stdout.flush()
+      sys.stderr.flush()
+    os._exit(status)
+
+  def poll(self):
+    if self.returncode is None:
+      pid, status = os.waitpid(self.pid, os.WNOHANG)
+      if pid:
+        self.returncode = os.waitstatus_to_exitcode(status)
+    return self.returncode
+
+  def wait(self, timeout=None):
+    stop = time.monotonic() + (timeout or 1e9)
+    while self.poll() is None:
+      if time.monotonic() > stop:
+        raise subprocess.TimeoutExpired("fork", timeout)
+      time.sleep(0.01)
+    return self.returncode
+
+  def send_signal(self, number):
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self):
+    self.send_signal(signal.SIGKILL)
+
+  def children(self):
+    with contextlib.suppress(OSError):
+      return [int(pid) for pid in pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+    return []
+
+
+def prepare():
+  """Makes this process fit to be forked: runs print markers, have a clock that jumps, and obey permissions."""
+  sweep.subprocess = Forked
+  victim.mark()
+  true_time = time.time
+
+  def jumping():
+    with contextlib.suppress(OSError, ValueError):
+      return true_time() + float(Fork.clock.read_text())
+    return true_time()
+
+  time.time = jumping
+
+
+class Forked:
+  """Stands for the module `subprocess` in `jedi_jax.sweep`."""
+
+  Popen, STDOUT, TimeoutExpired = Fork, subprocess.STDOUT, subprocess.TimeoutExpired
+
+
+# ---- The sweep and what is done to it ----
+
+
+class Soak:
+  """Sweeps in a folder, one after the other, until enough was done to them."""
+
+  def __init__(self, folder, games, seeds, pick):
+    self.folder, self.games, self.seeds, self.pick = folder, games, seeds, pick
+    self.done = dict.fromkeys(KINDS, 0)
+    self.statuses, self.starts, self.finished = {}, 0, set()
+    self.process, self.orphans = None, []
+    self.out = folder / "undisturbed"
+
+  def plan(self, out=None):
+    texts = tuple(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SETTINGS.items())
+    arguments = {"variants": ["jedi"], "preset": "debug", "overrides": texts}
+    return sweep.plan(out or self.out, games=self.games, seeds=self.seeds, **arguments)
+
+  def start(self):
+    texts = [f"--set={text}" for text in self.plan()[0].overrides]
+    argv = [sys.executable, str(PROGRAMS / "sweep.py"), f"--games={','.join(self.games)}", f"--seeds={self.seeds}"]
+    argv += ["--preset=debug", f"--out={self.out}", "--interval=0.2", *texts]
+    self.starts += 1
+    self.marks = self.count()
+    with (self.folder / "sweep.log").open("ab") as log:
+      self.process = Fork(argv, log)
+
+  def count(self):
+    """Markers in the logs of the runs so far."""
+    texts = [path.read_text(errors="replace") for path in (self.out / "logs").glob("*.log")]
+    return {marker: sum(text.count(marker) for text in texts) for marker in MARKERS}
+
+  def ended(self):
+    """Notes the end of the sweep, if it has ended."""
+    if self.process is None or (status := self.process.poll()) is None:
+      return False
+    self.statuses[status] = self.statuses.get(status, 0) + 1
+    if status not in STATUSES:
+      raise Broken(f"the sweep ended with status {status}")
+    self.process = None
+    return True
+
+  def check(self):
+    """What holds at each moment: no program failed in another way, the table is true, and nothing finished is lost."""
+    notes = self.folder / "statuses"
+    for line in notes.read_text().splitlines() if notes.exists() else ():
+      if int(line.split()[1]) not in STATUSES:
+        raise Broken(f"{line}: {(self.folder / 'tracebacks').read_text()[-3000:]}")
+    if (self.folder / "tracebacks").exists():
+      raise Broken((self.folder / "tracebacks").read_text()[-3000:])
+    statuses = [sweep.run_status(run) for run in self.plan()]
+    finished = {str(status.run.workdir) for status in statuses if status.name == "finished"}
+    if self.finished - finished:
+      raise Broken(f"no longer finished: {self.finished - finished}")
+    self.finished = finished
+    return len(finished) == len(statuses)
+
+  def moment(self):
+    """Waits for a random moment; returns whether the sweep still runs."""
+    marker, limit = self.pick.choice((*MARKERS, "<epoch>", None)), time.monotonic() + 60
+    number = self.marks.get(marker, 0) + self.pick.randrange(1, 8)
+    later = self.pick.uniform(0, 0.2 if marker else 8)
+    while marker and self.process.poll() is None and time.monotonic() < limit and self.count()[marker] < number:
+      time.sleep(0.02)
+    stop = time.monotonic() + later
+    while self.process.poll() is None and time.monotonic() < stop:
+      time.sleep(0.01)
+    return self.process.poll() is None
+
+  def signal_runs(self, number):
+    """Sends a signal to the groups of the running runs; returns whether there was one."""
+    children = self.process.children()
+    for pid in children:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, number)
+    return bool(children)
+
+  def harm(self, disk):
+    """Does one thing to the running sweep, and undoes it."""
+    kinds = [*self.done, "kill all", "kill all", "stop"]
+    kind = self.pick.choice([kind for kind in kinds if kind != "disk" or disk])
+    if kind == "kill all":
+      self.signal_runs(signal.SIGKILL)
+      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.wait(60)
+    elif kind == "kill run":
+      if not self.signal_runs(signal.SIGKILL):
+        return
+    elif kind == "kill sweep":
+      self.orphans += self.process.children()
+      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.wait(60)
+    elif kind == "stop":
+      self.process.send_signal(self.pick.choice((signal.SIGTERM, signal.SIGINT)))
+      if self.process.wait(90) not in (75, 0, 2):
+        raise Broken(f"a stopped sweep ended with status {self.process.returncode}")
+    elif kind == "stop run":
+      if not self.signal_runs(signal.SIGTERM):
+        return
+    elif kind == "disk":
+      space = os.statvfs(self.out)
+      left = self.pick.choice((0, 0, 20_000, 100_000, 500_000))
+      filler = self.out / "others"
+      with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+        for _ in range(max(space.f_bavail * space.f_frsize - left, 0) >> 12):
+          file.write(b"x" * 4096)
+      self.pause()
+      filler.unlink()
+    elif kind == "read-only":
+      places = [path for path in (self.out, *self.out.rglob("*")) if path.is_dir()]
+      some = self.pick.sample(places, min(len(places), self.pick.randrange(1, 6)))
+      for path in some:
+        with contextlib.suppress(FileNotFoundError):
+          path.chmod(0o555)
+      self.pause()
+      for path in some:
+        with contextlib.suppress(FileNotFoundError):
+          path.chmod(0o755)
+    elif kind == "clock":
+      Fork.clock.write_text(str(self.pick.choice((-1, 1)) * self.pick.choice((1, 60, 3600, 86400, 10 * 365 * 86400))))
+      for path in self.out.rglob("*"):
+        with contextlib.suppress(OSError):
+          if path.is_file() and self.pick.random() < 0.5:
+            os.utime(path, (self.pick.choice((0, 1e9, 4e9)),) * 2)
+    self.done[kind] += 1
+
+  def pause(self):
+    stop = time.monotonic() + self.pick.uniform(0.1, 3)
+    while time.monotonic() < stop and self.process.poll() is None:
+      time.sleep(0.02)
+
+  def reap(self):
+    """Sometimes ends the runs that were left behind by a killed sweep."""
+    for pid in list(self.orphans):
+      if self.pick.random() < 0.5:
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(pid, signal.SIGKILL)
+        self.orphans.remove(pid)
+
+  def end_all(self):
+    """Ends all processes."""
+    if self.process is not None:
+      self.signal_runs(signal.SIGKILL)
+      self.process.kill()
+    for pid in self.orphans:
+      with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+  def run(self, harms, disk):
+    """Harms sweeps `harms` times; returns the number of sweeps that ended."""
+    begin = time.monotonic()
+    self.start()
+    while not self.ended():
+      time.sleep(0.05)
+    if not self.check():
+      raise Broken(f"the undisturbed sweep did not end: {(self.folder / 'sweep.log').read_text()[-2000:]}")
+    undisturbed, rounds, alone = self.plan(), 0, time.monotonic() - begin
+    while sum(self.done.values()) < harms or rounds == 0:
+      with mounted(self.folder / f"round_{rounds}", disk) as self.out:
+        self.finished = set()
+        while True:
+          enough = sum(self.done.values()) >= harms
+          if self.process is None:
+            self.start()
+          if enough:  # To the end.
+            self.orphans, left = [], self.orphans
+            for pid in left:
+              with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+            while self.process.poll() is None:
+              time.sleep(0.02)
+          elif self.moment():
+            self.harm(disk)
+            self.reap()
+          self.ended()
+          if self.check() and self.process is None:
+            break
+        compare(undisturbed, self.plan(), self.folder)
+      rounds += 1
+    return rounds, round(alone)
+
+
+@contextlib.contextmanager
+def mounted(path, disk):
+  """A directory, on a small file system of its own if `disk` is true."""
+  path.mkdir()
+  if disk:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", path], check=True)
+  try:
+    yield path
+  finally:
+    if disk:
+      subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def can_mount(folder):
+  """Returns whether this process may mount."""
+  try:
+    with mounted(folder / "mount", disk=True):
+      return True
+  except (OSError, subprocess.CalledProcessError):
+    return False
+  finally:
+    (folder / "mount").rmdir()
+
+
+def compare(undisturbed, disturbed, folder):
+  """Compares results, records and checkpoints bit for bit, in a fork, since JAX must not start here."""
+  child = os.fork()
+  if child == 0:
+    status = 1
+    try:
+      for theirs, ours in zip(undisturbed, disturbed, strict=True):
+        results = [json.loads((run.workdir / "result.json").read_text()) for run in (theirs, ours)]
+        for result in results:
+          result.pop("seconds")
+        assert results[0] == results[1], (ours.workdir, results)
+        records = [timeless(run.workdir / "metrics.jsonl") for run in (theirs, ours)]
+        assert records[0] == records[1], f"the records of {ours.workdir} differ"
+        last = [running.newest(run.workdir) for run in (theirs, ours)]
+        assert last[0].name == last[1].name
+        running.assert_equal_bit_for_bit(*(running.arrays(path) for path in last))
+        assert not list(ours.workdir.rglob("*.orbax-checkpoint-tmp"))
+      status = 0
+    except BaseException:
+      with (folder / "tracebacks").open("a") as file:
+        traceback.print_exc(file=file)
+    os._exit(status)
+  if os.waitpid(child, 0)[1]:
+    raise Broken((folder / "tracebacks").read_text()[-3000:])
+
+
+def timeless(path):
+  """The records without what a clock says."""
+  records = [json.loads(line) for line in path.read_text().splitlines()]
+  return [{k: v for k, v in r.items() if not k.startswith("time/") and "per_second" not in k} for r in records]
+
+
+def main():
+  folder, harms, seed, games, seeds = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
+  assert isinstance(sys.stdout, io.TextIOBase)
+  Fork.notes, Fork.clock = folder, folder / "clock"
+  disk = can_mount(folder)
+  obey_permissions()
+  prepare()
+  soak = Soak(folder, games.split(","), seeds, random.Random(seed))
+  begin, broken = time.monotonic(), ""
+  try:
+    rounds, alone = soak.run(harms, disk)
+  except Broken as error:
+    broken, rounds, alone = str(error), 0, 0
+  finally:
+    soak.end_all()
+  about = {"seed": seed, "harms": sum(soak.done.values()), "kinds": soak.done, "starts": soak.starts, "sweeps": rounds,
+           "runs of a sweep": len(soak.plan()), "statuses of the sweep": soak.statuses, "disk": disk,
+           "seconds": round(time.monotonic() - begin), "seconds undisturbed": alone}  # fmt: skip
+  print(json.dumps(about | ({"broken": broken} if broken else {})))
+  sys.exit(bool(broken))
+
+
+if __name__ == "__main__":
+  main()
