@@ -30,6 +30,8 @@ import victim  # noqa: E402
 from absl import app, flags  # noqa: E402
 
 from jedi_jax import sweep  # noqa: E402
+from jedi_jax.errors import UserError  # noqa: E402
+from jedi_jax.runs import checkpoint  # noqa: E402
 
 SETTINGS = {
   **conftest._TINY,
@@ -45,8 +47,8 @@ SETTINGS = {
 }
 """41 epochs with a checkpoint each."""
 ROOM = 64 << 20
-STATUSES = {0, 2, 75, -signal.SIGKILL}
-"""A sweep or a run ends with no others."""
+STATUSES = {0, 2, 75, 130, -signal.SIGTERM, -signal.SIGKILL}
+"""A sweep or a run ends with no others; before it listens to signals, they end it."""
 MARKERS = ("<epoch>", "<saving>", "<evaluating>")
 
 
@@ -94,7 +96,7 @@ class Fork:
       os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
       os.dup2(stdout.fileno(), 1)
       os.dup2(stdout.fileno(), 2)
-      for name in flags.FLAGS:  # Those of the sweep, which forks its runs.
+      for name in list(flags.FLAGS):  # Those of the sweep, which forks its runs.
         if flags.FLAGS.find_module_defining_flag(name).endswith("sweep.py"):
           delattr(flags.FLAGS, name)
       app._register_and_parse_flags_with_usage.done = False
@@ -103,6 +105,8 @@ class Fork:
       status = 0
     except SystemExit as error:
       status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except KeyboardInterrupt:
+      status = 130
     except BaseException:
       with (self.notes / "tracebacks").open("a") as file:
         traceback.print_exc(file=file)
@@ -145,6 +149,7 @@ def prepare():
   """Makes this process fit to be forked: runs print markers, have a clock that jumps, and obey permissions."""
   sweep.subprocess = Forked
   victim.mark()
+  checkpoint.import_orbax()
   true_time = time.time
 
   def jumping():
@@ -185,7 +190,11 @@ class Soak:
     argv += ["--preset=debug", f"--out={self.out}", "--interval=0.2", *texts]
     self.starts += 1
     self.marks = self.count()
-    with (self.folder / "sweep.log").open("ab") as log:
+    self.log = self.out / "logs" / "sweep"
+    with contextlib.suppress(OSError):
+      self.log.parent.mkdir(parents=True, exist_ok=True)
+    writable = os.access(self.log if self.log.exists() else self.log.parent, os.W_OK)
+    with open(self.log if writable else os.devnull, "ab") as log:  # Where the disk is full, as the logs of the runs.
       self.process = Fork(argv, log)
 
   def count(self):
@@ -211,7 +220,10 @@ class Soak:
         raise Broken(f"{line}: {(self.folder / 'tracebacks').read_text()[-3000:]}")
     if (self.folder / "tracebacks").exists():
       raise Broken((self.folder / "tracebacks").read_text()[-3000:])
-    statuses = [sweep.run_status(run) for run in self.plan()]
+    try:
+      statuses = [sweep.run_status(run) for run in self.plan()]
+    except UserError as error:
+      raise Broken(f"the table is not true: {error}") from None
     finished = {str(status.run.workdir) for status in statuses if status.name == "finished"}
     if self.finished - finished:
       raise Broken(f"no longer finished: {self.finished - finished}")
@@ -243,20 +255,21 @@ class Soak:
     kinds = [*self.done, "kill all", "kill all", "stop"]
     kind = self.pick.choice([kind for kind in kinds if kind != "disk" or disk])
     if kind == "kill all":
+      self.process.send_signal(signal.SIGSTOP)  # It starts no run meanwhile.
       self.signal_runs(signal.SIGKILL)
-      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.kill()
       self.process.wait(60)
     elif kind == "kill run":
       if not self.signal_runs(signal.SIGKILL):
         return
     elif kind == "kill sweep":
+      self.process.send_signal(signal.SIGSTOP)
       self.orphans += self.process.children()
-      os.killpg(self.process.pid, signal.SIGKILL)
+      self.process.kill()
       self.process.wait(60)
     elif kind == "stop":
       self.process.send_signal(self.pick.choice((signal.SIGTERM, signal.SIGINT)))
-      if self.process.wait(90) not in (75, 0, 2):
-        raise Broken(f"a stopped sweep ended with status {self.process.returncode}")
+      self.process.wait(90)
     elif kind == "stop run":
       if not self.signal_runs(signal.SIGTERM):
         return
@@ -270,22 +283,23 @@ class Soak:
       self.pause()
       filler.unlink()
     elif kind == "read-only":
-      places = [path for path in (self.out, *self.out.rglob("*")) if path.is_dir()]
-      some = self.pick.sample(places, min(len(places), self.pick.randrange(1, 6)))
-      for path in some:
-        with contextlib.suppress(FileNotFoundError):
-          path.chmod(0o555)
+      places = [path for path, _, _ in os.walk(self.out)]
+      self.permit(self.pick.sample(places, min(len(places), self.pick.randrange(1, 6))), 0o555)
       self.pause()
-      for path in some:
-        with contextlib.suppress(FileNotFoundError):
-          path.chmod(0o755)
+      self.permit([path for path, _, _ in os.walk(self.out)], 0o755)
     elif kind == "clock":
       Fork.clock.write_text(str(self.pick.choice((-1, 1)) * self.pick.choice((1, 60, 3600, 86400, 10 * 365 * 86400))))
-      for path in self.out.rglob("*"):
+      for path in [os.path.join(place, name) for place, _, names in os.walk(self.out) for name in names]:
         with contextlib.suppress(OSError):
-          if path.is_file() and self.pick.random() < 0.5:
+          if self.pick.random() < 0.5:
             os.utime(path, (self.pick.choice((0, 1e9, 4e9)),) * 2)
     self.done[kind] += 1
+
+  @staticmethod
+  def permit(paths, mode):
+    for path in paths:
+      with contextlib.suppress(FileNotFoundError):
+        os.chmod(path, mode)
 
   def pause(self):
     stop = time.monotonic() + self.pick.uniform(0.1, 3)
@@ -316,16 +330,19 @@ class Soak:
     while not self.ended():
       time.sleep(0.05)
     if not self.check():
-      raise Broken(f"the undisturbed sweep did not end: {(self.folder / 'sweep.log').read_text()[-2000:]}")
+      raise Broken(f"the undisturbed sweep did not end: {self.log.read_text()[-2000:]}")
     undisturbed, rounds, alone = self.plan(), 0, time.monotonic() - begin
     while sum(self.done.values()) < harms or rounds == 0:
       with mounted(self.folder / f"round_{rounds}", disk) as self.out:
-        self.finished = set()
+        self.finished, self.last = set(), 0
         while True:
           enough = sum(self.done.values()) >= harms
           if self.process is None:
             self.start()
           if enough:  # To the end.
+            self.last += 1
+            if self.last > 10:
+              raise Broken(f"the sweep does not end: {self.log.read_text(errors='replace')[-2000:]}")
             self.orphans, left = [], self.orphans
             for pid in left:
               with contextlib.suppress(ProcessLookupError):

@@ -76,7 +76,7 @@ BROKE = [
   ("metrics", b"[" * 100_000 + b"\n"),
   ("result", result(episode_returns=[10**400])),
   ("result", result(env_steps=10**400)),
-  ("dataset", b"E" + episode(rewards=b"no array")),
+  ("dataset", b"E" + episode(terminated=b"no array")),
   ("dataset", b"E" + episode(rewards=b"\x93NUMPY\x01\x00\x10\x00{'descr': '<f4', ")),  # An end within the header.
 ]
 

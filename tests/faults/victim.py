@@ -3,6 +3,7 @@
 python victim.py PROGRAM [--flags]
 """
 
+import contextlib
 import pathlib
 import runpy
 import sys
@@ -15,7 +16,8 @@ def marked(name, function):
   """Wraps a function to print a marker before each call."""
 
   def wrapper(*args, **settings):
-    print(f"<{name}>", flush=True)
+    with contextlib.suppress(OSError):  # A full disk.
+      print(f"<{name}>", flush=True)
     return function(*args, **settings)
 
   return wrapper
