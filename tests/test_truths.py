@@ -76,14 +76,15 @@ def _own_games():
 # Of each family games whose beginning is drawn at random. EnvPool's ViZDoom is unstable.
 @pytest.fixture(
   params=[
-    "catch", "truths/Corridor", "gym/truths/Lights-v0", "atari/Breakout", "atari/Pong?skip=2-6", "minatar/Asterix",
-    "minatar/Freeway", "minatar/Seaquest", "minatar/SpaceInvaders", "minatar/Breakout?sticky=0.1",
-    "procgen/CoinRunEasy", "minigrid/MiniGrid-Dynamic-Obstacles-5x5-v0",
+    *("catch", "truths/Corridor", "gym/truths/Lights-v0", "atari/Breakout", "atari/Pong?skip=2-6", "minatar/Asterix"),
+    *("minatar/Breakout?sticky=0.1", "procgen/CoinrunEasy", "minigrid/MiniGrid-Dynamic-Obstacles-5x5-v0"),
+    *(pytest.param(f"minatar/{name}", marks=pytest.mark.cluster) for name in ("Freeway", "Seaquest", "SpaceInvaders")),
     pytest.param("vizdoom/TakeCover", marks=pytest.mark.slow),
   ]
-)  # fmt: skip
+)
 def game(request, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)  # ViZDoom writes its settings to the current folder.
+  envs.validate(request.param)
   try:
     envs.check_installed(request.param)
   except UserError as error:

@@ -1,7 +1,7 @@
 """A sweep that is killed, stopped, starved of disk and continued many times must end as an undisturbed one.
 
 `python soak.py FOLDER HARMS SEED GAMES SEEDS` prints what happened as JSON; its status is 1 with a reason if a promise
-of docs/reliability.md is broken. The libraries are imported once; the sweep and its runs are forks that begin where
+of docs/reliability.md is broken. After SOAK_SECONDS it pauses; the same folder continues. The libraries are imported once; the sweep and its runs are forks that begin where
 experiments/sweep.py and experiments/train.py do.
 """
 
@@ -13,6 +13,7 @@ import os
 import pathlib
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ SETTINGS = {
   **conftest._TINY,
   "training.first_updates.probe": 0,  # Its program takes long to trace, at each start.
   "training.updates.probe": 0,
-  "collect.total_steps": 420,
+  "collect.total_steps": 220,
   "collect.first_epoch_min_steps": 20,
   "collect.first_epoch_max_steps": 20,
   "evaluation.interval_epochs": 4,
@@ -45,7 +46,7 @@ SETTINGS = {
   "evaluation.max_episode_steps": 30,
   "checkpoint.interval_epochs": 1,
 }
-"""41 epochs with a checkpoint each."""
+"""21 epochs with a checkpoint each."""
 ROOM = 64 << 20
 STATUSES = {0, 2, 75, 130, -signal.SIGTERM, -signal.SIGKILL}
 """A sweep or a run ends with no others; before it listens to signals, they end it."""
@@ -57,6 +58,10 @@ KINDS = ("kill all", "kill run", "kill sweep", "stop", "stop run", "disk", "read
 
 class Broken(Exception):
   """A promise that was not kept."""
+
+
+class Paused(Exception):
+  """The time is over; the same folder continues."""
 
 
 # ---- Forks of this process as programs ----
@@ -140,8 +145,11 @@ class Fork:
     self.send_signal(signal.SIGKILL)
 
   def children(self):
+    """Returns descriptors of the children, which mean no other process later; this fork starts and reaps none after."""
+    self.send_signal(signal.SIGSTOP)
     with contextlib.suppress(OSError):
-      return [int(pid) for pid in pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+      pids = pathlib.Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+      return [os.pidfd_open(int(pid)) for pid in pids]
     return []
 
 
@@ -174,10 +182,12 @@ class Soak:
 
   def __init__(self, folder, games, seeds, pick):
     self.folder, self.games, self.seeds, self.pick = folder, games, seeds, pick
-    self.done = dict.fromkeys(KINDS, 0)
-    self.statuses, self.starts, self.finished = {}, 0, set()
-    self.process, self.orphans = None, []
-    self.out = folder / "undisturbed"
+    self.done, self.statuses = dict.fromkeys(KINDS, 0), {}
+    self.starts = self.rounds = self.alone = self.seconds = 0
+    self.finished, self.process, self.orphans, self.out = set(), None, [], folder / "undisturbed"
+    self.memory = folder / "soak.json"
+    if self.memory.exists():
+      vars(self).update(json.loads(self.memory.read_text()))
 
   def plan(self, out=None):
     texts = tuple(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SETTINGS.items())
@@ -206,7 +216,7 @@ class Soak:
     """Notes the end of the sweep, if it has ended."""
     if self.process is None or (status := self.process.poll()) is None:
       return False
-    self.statuses[status] = self.statuses.get(status, 0) + 1
+    self.statuses[str(status)] = self.statuses.get(str(status), 0) + 1
     if status not in STATUSES:
       raise Broken(f"the sweep ended with status {status}")
     self.process = None
@@ -233,21 +243,22 @@ class Soak:
   def moment(self):
     """Waits for a random moment; returns whether the sweep still runs."""
     marker, limit = self.pick.choice((*MARKERS, "<epoch>", None)), time.monotonic() + 60
-    number = self.marks.get(marker, 0) + self.pick.randrange(1, 8)
+    number = self.marks.get(marker, 0) + self.pick.randrange(1, 6)
     later = self.pick.uniform(0, 0.2 if marker else 8)
     while marker and self.process.poll() is None and time.monotonic() < limit and self.count()[marker] < number:
       time.sleep(0.02)
     stop = time.monotonic() + later
     while self.process.poll() is None and time.monotonic() < stop:
       time.sleep(0.01)
+    self.marks = self.count()
     return self.process.poll() is None
 
   def signal_runs(self, number):
-    """Sends a signal to the groups of the running runs; returns whether there was one."""
+    """Sends a signal to the running runs; returns whether there was one."""
     children = self.process.children()
-    for pid in children:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, number)
+    for run in children:
+      signal_and_close(run, number)
+    self.process.send_signal(signal.SIGCONT)
     return bool(children)
 
   def harm(self, disk):
@@ -255,15 +266,14 @@ class Soak:
     kinds = [*self.done, "kill all", "kill all", "stop"]
     kind = self.pick.choice([kind for kind in kinds if kind != "disk" or disk])
     if kind == "kill all":
-      self.process.send_signal(signal.SIGSTOP)  # It starts no run meanwhile.
-      self.signal_runs(signal.SIGKILL)
+      for run in self.process.children():
+        signal_and_close(run, signal.SIGKILL)
       self.process.kill()
       self.process.wait(60)
     elif kind == "kill run":
       if not self.signal_runs(signal.SIGKILL):
         return
     elif kind == "kill sweep":
-      self.process.send_signal(signal.SIGSTOP)
       self.orphans += self.process.children()
       self.process.kill()
       self.process.wait(60)
@@ -281,7 +291,7 @@ class Soak:
         for _ in range(max(space.f_bavail * space.f_frsize - left, 0) >> 12):
           file.write(b"x" * 4096)
       self.pause()
-      filler.unlink()
+      filler.unlink(missing_ok=True)
     elif kind == "read-only":
       places = [path for path, _, _ in os.walk(self.out)]
       self.permit(self.pick.sample(places, min(len(places), self.pick.randrange(1, 6))), 0o555)
@@ -308,68 +318,94 @@ class Soak:
 
   def reap(self):
     """Sometimes ends the runs that were left behind by a killed sweep."""
-    for pid in list(self.orphans):
+    for run in list(self.orphans):
       if self.pick.random() < 0.5:
-        with contextlib.suppress(ProcessLookupError):
-          os.killpg(pid, signal.SIGKILL)
-        self.orphans.remove(pid)
+        signal_and_close(run, signal.SIGKILL)
+        self.orphans.remove(run)
 
   def end_all(self):
     """Ends all processes."""
     if self.process is not None:
-      self.signal_runs(signal.SIGKILL)
+      self.orphans += self.process.children()
       self.process.kill()
-    for pid in self.orphans:
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
+    for run in self.orphans:
+      signal_and_close(run, signal.SIGKILL)
+    self.orphans = []
 
-  def run(self, harms, disk):
-    """Harms sweeps `harms` times; returns the number of sweeps that ended."""
+  def pause_if(self, stop, *, keep):
+    """Ends all processes after the time `stop`; of the undisturbed runs only those that are finished are kept."""
+    if time.monotonic() < stop:
+      return
+    self.done["kill all"] += keep and self.process is not None and self.process.poll() is None
+    self.end_all()
+    for run in () if keep else self.plan():
+      if sweep.run_status(run).name != "finished":
+        shutil.rmtree(run.workdir, ignore_errors=True)
+    raise Paused
+
+  def run(self, harms, disk, stop):
+    """Harms sweeps `harms` times, or until the time `stop`; the same folder continues."""
     begin = time.monotonic()
+    self.out = self.folder / "undisturbed"
     self.start()
     while not self.ended():
       time.sleep(0.05)
+      self.pause_if(stop, keep=False)
     if not self.check():
       raise Broken(f"the undisturbed sweep did not end: {self.log.read_text()[-2000:]}")
-    undisturbed, rounds, alone = self.plan(), 0, time.monotonic() - begin
-    while sum(self.done.values()) < harms or rounds == 0:
-      with mounted(self.folder / f"round_{rounds}", disk) as self.out:
+    self.alone = self.alone or round(time.monotonic() - begin)
+    undisturbed = self.plan()
+    while sum(self.done.values()) < harms or not self.rounds:
+      with mounted(self.folder / f"round_{self.rounds}", disk) as self.out:
         self.finished, self.last = set(), 0
-        while True:
-          enough = sum(self.done.values()) >= harms
+        while not (self.check() and self.process is None):
+          self.pause_if(stop, keep=True)
           if self.process is None:
             self.start()
-          if enough:  # To the end.
-            self.last += 1
-            if self.last > 10:
-              raise Broken(f"the sweep does not end: {self.log.read_text(errors='replace')[-2000:]}")
-            self.orphans, left = [], self.orphans
-            for pid in left:
-              with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            while self.process.poll() is None:
-              time.sleep(0.02)
-          elif self.moment():
-            self.harm(disk)
-            self.reap()
+          if sum(self.done.values()) < harms:
+            if self.moment():
+              self.harm(disk)
+              self.reap()
+          else:
+            self.to_the_end(stop)
           self.ended()
-          if self.check() and self.process is None:
-            break
         compare(undisturbed, self.plan(), self.folder)
-      rounds += 1
-    return rounds, round(alone)
+      self.rounds += 1
+
+  def to_the_end(self, stop):
+    """Waits until the sweep ends, without the runs that were left behind."""
+    self.last += 1
+    if self.last > 10:
+      raise Broken(f"the sweep does not end: {self.log.read_text(errors='replace')[-2000:]}")
+    self.orphans, left = [], self.orphans
+    for run in left:
+      signal_and_close(run, signal.SIGKILL)
+    while self.process.poll() is None:
+      time.sleep(0.02)
+      self.pause_if(stop, keep=True)
+
+
+def signal_and_close(run, number):
+  """Sends a signal to a process by its descriptor."""
+  with contextlib.suppress(ProcessLookupError):
+    signal.pidfd_send_signal(run, number)
+  os.close(run)
 
 
 @contextlib.contextmanager
 def mounted(path, disk):
-  """A directory, on a small file system of its own if `disk` is true."""
-  path.mkdir()
-  if disk:
+  """A directory, on a small file system of its own if `disk` is true; it stays for a pause."""
+  path.mkdir(exist_ok=True)
+  if disk and not os.path.ismount(path):
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", path], check=True)
+  pause = False
   try:
     yield path
+  except Paused:
+    pause = True
+    raise
   finally:
-    if disk:
+    if disk and not pause:
       subprocess.run(["umount", "--lazy", path], check=True)
 
 
@@ -424,17 +460,20 @@ def main():
   obey_permissions()
   prepare()
   soak = Soak(folder, games.split(","), seeds, random.Random(seed))
-  begin, broken = time.monotonic(), ""
+  begin, broken, paused = time.monotonic(), "", False
   try:
-    rounds, alone = soak.run(harms, disk)
-  except Broken as error:
-    broken, rounds, alone = str(error), 0, 0
+    soak.run(harms, disk, begin + float(os.environ.get("SOAK_SECONDS", "inf")))
+  except (Broken, subprocess.TimeoutExpired) as error:
+    broken = str(error)
+  except Paused:
+    paused = True
   finally:
     soak.end_all()
-  about = {"seed": seed, "harms": sum(soak.done.values()), "kinds": soak.done, "starts": soak.starts, "sweeps": rounds,
-           "runs of a sweep": len(soak.plan()), "statuses of the sweep": soak.statuses, "disk": disk,
-           "seconds": round(time.monotonic() - begin), "seconds undisturbed": alone}  # fmt: skip
-  print(json.dumps(about | ({"broken": broken} if broken else {})))
+  soak.seconds += round(time.monotonic() - begin)
+  memory = {name: getattr(soak, name) for name in ("done", "statuses", "starts", "rounds", "alone", "seconds")}
+  soak.memory.write_text(json.dumps(memory))
+  about = {"seed": seed, "harms": sum(soak.done.values()), **memory, "runs of a sweep": len(soak.plan()), "disk": disk}
+  print(json.dumps(about | {"paused": paused} | ({"broken": broken} if broken else {})))
   sys.exit(bool(broken))
 
 
