@@ -103,7 +103,7 @@ def mutate_tree(pick, tree):
       other, there = pick.choice(places)
       with contextlib.suppress(KeyError, IndexError):
         node[key] = json.loads(json.dumps(other[there]))
-    elif kind == 5 and type(value) in (int, float):
+    elif kind == 5 and type(value) in (int, float) and abs(value) < 1e300:
       node[key] = pick.choice((-value, value + 1, value * 2, value * 10**6, str(value), float(value), value - 1))
     else:
       node[key] = pick.choice(ODD)

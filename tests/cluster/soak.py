@@ -1,8 +1,8 @@
 """A sweep that is killed, stopped, starved of disk and continued many times must end as an undisturbed one.
 
 `python soak.py FOLDER HARMS SEED GAMES SEEDS` prints what happened as JSON; its status is 1 with a reason if a promise
-of docs/reliability.md is broken. After SOAK_SECONDS it pauses; the same folder continues. The libraries are imported once; the sweep and its runs are forks that begin where
-experiments/sweep.py and experiments/train.py do.
+of docs/reliability.md is broken. After SOAK_SECONDS it pauses; the same folder continues. The libraries are imported
+once; the sweep and its runs are forks that begin where experiments/sweep.py and experiments/train.py do.
 """
 
 import contextlib
