@@ -395,6 +395,8 @@ class Result(Reader):
     return [json.dumps(result | {"env": env}).encode() for env in ("atari/Pong", "minatar/Breakout?sticky=0.1")]
 
   def plan(self):
+    import pytest
+
     from jedi_jax import sweep
     from jedi_jax.runs import workdir
 
@@ -402,7 +404,12 @@ class Result(Reader):
     (self.run,) = sweep.plan(self.folder / "sweep", **arguments)
     from jedi_jax import envs
 
-    workdir.prepare(self.run.workdir, self.run.config, envs.spec("catch"))
+    own = workdir.prepare(self.run.workdir, self.run.config, envs.spec("catch"))
+    self.patches = pytest.MonkeyPatch()
+    self.patches.setattr(workdir, "read", lambda _: own)  # Another reader's file, and most of the time.
+
+  def close(self):
+    self.patches.undo()
 
   mutate = staticmethod(mutate_json)
 
@@ -447,7 +454,6 @@ class Metrics(Result):
   """metrics.jsonl, as the report, a sweep and a resumed run read it."""
 
   def valid(self):
-    self.plan()
     record = {"epoch": 1, "env_steps": 100, "frames": 400, "evaluation/return": 1.0, "time/total_seconds": 5.0}
     records = [record | {"epoch": i, "env_steps": 100 * i, "collect/return": -1.0} for i in (1, 2, 3)]
     result = json.loads(super().valid()[0])
