@@ -1,8 +1,9 @@
 """A sweep that is killed, stopped, starved of disk and continued many times must end as an undisturbed one.
 
-`python soak.py FOLDER HARMS SEED GAMES SEEDS` prints what happened as JSON; its status is 1 with a reason if a promise
-of docs/reliability.md is broken. After SOAK_SECONDS it pauses; the same folder continues. The libraries are imported
-once; the sweep and its runs are forks that begin where experiments/sweep.py and experiments/train.py do.
+`python soak.py FOLDER HARMS SEED GAMES SEEDS [path=value]...` prints what happened as JSON; its status is 1 with a
+reason if a promise of docs/reliability.md is broken. After SOAK_SECONDS it pauses; the same folder continues. The
+libraries are imported once; the sweep and its runs are forks that begin where experiments/sweep.py and
+experiments/train.py do. Runs have the tests' tiny configuration with the given settings.
 """
 
 import contextlib
@@ -34,19 +35,6 @@ from jedi_jax import sweep  # noqa: E402
 from jedi_jax.errors import UserError  # noqa: E402
 from jedi_jax.runs import checkpoint  # noqa: E402
 
-SETTINGS = {
-  **conftest._TINY,
-  "training.first_updates.probe": 0,  # Its program takes long to trace, at each start.
-  "training.updates.probe": 0,
-  "collect.total_steps": 220,
-  "collect.first_epoch_min_steps": 20,
-  "collect.first_epoch_max_steps": 20,
-  "evaluation.interval_epochs": 4,
-  "evaluation.interval_episodes": 2,
-  "evaluation.max_episode_steps": 30,
-  "checkpoint.interval_epochs": 1,
-}
-"""21 epochs with a checkpoint each."""
 ROOM = 64 << 20
 STATUSES = {0, 2, 75, 130, -signal.SIGTERM, -signal.SIGKILL}
 """A sweep or a run ends with no others; before it listens to signals, they end it."""
@@ -180,8 +168,10 @@ class Forked:
 class Soak:
   """Sweeps in a folder, one after the other, until enough was done to them."""
 
-  def __init__(self, folder, games, seeds, pick):
+  def __init__(self, folder, games, seeds, pick, settings):
     self.folder, self.games, self.seeds, self.pick = folder, games, seeds, pick
+    tiny = {name: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for name, v in conftest._TINY.items()}
+    self.settings = tuple(f"{name}={value}" for name, value in {**tiny, **settings}.items())
     self.done, self.statuses = dict.fromkeys(KINDS, 0), {}
     self.starts = self.rounds = self.alone = self.seconds = 0
     self.finished, self.process, self.orphans, self.out = set(), None, [], folder / "undisturbed"
@@ -190,12 +180,11 @@ class Soak:
       vars(self).update(json.loads(self.memory.read_text()))
 
   def plan(self, out=None):
-    texts = tuple(f"{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in SETTINGS.items())
-    arguments = {"variants": ["jedi"], "preset": "debug", "overrides": texts}
+    arguments = {"variants": ["jedi"], "preset": "debug", "overrides": self.settings}
     return sweep.plan(out or self.out, games=self.games, seeds=self.seeds, **arguments)
 
   def start(self):
-    texts = [f"--set={text}" for text in self.plan()[0].overrides]
+    texts = [f"--set={text}" for text in self.settings]
     argv = [sys.executable, str(PROGRAMS / "sweep.py"), f"--games={','.join(self.games)}", f"--seeds={self.seeds}"]
     argv += ["--preset=debug", f"--out={self.out}", "--interval=0.2", *texts]
     self.starts += 1
@@ -459,7 +448,8 @@ def main():
   disk = can_mount(folder)
   obey_permissions()
   prepare()
-  soak = Soak(folder, games.split(","), seeds, random.Random(seed))
+  settings = dict(text.split("=", 1) for text in sys.argv[6:])
+  soak = Soak(folder, games.split(","), seeds, random.Random(seed), settings)
   begin, broken, paused = time.monotonic(), "", False
   try:
     soak.run(harms, disk, begin + float(os.environ.get("SOAK_SECONDS", "inf")))
