@@ -83,6 +83,8 @@ class Fork:
     status = 1
     try:
       os.setpgid(0, 0)
+      if argv[1].endswith("sweep.py"):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it stops when the soak is killed.
       for number, handler in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
         signal.signal(number, handler)
       signal.set_wakeup_fd(-1)
