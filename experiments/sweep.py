@@ -20,6 +20,7 @@ import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import sweep
 from jedi_jax.runs import program
+from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import on_signals
 
 _GAMES = flags.DEFINE_list(
@@ -65,11 +66,12 @@ def main() -> None:
     imports=flags.FLAGS["import"].value,
   )
   statuses = [sweep.run_status(run) for run in plan]
-  print(sweep.table(statuses))
+  console = Console()  # Which a full disk does not end.
+  console.log(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
-  print(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
+  console.log(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
   packs = sweep.packs(left, size)
@@ -85,12 +87,12 @@ def main() -> None:
         raise interruption.begin_exit("with its runs")
       time.sleep(min(_INTERVAL.value, 1.0))
       if pool.due(_INTERVAL.value):
-        print(sweep.table([sweep.run_status(run) for run in plan]), flush=True)
+        console.log(sweep.table([sweep.run_status(run) for run in plan]))
   statuses = [sweep.run_status(run) for run in plan]
-  print(sweep.table(statuses))
+  console.log(sweep.table(statuses))
   failed = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   for run in failed:
-    print(f"not finished: {run.workdir}; see {run.log}", file=sys.stderr)
+    Console(sys.stderr).log(f"not finished: {run.workdir}; see {run.log}")
   if failed:
     raise jedi_jax.UserError(f"{len(failed)} of {len(plan)} runs did not finish; the same command continues them")
 

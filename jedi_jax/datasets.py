@@ -3,17 +3,17 @@
 docs/data.md describes the format. Files are read as arrays only; nothing in them is executed.
 """
 
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jedi_jax import config as config_lib
@@ -33,6 +33,7 @@ FIELDS = ("observations", "actions", "rewards", "terminated", "truncated")
 
 _INFO = "dataset.json"
 _HELD_OUT = 10  # One of so many episodes is held out.
+_MAX_BYTES = 4 << 30  # Of one episode in memory.
 _MIN_CAPACITY = 1_024  # Frames of a replay, so that small data sets share a compiled program.
 
 
@@ -190,19 +191,20 @@ def _read_info(file: pathlib.Path) -> tuple[EnvSpec, str]:
 def _read_episode(file: pathlib.Path, spec: EnvSpec) -> Episode:
   try:
     with np.load(file, allow_pickle=False) as archive:
-      if not isinstance(archive, Mapping):
+      if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("no archive of arrays")
       missing = [name for name in FIELDS if name not in archive]
       if missing:
         raise UserError(f"{file} lacks {', '.join(missing)}: write {', '.join(FIELDS)}")
+      assert archive.zip is not None
+      if sum(member.file_size for member in archive.zip.infolist()) > _MAX_BYTES:
+        raise UserError(f"{file} unpacks to more than {_MAX_BYTES >> 30} GiB: write shorter episodes")
       arrays = {name: archive[name] for name in FIELDS}
+      if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError("a member is no array")
   except UserError:
     raise
-  except (
-    OSError, EOFError, ValueError, TypeError, KeyError, SyntaxError, MemoryError, RuntimeError, zipfile.BadZipFile,
-    zlib.error, OverflowError, AttributeError,
-  ) as error:  # fmt: skip
-    # Damaged files fail in many ways, in zipfile and NumPy.
+  except Exception as error:  # Damaged files fail in many ways, in zipfile, tokenize and NumPy.
     raise UserError(f"{file} is not a readable .npz file ({type(error).__name__}: {_first_line(error)})") from None
   for name in ("terminated", "truncated"):
     if arrays[name].dtype != bool or arrays[name].shape != ():
@@ -262,8 +264,21 @@ def load_replay(run: Workdir) -> replay_lib.ReplayState:
   latest = run.checkpoints / "latest"
   if checkpoint.newest(latest) is None:
     raise UserError(f"{run.path} has no checkpoint, and so no replay")
-  arrays: dict[str, Any] = checkpoint.load_state(latest, "replay")
-  return replay_lib.ReplayState(**arrays, observation_shape=run.spec.observation_shape)
+  arrays = checkpoint.load_state(latest, "replay")
+  where = f"the replay in {latest}"
+  ring = np.shape(arrays.get("actions", 0))
+  if len(ring) != 2 or min(ring) < 1:
+    raise UserError(f"{where} is altered: it has no actions of streams")
+  init = functools.partial(
+    replay_lib.init, num_streams=ring[0], slots_per_stream=ring[1], observation_shape=run.spec.observation_shape
+  )
+  state: replay_lib.ReplayState = checkpoint.unflatten(arrays, jax.eval_shape(init), where=where)
+  used = slice(max(int(state.num_episodes), 0))
+  stream, start, steps = (np.asarray(x)[used] for x in (state.episode_stream, state.episode_start, state.episode_steps))
+  within = (stream >= 0) & (stream < ring[0]) & (start >= 0) & (steps >= 0) & (steps <= ring[1])
+  if not 0 <= int(state.num_episodes) <= len(state.episode_steps) or not within.all():
+    raise UserError(f"{where} is altered: its table of episodes points outside of it")
+  return state
 
 
 def held_out(run: Workdir, directory: str | os.PathLike[str] | None = None) -> tuple[Episode, ...]:

@@ -96,7 +96,7 @@ class _Programs(NamedTuple):
   """Compiled functions of an environment, over N copies; JAX compiles them once for each N.
 
   Attributes:
-    reset: maps seeds [N] int32 to `_Running` and first observations.
+    reset: maps keys [N] to `_Running` and first observations.
     step: maps `_Running`, actions [N] int32, the probability of a sticky action and the time limit to `_Running` and
       the fields of `EnvStep` in order.
     device: the CPU device that holds all arrays.
@@ -152,13 +152,15 @@ class GymnaxEnv:
     self.spec = game_spec(env_id, scale=scale)
     self.frames = 0
     self._programs = _programs(env_id, scale or _game(env_id).scale)
-    self._seeds = np.arange(seed, seed + num_envs, dtype=np.int32)
+    seeds = jax.device_put(np.arange(seed, seed + num_envs, dtype=np.int32), self._programs.device)
+    self._keys = jax.vmap(functools.partial(jax.random.key, impl="threefry2x32"))(seeds)
+    self._running: _Running | None = None
     self._sticky = np.float32(sticky)
     self._limit = np.int32(min(max_episode_steps or _NO_LIMIT, _NO_LIMIT))
 
   def reset(self) -> np.ndarray:
-    """Begins the first game in every environment; returns observations [N, H, W, C] uint8."""
-    self._running, observation = self._programs.reset(jax.device_put(self._seeds, self._programs.device))
+    """Begins a new game in every environment; returns observations [N, H, W, C] uint8."""
+    self._running, observation = self._programs.reset(self._keys if self._running is None else self._running.key)
     return np.asarray(observation)
 
   def step(self, actions: np.ndarray) -> EnvStep:
@@ -225,8 +227,8 @@ def _programs(env_id: str, scale: int) -> _Programs:
     pixels = jnp.round(255 * jnp.clip(unit, 0, 1)).astype(jnp.uint8)
     return pixels.repeat(scale, axis=0).repeat(scale, axis=1)
 
-  def reset(seed: Array) -> tuple[_Running, Array]:
-    key, key_reset = jax.random.split(jax.random.key(seed, impl="threefry2x32"))
+  def reset(key: Array) -> tuple[_Running, Array]:
+    key, key_reset = jax.random.split(key)
     observation, state = env.reset_env(key_reset, params)
     # Python numbers become arrays, so that the first step has the types of later ones.
     state = jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)

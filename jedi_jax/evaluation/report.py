@@ -99,7 +99,7 @@ def _read_run(path: pathlib.Path, result: Any) -> Run:
     run = Run(
       path=path,
       method=variant if preset == "paper" else f"{variant} ({preset})",
-      game=env.removeprefix("atari/"),
+      game=_game(env),
       seed=int(result["seed"]),
       score=score,
       env_steps=int(result["env_steps"]),
@@ -113,12 +113,22 @@ def _read_run(path: pathlib.Path, result: Any) -> Run:
     raise UserError(f"{path} is not the result of a run ({type(error).__name__}: {reason})") from None
   if not abs(score) < scores_lib.BEYOND:
     raise UserError(f"{path} has a mean return of {score}")
+  for name in ("seed", "env_steps", "max_episode_steps"):
+    if not 0 <= getattr(run, name) < scores_lib.BEYOND:
+      raise UserError(f"{path} has a value of {name} that no run has")
   if run.seconds is not None and not 0 <= run.seconds < scores_lib.BEYOND:
     raise UserError(f"{path} has a duration of {run.seconds} seconds")
   for name in (env, variant, preset):
     if not name.isprintable() or not 0 < len(name) <= _LONGEST_NAME:
       raise UserError(f"{path} has the invalid name {name[:_LONGEST_NAME]!r}")
   return dataclasses.replace(run, curve=_curve(path.with_name("metrics.jsonl")))
+
+
+def _game(env: str) -> str:
+  """Returns the name of a game in reports: one for each environment, though sticky=0.10 is sticky=0.1, and 0 none."""
+  game, sticky, probability = env.removeprefix("atari/").partition("?sticky=")
+  probability = probability.rstrip("0").rstrip(".") if "." in probability else probability
+  return game + (sticky + probability if probability != "0" else "")
 
 
 def _curve(path: pathlib.Path) -> tuple[tuple[int, int, float], ...]:

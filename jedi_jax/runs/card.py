@@ -1,7 +1,6 @@
 """The model card of a saved agent: a README.md with the metadata that the Hugging Face Hub reads."""
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,8 @@ from jedi_jax.types import EnvSpec
 
 _NAME = re.compile(r"[\w./?=&-]{1,200}")
 _COUNTS = {"trained on": "episodes", "held out": "held_out", "steps": "steps"}
+_BEYOND = 1e15
+"""Returns of a result.json that are as large are not believed."""
 
 
 def write(
@@ -141,7 +142,7 @@ def _metadata(config: Config, env: str, returns: Sequence[float]) -> list[str]:
 
 def _returns(result: Mapping[str, Any]) -> list[float]:
   returns = result.get("episode_returns")
-  if not isinstance(returns, list) or not all(isinstance(x, int | float) and math.isfinite(x) for x in returns):
+  if not isinstance(returns, list) or not all(isinstance(x, int | float) and abs(x) < _BEYOND for x in returns):
     return []
   return [float(x) for x in returns]
 

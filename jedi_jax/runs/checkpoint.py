@@ -284,10 +284,19 @@ def _read(directory: pathlib.Path, number: int, item: str) -> dict[str, np.ndarr
     stored = {name: np.asarray(value) for name, value in restored.items()}
   except Exception as error:  # Orbax and its storage raise many types.
     raise UserError(f"{_where(directory, number)} cannot be read ({_reason(error)})") from None
+  return _verified(stored, item, _where(directory, number))
+
+
+def _verified(stored: Mapping[str, np.ndarray], item: str, where: str) -> dict[str, np.ndarray]:
+  """Checks the checksums of stored arrays and unpacks them."""
+  stored = dict(stored)
   checksums = stored.pop(_CHECKSUMS, np.empty(0, np.uint32))
   if _PACKED not in stored or not np.array_equal(checksums, _checksums(stored)):
-    raise UserError(f"{_where(directory, number)} is damaged: the checksums of its {item} differ")
-  return _unpack(stored)
+    raise UserError(f"{where} is damaged: the checksums of its {item} differ")
+  try:
+    return _unpack(stored)
+  except Exception as error:  # JSON and NumPy raise many types.
+    raise UserError(f"{where} is altered: the index of its {item} is not valid ({_reason(error)})") from None
 
 
 def _restore(directory: pathlib.Path, number: int, item: str, target: Any) -> Any:
@@ -310,8 +319,8 @@ def unflatten(saved: Mapping[str, np.ndarray], target: Any, *, where: str) -> An
   wanted = flatten(target)
   problems = sorted(set(wanted) ^ set(saved))
   if problems:
-    kind = "lacks" if problems[0] in wanted else "has an unknown"
-    raise UserError(f"{misfit}: it {kind} {problems[0][:200]}, and {len(problems) - 1} more")
+    first = f"lacks {problems[0]}" if problems[0] in wanted else f"has an unknown {problems[0][:200]!r}"
+    raise UserError(f"{misfit}: it {first}, and {len(problems) - 1} more")
   for name, like in wanted.items():
     value = saved[name]
     if tuple(value.shape) != tuple(like.shape) or value.dtype != like.dtype:
@@ -350,6 +359,8 @@ def _unpack(stored: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   packed = arrays.pop(_PACKED)
   start = 8 + int.from_bytes(packed[:8].tobytes(), "little")
   for name, dtype, shape in json.loads(packed[8:start].tobytes()):
+    if not isinstance(name, str) or not all(type(size) is int and size >= 0 for size in shape):
+      raise TypeError("it has no names and shapes")  # A product with a string or a list would repeat it.
     end = start + np.dtype(dtype).itemsize * math.prod(shape)
     arrays[name] = packed[start:end].copy().view(dtype).reshape(shape)  # The copy is aligned.
     start = end

@@ -71,7 +71,7 @@ def _epoch_of(line: str) -> float:
   """Returns the epoch of a record, infinity for a line that is no record."""
   try:
     return float(json.loads(line)["epoch"])
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
     return math.inf  # A killed process leaves incomplete lines.
 
 

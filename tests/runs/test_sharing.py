@@ -286,7 +286,7 @@ DAMAGES = {
   "an unknown environment": (lambda f: change_setting(f, "env.name", "cach"), ["cach", "catch"]),
   "other sizes": (lambda f: change_setting(f, "actor_critic.lstm_width", 16), ["does not fit", "actor_critic/"]),
   "a parameter less": (lambda f: without(f, BIAS), ["does not fit", f"lacks {BIAS}"]),
-  "a parameter more": (lambda f: rewrite(f, arrays_of(f) | {"x/y": np.zeros(1)}), ["has an unknown x/y"]),
+  "a parameter more": (lambda f: rewrite(f, arrays_of(f) | {"x/y": np.zeros(1)}), ["has an unknown 'x/y'"]),
   "another shape": (
     lambda f: rewrite(f, arrays_of(f) | {BIAS: np.zeros((1, 3), np.float32)}),
     [BIAS, "float32[1, 3]", "expected float32[3]"],

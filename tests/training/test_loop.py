@@ -9,6 +9,7 @@ import walk
 from hypothesis import strategies as st
 
 import jedi_jax
+from jedi_jax import envs
 from jedi_jax.config import make_config, override
 from jedi_jax.errors import Interrupted, TrainingError, UserError
 from jedi_jax.runs import checkpoint, workdir
@@ -285,6 +286,19 @@ def test_seeds_of_purposes_differ_and_never_share_games():
     assert (seed < 2**29) == (purpose == Purpose.COLLECTION)
     assert seed < 2**31 - 1000
   assert seeds.evaluation_seed(3) == seeds.env_seed(3, Purpose.SEPARATE)
+
+
+def test_a_run_makes_the_games_of_training_and_of_each_evaluation_from_other_seeds(tmp_path, train_tiny, monkeypatch):
+  made, make = [], envs.make
+
+  def noted(name, *, num_envs, seed, **options):
+    made.append(range(seed, seed + num_envs))
+    return make(name, num_envs=num_envs, seed=seed, **options)
+
+  monkeypatch.setattr(envs, "make", noted)
+  train_tiny(tmp_path / "run")
+  assert len(made) == 1 + 5 + 1  # Collection, five evaluations, the last one.
+  assert len({seed for seeds in made for seed in seeds}) == sum(map(len, made))
 
 
 def test_a_real_atari_game(tmp_path, tiny, timeless, quiet):
