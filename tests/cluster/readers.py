@@ -586,7 +586,7 @@ class Agent(Reader):
     from jedi_jax.runs import sharing
 
     run = tiny_run(self.folder / "run")
-    self.like = {"encoder": {"kernel": np.zeros((8, 9), np.float32)}, "bias": np.zeros(3, np.float16)}
+    self.like = {"encoder": {"kernel": np.zeros((8, 9), np.float32)}, "bias": np.zeros(3, np.float32)}
     result = {"episode_returns": [1.0, 2.0], "human_normalized_score": 0.5}
     self.path = sharing.write(
       self.folder / "agent", params=self.like, config=run.config, spec=run.spec, sizes={"encoder": 3}, result=result

@@ -32,10 +32,10 @@ def reader(request, tmp_path):
 
 
 @pytest.mark.parametrize("reader", READERS, indirect=True)
-def test_valid_files_are_read_and_mutations_read_or_refused(reader):
+def test_files_and_mutations_of_them_are_read_or_refused(reader):
   pick = random.Random(0)
   for data in reader.seeds:
-    reader.read(data)
+    assert (trace := attempt(reader, data)) is None, trace
   for _ in range(COUNTS[next(name for name, kind in READERS.items() if kind is type(reader))]):
     data = reader.mutate(pick, pick.choice(reader.seeds))
     assert (trace := attempt(reader, data)) is None, (data[:300], trace)
