@@ -78,7 +78,7 @@ _TINY = {
 }
 """Five epochs: 40, 50, 60 and 70 environment steps, and one more without any."""
 
-_UNOPTIMISED = ("not slow and not faults", "not slow", "faults")
+_UNOPTIMISED = ("not slow and not faults and not cluster", "not slow", "faults", "cluster")
 """The selections of tests, as given to -m, without one that learns."""
 
 
