@@ -50,13 +50,13 @@ def environment(devices=1):
   """The variables of a process with so many devices that finds `toy_epoch`."""
   flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
   path = f"{pathlib.Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
-  return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path}
+  return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": path, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-def start(how, *argv, devices, before=(), **settings):
-  """Starts a program with these flags in a process with so many devices; `before` starts the interpreter."""
+def start(*argv, devices, code=DRIVER, before=(), **settings):
+  """Starts the code with these arguments in a process with so many devices; `before` starts the interpreter."""
   return subprocess.Popen(
-    [*before, sys.executable, "-c", DRIVER, how, *argv],
+    [*before, sys.executable, "-c", code, *argv],
     **{"env": environment(devices), "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     | settings,
   )  # fmt: skip

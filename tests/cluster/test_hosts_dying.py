@@ -8,14 +8,13 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 
 import networks
 import numpy as np
 import pytest
-from toy_hosts import TRAIN, environment, flags_of, free_port, start
+from toy_hosts import DRIVER, TRAIN, flags_of, free_port, start
 
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.runs.program import DISCONNECTED_STATUS
@@ -37,12 +36,12 @@ from jedi_jax.runs import program
 from jedi_jax.training import hosts, parallel
 from jedi_jax.training.parallel import Devices
 
-port, count, index = sys.argv[1:]
+coordinator, count, index = sys.argv[1:]
 del sys.argv[1:]
 
 @hosts.naming_losses()
 def main():
-  program.Processes(False, f"127.0.0.1:{port}", int(count), int(index)).connect()
+  program.Processes(False, coordinator, int(count), int(index)).connect()
   hosts.warm_up_collectives(Devices())
   print("<connected>", flush=True)
   while parallel.broadcast(np.zeros(1)).sum() == 0:
@@ -84,19 +83,19 @@ class Process:
 
 
 class Job:
-  """A run on several hosts; a context that kills what is left of it."""
+  """A run on several hosts, or `PROGRAM` without flags; a context that kills what is left of it."""
 
-  def __init__(self, network, flags, directory, count=HOSTS):
-    self.processes = [
-      Process(
-        start(
-          "toy", VICTIM, TRAIN, *flags, f"--workdir={directory}", f"--coordinator={network.coordinator}",
-          f"--num_processes={count}", f"--process_id={index}", devices=1, before=network.before(index),
-          stderr=subprocess.STDOUT, bufsize=1,
+  def __init__(self, network, flags=(), count=HOSTS):
+    self.processes = []
+    for index in range(count):
+      place = [f"--coordinator={network.coordinator}", f"--num_processes={count}", f"--process_id={index}"]
+      argv = ["toy", VICTIM, TRAIN, *flags, *place] if flags else [network.coordinator, str(count), str(index)]
+      self.processes.append(
+        Process(
+          start(*argv, code=DRIVER if flags else PROGRAM, devices=1, before=network.before(index),
+                stderr=subprocess.STDOUT, bufsize=1)
         )
-      )
-      for index in range(count)
-    ]  # fmt: skip
+      )  # fmt: skip
 
   def __enter__(self):
     return self.processes
@@ -132,7 +131,7 @@ def final(directory):
 
 
 def to_the_end(network, flags, directory):
-  with Job(network, flags, directory) as processes:
+  with Job(network, [*flags, f"--workdir={directory}"]) as processes:
     statuses = [process.end(400) for process in processes]
   assert statuses == [0] * HOSTS, [process.lines[-10:] for process in processes]
   return processes[0].lines
@@ -140,24 +139,10 @@ def to_the_end(network, flags, directory):
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_the_others_end_at_once_when_one_is_killed(victim):
-  port = str(free_port())
-  running = [
-    Process(
-      subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, port, "3", str(index)],
-        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
-      )
-    )
-    for index in range(3)
-  ]  # fmt: skip
-  try:
-    assert all(process.until("<connected>", seconds=120) for process in running), [p.lines for p in running]
-    running[victim].running.kill()
-    assert_others_end(running, gone=victim, limit=20)
-  finally:
-    for process in running:
-      process.running.kill()
-      process.end(10)
+  with Job(networks.Loopback(free_port()), count=3) as processes:
+    assert all(process.until("<connected>") for process in processes), [process.lines for process in processes]
+    processes[victim].running.kill()
+    assert_others_end(processes, gone=victim, limit=30)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +173,7 @@ def test_kills_at_random_moments(network, flags, undisturbed, tmp_path, who):
   for kill in range(KILLS):
     moment, delay = MOMENTS[kill % len(MOMENTS)]
     victim = 0 if who == "leader" else int(generator.integers(1, HOSTS))
-    with Job(network, flags, directory) as processes:
+    with Job(network, [*flags, f"--workdir={directory}"]) as processes:
       count = int(generator.integers(1, 3))
       assert processes[0].until(moment, count), processes[0].lines[-20:]
       time.sleep(generator.uniform(0.0, delay))
@@ -207,7 +192,7 @@ def test_a_partition_ends_every_process(network, flags, undisturbed, tmp_path):
   if not network.parted:
     pytest.skip(networks.allowed())
   directory = tmp_path / "run"
-  with Job(network, flags, directory) as processes:
+  with Job(network, [*flags, f"--workdir={directory}"]) as processes:
     assert processes[0].until("<epoch>", 3), processes[0].lines[-20:]
     network.part(2)
     try:
@@ -223,7 +208,7 @@ def test_a_partition_ends_every_process(network, flags, undisturbed, tmp_path):
 @pytest.mark.parametrize("index", [0, 2])
 def test_a_slow_host_is_waited_for_and_a_frozen_one_is_not(network, flags, undisturbed, tmp_path, index):
   directory = tmp_path / "run"
-  with Job(network, flags, directory) as processes:
+  with Job(network, [*flags, f"--workdir={directory}"]) as processes:
     slow = processes[index].running
     for count in (2, 4):
       assert processes[0].until("<epoch>", count), processes[0].lines[-20:]

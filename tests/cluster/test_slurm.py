@@ -18,7 +18,7 @@ from jedi_jax import sweep
 from jedi_jax.runs import checkpoint, workdir
 
 SWEEP = str(pathlib.Path(TRAIN).with_name("sweep.py"))
-EPOCHS = 26
+EPOCHS = 14
 RUNS = 2
 
 LACKING = slurm.missing() or ("" if importlib.util.find_spec("submitit") else "submitit is not installed")
