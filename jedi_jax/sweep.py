@@ -378,6 +378,8 @@ def _ignore_user_signals() -> None:
 def _queue_again() -> bool:
   """Puts this job of SLURM into the queue again if it still runs there; a cancelled one does not."""
   job = os.environ.get("SLURM_JOB_ID")
+  if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # The last one's number is that of the whole array.
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
   try:
     if job is None or _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() != "RUNNING":
       return False
@@ -452,9 +454,10 @@ def submit(
   except ImportError:
     raise UserError("--launcher=slurm needs submitit: pip install submitit") from None
   try:
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster)
-    limits = {"slurm_array_parallelism": workers, "slurm_additional_parameters": {"requeue": True}}
     given = {"slurm_signal_delay_s": _SIGNAL_DELAY, **{name: _number(text) for name, text in parameters.items()}}
+    own = {name: given.pop(name) for name in ("slurm_max_num_timeout",) if name in given}
+    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster, **own)
+    limits = {"slurm_array_parallelism": workers, "slurm_additional_parameters": {"requeue": True}}
     executor.update_parameters(name="jedi_jax", **(limits if cluster == "slurm" else {}), **given)
     grace = f"--grace={max(float(given['slurm_signal_delay_s']) - _SAVING, 0)}"
     functions = [ArrayJob([*command(pack, train), grace], [run.workdir for run in pack]) for pack in packs]

@@ -106,6 +106,12 @@ class Slurm:
     self.until(lambda: not self.jobs(), "jobs are left", seconds=40, fail=False)
     for name in reversed(self._daemons):
       self._end(name)
+    # What a killed node left.
+    own = f"SLURM_CONF={self.file}".encode()
+    for path in pathlib.Path("/proc").glob("[0-9]*/environ"):
+      with contextlib.suppress(OSError):
+        if own in path.read_bytes().split(b"\0"):
+          os.kill(int(path.parent.name), signal.SIGKILL)
 
   def _start(self, name, *argv, key=None):
     log = (self.folder / f"{key or name}.out").open("ab")

@@ -152,23 +152,25 @@ def test_a_stopped_job_waits_again_and_a_cancelled_one_does_not(cluster, tmp_pat
     monkeypatch.setenv(name, value)
   program = tmp_path / "train.py"
   program.write_text(STUB)
-  [run] = sweep.plan(tmp_path / "out", games=["catch"], seeds=1, variants=["jedi"], preset="debug", overrides=[])
+  runs = sweep.plan(tmp_path / "out", games=["catch"], seeds=2, variants=["jedi"], preset="debug", overrides=[])
   folder = tmp_path / "slurm"
   assert sweep.queued(folder) == set()
-  job = sweep.submit([[run]], program, folder, workers=1, parameters={"timeout_min": "5"})
-  starts = run.workdir / "starts"
+  text = sweep.submit([[run] for run in runs], program, folder, workers=2, parameters={"timeout_min": "5"})
+  first, last = text.split(", ")
 
-  def started(count):
-    return starts.exists() and len(starts.read_text().split()) == count
+  def started(*counts):
+    files = [run.workdir / "starts" for run in runs]
+    return [len(file.read_text().split()) if file.exists() else 0 for file in files] == list(counts)
 
-  assert sweep.queued(folder) == {run.workdir}
-  cluster.until(lambda: started(1), "the job did not start")
-  cluster.call("scancel", "--signal=TERM", job)
-  cluster.until(lambda: started(2), "the stopped job did not start again")
-  cluster.call("scancel", job)
-  cluster.until(lambda: not cluster.jobs(), "the cancelled job is left")
-  assert started(2)
-  assert sweep.queued(folder) == set()
+  assert sweep.queued(folder) == {run.workdir for run in runs}
+  cluster.until(lambda: started(1, 1), "the jobs did not start")
+  cluster.call("scancel", "--signal=TERM", last)
+  cluster.until(lambda: started(1, 2), "the stopped job did not start again")
+  cluster.call("scancel", last)
+  cluster.until(lambda: list(cluster.jobs()) == [first], "the cancelled job is left")
+  assert started(1, 2)
+  assert sweep.queued(folder) == {runs[0].workdir}
+  cluster.call("scancel", first)
 
 
 @pytest.mark.cluster
