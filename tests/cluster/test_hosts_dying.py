@@ -24,8 +24,14 @@ KILLS = int(os.environ.get("CLUSTER_KILLS", "2"))
 LIMIT = 60.0
 """Seconds in which the others end."""
 VICTIM = str(pathlib.Path(__file__).parents[1] / "faults" / "victim.py")
-EPOCHS = {"collect.total_steps": 620, "evaluation.interval_epochs": 2, "checkpoint.interval_epochs": 1}
-"""60 epochs with a checkpoint each, and an evaluation every second one."""
+EPOCHS = {
+  "collect.total_steps": 100 + 30 * KILLS,
+  "evaluation.interval_epochs": 2,
+  "evaluation.episodes": 1,
+  "evaluation.interval_episodes": 1,
+  "checkpoint.interval_epochs": 1,
+}
+"""Three epochs for each kill and a few more, with a checkpoint each, and an evaluation every second one."""
 MOMENTS = [("<saving>", 0.05), ("<evaluating>", 0.1), ("<epoch>", 0.3)]
 
 # Connects processes, and broadcasts until one of them is gone.
@@ -63,7 +69,7 @@ class Process:
     for line in self.running.stdout:
       self.lines.append(line.rstrip("\n"))
 
-  def until(self, marker, count=1, seconds=240.0):
+  def until(self, marker, count=1, seconds=600.0):
     """Waits until a marker has appeared so often; returns whether it has."""
     stop = time.monotonic() + seconds
     while self.lines.count(marker) < count:
@@ -132,7 +138,7 @@ def final(directory):
 
 def to_the_end(network, flags, directory):
   with Job(network, [*flags, f"--workdir={directory}"]) as processes:
-    statuses = [process.end(400) for process in processes]
+    statuses = [process.end(900) for process in processes]
   assert statuses == [0] * HOSTS, [process.lines[-10:] for process in processes]
   return processes[0].lines
 
@@ -174,8 +180,7 @@ def test_kills_at_random_moments(network, flags, undisturbed, tmp_path, who):
     moment, delay = MOMENTS[kill % len(MOMENTS)]
     victim = 0 if who == "leader" else int(generator.integers(1, HOSTS))
     with Job(network, [*flags, f"--workdir={directory}"]) as processes:
-      count = int(generator.integers(1, 3))
-      assert processes[0].until(moment, count), processes[0].lines[-20:]
+      assert processes[0].until(moment, int(generator.integers(1, 3))), processes[0].lines[-20:]
       time.sleep(generator.uniform(0.0, delay))
       processes[victim].running.kill()
       assert processes[victim].end(10) == -signal.SIGKILL, processes[victim].lines[-20:]

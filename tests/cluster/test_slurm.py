@@ -207,17 +207,6 @@ def test_a_preempted_array_waits_and_goes_on(cluster, catch, undisturbed):
 
 
 @pytest.mark.cluster
-def test_an_array_outlasts_its_time_limit(cluster, catch, undisturbed):
-  """A minute's limit and a signal 50 s before: each start of a run trains for some seconds only."""
-  catch.environment["TOY_SECONDS"] = "3"
-  catch.submit("--slurm=timeout_min=1", "--slurm=slurm_signal_delay_s=20", "--slurm=slurm_max_num_timeout=20")
-  catch.until_done()
-  catch.assert_trained_once(lost=10)
-  assert any(len({process for _, process, _ in records}) > 1 for records in catch.epochs().values())
-  assert [final(run.workdir) for run in catch.plan] == undisturbed
-
-
-@pytest.mark.cluster
 def test_a_node_goes_down(cluster, catch, undisturbed):
   """Its processes go on, unknown to SLURM, which starts the run on another node: that start waits for them."""
   catch.submit()
@@ -265,3 +254,14 @@ def test_srun_connects_two_tasks(cluster, settings, tmp_path):
   assert running.returncode == 0, text
   assert final(tmp_path / "killed") == final(tmp_path / "straight")
   assert json.loads((tmp_path / "killed" / "result.json").read_text())["env_steps"] > 0
+
+
+@pytest.mark.cluster
+def test_an_array_outlasts_its_time_limit(cluster, catch, undisturbed):
+  """A limit of two minutes and a signal 40 s before, for epochs that take 90 s in all."""
+  catch.environment["TOY_SECONDS"] = "6.5"
+  catch.submit("--slurm=timeout_min=2", "--slurm=slurm_signal_delay_s=40", "--slurm=slurm_max_num_timeout=9")
+  catch.until_done()
+  catch.assert_trained_once(lost=10)
+  assert any(len({process for _, process, _ in records}) > 1 for records in catch.epochs().values())
+  assert [final(run.workdir) for run in catch.plan] == undisturbed
