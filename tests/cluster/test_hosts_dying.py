@@ -157,6 +157,26 @@ def network(tmp_path_factory):
     yield made
 
 
+@pytest.mark.cluster
+@pytest.mark.parametrize("index", [0, 2])
+@pytest.mark.parametrize("how", ["cut off", "stopped"])
+def test_a_silent_host_ends_all(network, how, index):
+  if how == "cut off" and not network.parted:
+    pytest.skip(networks.allowed())
+  with Job(network) as processes:
+    assert all(process.until("<connected>") for process in processes), [process.lines for process in processes]
+    if how == "cut off":
+      network.part(index)
+      seconds = assert_others_end(processes)
+      network.join(index)
+    else:
+      processes[index].running.send_signal(signal.SIGSTOP)
+      seconds = assert_others_end(processes, gone=index)
+      processes[index].running.send_signal(signal.SIGCONT)
+      assert processes[index].end(LIMIT) == DISCONNECTED_STATUS
+  print(f"host {index} of {HOSTS} {how}: status {DISCONNECTED_STATUS} after {seconds:.1f} s ({type(network).__name__})")
+
+
 @pytest.fixture(scope="module")
 def flags(tiny):
   none = {"training.first_updates.probe": 0, "training.updates.probe": 0}
