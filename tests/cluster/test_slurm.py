@@ -208,16 +208,20 @@ def test_a_preempted_array_waits_and_goes_on(cluster, catch, undisturbed):
 
 @pytest.mark.cluster
 def test_a_node_goes_down(cluster, catch, undisturbed):
-  """Its processes go on, unknown to SLURM, which starts the run on another node: that start waits for them."""
-  catch.submit()
+  """Its processes go on, unknown to SLURM, which starts the runs on the other node: those starts wait for them."""
+  _, jobs = catch.submit("--slurm=slurm_cpus_per_task=1")  # Both runs fit on one node.
   catch.until_epoch(3)
   cluster.kill_node("n1")
-  cluster.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
-  catch.until_epoch(6)
-  cluster.start_node("n1")
-  cluster.call("scontrol", "update", "nodename=n1", "state=resume")
-  catch.until_done()
-  catch.assert_trained_once(lost=1)
+  try:
+    cluster.call("scontrol", "update", "nodename=n1", "state=down", "reason=test")
+    cluster.until(lambda: all(cluster.jobs().get(job) == "RUNNING" for job in jobs), "the jobs did not start again")
+    catch.until_done()
+  finally:
+    cluster.start_node("n1")
+    cluster.call("scontrol", "update", "nodename=n1", "state=resume")
+  catch.assert_trained_once()
+  texts = [path.read_text() for path in (catch.out / "slurm").glob("*.out")]
+  assert any("is still being trained by another process" in text for text in texts)
   assert [final(run.workdir) for run in catch.plan] == undisturbed
 
 

@@ -1,5 +1,6 @@
 """Training by two processes on one machine, connected over loopback as several hosts would be."""
 
+import contextlib
 import json
 
 import jax
@@ -9,9 +10,11 @@ from toy_hosts import TRAIN, flags_of, free_port, start
 
 import jedi_jax
 from jedi_jax.config import override
-from jedi_jax.errors import UserError
+from jedi_jax.errors import DisconnectedError, Interrupted, TrainingError, UserError
 from jedi_jax.runs import workdir
 from jedi_jax.runs.program import DISCONNECTED_STATUS, Processes
+from jedi_jax.training import hosts, parallel
+from jedi_jax.training.parallel import Devices
 
 
 def finish(*processes):
@@ -100,6 +103,30 @@ def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
     result = json.loads((directory / "result.json").read_text())
     assert (result["seed"], result["runs_together"], result["env_steps"]) == (index, 1, 70)
     assert len(list(tmp_path.rglob("result.json"))) == index + 1
+
+
+@pytest.mark.parametrize(
+  ("error", "received"),
+  [
+    (UserError(""), UserError), (TrainingError(""), TrainingError), (Interrupted(""), Interrupted),
+    (KeyError(""), DisconnectedError), (ValueError("Gloo all-reduce failed"), None), (None, None),
+  ],
+)  # fmt: skip
+def test_the_others_end_as_the_leader_does(monkeypatch, error, received):
+  sent = []
+  monkeypatch.setattr(parallel, "broadcast", lambda message: sent.append(message) or sent[0])
+  leader = hosts.Leader(Devices.take(1))
+  leader._silent = False
+  with contextlib.suppress(Exception), leader:
+    if error:
+      raise error
+  if isinstance(error, ValueError) and not isinstance(error, UserError):
+    assert not sent  # The connections are broken.
+  elif received is None:
+    assert hosts.receive()[0] == hosts.Operation.STOP
+  else:
+    with pytest.raises(received, match="the first process of the run ended"):
+      hosts.receive()
 
 
 @pytest.mark.parametrize(
