@@ -70,6 +70,10 @@ def main() -> None:
   console.log(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
+  jobs = pathlib.Path(_OUT.value) / "slurm"
+  if _LAUNCHER.value == "slurm" and (queued := sweep.queued(jobs)):
+    print(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
+    left = [run for run in left if run.workdir not in queued]
   size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
   console.log(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
@@ -77,7 +81,7 @@ def main() -> None:
   packs = sweep.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
-    job = sweep.submit(packs, train, pathlib.Path(_OUT.value) / "slurm", workers=_WORKERS.value, parameters=parameters)
+    job = sweep.submit(packs, train, jobs, workers=_WORKERS.value, parameters=parameters)
     print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows their status")
     return
   pool = sweep.Pool(packs, train, workers=_WORKERS.value)

@@ -30,6 +30,13 @@ class Interrupted(Exception):  # noqa: N818 - not an error.
   """
 
 
+class DisconnectedError(RuntimeError):
+  """Another process of the run ended or cannot be reached; the same command in all processes continues the run.
+
+  The message is one line. Programs print it and exit with status 76.
+  """
+
+
 def nearest(name: str, candidates: Iterable[str]) -> str:
   """Returns suggestions for a misspelled name, as the end of an error message.
 

@@ -1,12 +1,16 @@
 """Command-line programs: flags and exit statuses by absl, the compilation cache, several processes."""
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import importlib
 import math
 import os
 import pathlib
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -14,7 +18,7 @@ import jax
 from absl import app, flags, logging
 
 from jedi_jax import runtime
-from jedi_jax.errors import Interrupted, TrainingError, UserError
+from jedi_jax.errors import DisconnectedError, Interrupted, TrainingError, UserError
 from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 
 T = TypeVar("T")
@@ -25,6 +29,11 @@ USAGE_STATUS = 2
 """Exit status of a `UserError` or a wrong flag."""
 FAILED_STATUS = 3
 """Exit status of a `TrainingError`."""
+DISCONNECTED_STATUS = 76
+"""Exit status of a `DisconnectedError`."""
+
+_HEARTBEAT_SECONDS = 30
+"""Silence of a process after which the others count it as gone."""
 
 
 def enable_compilation_cache() -> str:
@@ -77,12 +86,19 @@ class Processes:
     Raises:
       UserError: if there is no cluster, or the processes cannot connect.
     """
+    initialize = functools.partial(
+      jax.distributed.initialize,
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+      shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
     try:
       if self.detect:
-        jax.distributed.initialize()
+        _catch_abort()
+        initialize()
       elif self.coordinator is not None:
+        _catch_abort()
         # Cluster detection could also restrict the local devices.
-        jax.distributed.initialize(self.coordinator, self.count, self.index, cluster_detection_method="deactivate")
+        initialize(self.coordinator, self.count, self.index, cluster_detection_method="deactivate")
     except ValueError:
       raise UserError(
         "--distributed found no cluster (SLURM, a TPU pod): give --coordinator, --num_processes and --process_id"
@@ -116,6 +132,26 @@ class Processes:
         f"{len(items)} runs cannot be shared out evenly among {count} processes: take a multiple of {count} runs"
       )
     return items[index * share : (index + 1) * share]
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_disconnected(number: int) -> None:
+  """Ends the process; called within a call of `abort`, in any thread."""
+  del number
+  text = "another process of the run is gone, or JAX failed: the lines above tell; the same command continues the run"
+  with contextlib.suppress(OSError):
+    os.write(2, f"{pathlib.Path(sys.argv[0]).name}: {text}\n".encode())
+  os._exit(DISCONNECTED_STATUS)
+
+
+def _catch_abort() -> None:
+  """Gives the process a status and a line of its own where `jax.distributed` aborts it since another one is gone.
+
+  JAX (0.10.2) cannot call a Python function instead, and Python's own handlers do not run within an abort.
+  """
+  libc = ctypes.CDLL(None)
+  libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, type(_end_disconnected)]
+  libc.signal(signal.SIGABRT, _end_disconnected)
 
 
 def run(main: Callable[[], None], description: str) -> None:
@@ -161,6 +197,14 @@ def run(main: Callable[[], None], description: str) -> None:
       _exit(str(error), FAILED_STATUS)
     except Interrupted as error:
       _exit(str(error), INTERRUPTED_STATUS)
+    except DisconnectedError as error:
+      _exit(f"{error}; the same command in all processes continues the run", DISCONNECTED_STATUS)
+    except (Exception, KeyboardInterrupt):
+      if not jax.distributed.is_initialized():
+        raise
+      traceback.print_exc()
+      _flush()
+      os._exit(1)
     finally:
       _flush()
 
@@ -189,7 +233,10 @@ def _flush() -> None:
 
 
 def _exit(message: str, status: int = USAGE_STATUS) -> None:
-  """Prints one line to stderr and exits."""
+  """Prints one line to stderr and exits; one of several connected processes without waiting for the others."""
   with contextlib.suppress(OSError):  # A full disk must not change the status.
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized():
+    _flush()
+    os._exit(status)
   sys.exit(status)

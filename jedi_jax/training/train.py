@@ -65,6 +65,7 @@ def train(
     UserError: if the arguments do not fit, the directory or the devices; nothing is overwritten then.
     TrainingError: if losses or gradients were not finite in too many updates in a row.
     Interrupted: if the run was stopped.
+    DisconnectedError: as `train_packed`.
   """
   [result] = train_packed(
     [config],
@@ -81,6 +82,7 @@ def train(
   return result
 
 
+@hosts.naming_losses()
 def train_packed(
   configs: Sequence[Config],
   directories: Sequence[str | os.PathLike[str]],
@@ -119,6 +121,8 @@ def train_packed(
     TrainingError: if losses or gradients of a run were not finite in too many updates in a row, after the others have
       finished.
     Interrupted: if the runs were stopped.
+    DisconnectedError: if another process of the run ended or cannot be reached. A process that does not lead raises
+      what the leader raised, without its message.
   """
   devices, interruption = devices or Devices(), interruption or Interruption()
   console = console or Console()
@@ -143,8 +147,6 @@ def train_packed(
     # The leader decides when to stop.
     interruption.margin = _FOLLOWERS_MARGIN
     learner.follow()
-    if interruption.stop_requested:
-      raise interruption.begin_exit("with the first process")
     return [{}]
   with contextlib.ExitStack() as stack:
     # First, so that a lock that is refused stops the other processes too.

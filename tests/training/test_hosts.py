@@ -1,76 +1,20 @@
 """Training by two processes on one machine, connected over loopback as several hosts would be."""
 
+import contextlib
 import json
-import os
-import pathlib
-import re
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from toy_hosts import TRAIN, flags_of, free_port, start
 
 import jedi_jax
 from jedi_jax.config import override
-from jedi_jax.errors import UserError
+from jedi_jax.errors import DisconnectedError, Interrupted, TrainingError, UserError
 from jedi_jax.runs import workdir
-from jedi_jax.runs.program import Processes
-
-TRAIN = str(pathlib.Path(__file__).parents[2] / "experiments" / "train.py")
-
-LAST_BEFORE = 3
-"""The leader is stopped within the epoch after this one; the last checkpoint is that of epoch 2."""
-
-# What runs the program in a process, with an epoch that compiles in no time and needs all devices and the replay.
-DRIVER = f"""
-import runpy, sys
-import jax, jax.numpy as jnp
-from jedi_jax.training import learner, loop, parallel
-
-_, how, *sys.argv = sys.argv
-
-def make_epoch(model, optimizers, *, batch_size, **_):
-  def run(state, replay, counts):
-    share = parallel.local_share(jnp.arange(batch_size) + replay.rewards.sum() + replay.written.sum())
-    value = parallel.mean(jnp.mean(share**2))
-    step = 1e-6 * value * sum(counts.values())
-    updates = {{name: state.updates[name] + count for name, count in counts.items()}}
-    sums = {{name: {{"loss": value * count}} for name, count in counts.items()}}
-    return state.replace(params=jax.tree.map(lambda x: x + step, state.params), updates=updates), sums
-  return run
-
-def stop(trainer, counts, number, *, split, update=loop.Trainer.update):
-  if number > {LAST_BEFORE}:
-    raise KeyboardInterrupt
-  return update(trainer, counts, number, split=split)
-
-if "toy" in how:
-  learner.make_epoch = make_epoch
-if "stop" in how:
-  loop.Trainer.update = stop
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def text(value):
-  return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    return probe.getsockname()[1]
-
-
-def start(how, *argv, devices):
-  """Starts the program in a process with so many devices."""
-  flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
-  return subprocess.Popen(
-    [sys.executable, "-c", DRIVER, how, TRAIN, *argv],
-    env={**os.environ, "XLA_FLAGS": flags}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )  # fmt: skip
+from jedi_jax.runs.program import DISCONNECTED_STATUS, Processes
+from jedi_jax.training import hosts, parallel
+from jedi_jax.training.parallel import Devices
 
 
 def finish(*processes):
@@ -94,10 +38,6 @@ def toy_flags(tiny):
   return flags_of({**tiny.overrides, **none})
 
 
-def flags_of(overrides):
-  return ["--env=catch", "--preset=debug", *(f"--set={name}={text(value)}" for name, value in overrides.items())]
-
-
 @pytest.fixture(
   scope="module", params=["toy", *(pytest.param(name, marks=pytest.mark.slow) for name in ("toy overlap", "real"))]
 )
@@ -108,20 +48,23 @@ def runs(request, tiny, toy_flags, tmp_path_factory):
   if "overlap" in how:
     flags = [*flags, "--set=collect.overlap=true"]
   straight, resumed = (tmp_path_factory.mktemp("runs") / name for name in ("straight", "resumed"))
-  ((status, _, err),) = finish(start(how, *flags, f"--workdir={straight}", devices=4))
+  ((status, _, err),) = finish(start(how, TRAIN, *flags, f"--workdir={straight}", devices=4))
   assert status == 0, err
   outcomes = []
   for what in (f"{how} stop", how):
     port = free_port()
-    outcomes.append(finish(*(start(what, *flags, f"--workdir={resumed}", *own, devices=2) for own in both(port))))
+    outcomes.append(
+      finish(*(start(what, TRAIN, *flags, f"--workdir={resumed}", *own, devices=2) for own in both(port)))
+    )
   return (straight, resumed), outcomes
 
 
 def test_a_stopped_leader_dismisses_the_others(runs):
   (leader, follower), _ = runs[1]
-  assert leader[0] != 0
+  assert leader[0] == 1
   assert "KeyboardInterrupt" in leader[2]
-  assert follower[0] == 0, follower[2]
+  assert follower[0] == DISCONNECTED_STATUS, follower[2]
+  assert "the first process of the run ended; its output says why" in follower[2].splitlines()[-1]
 
 
 def test_the_leader_alone_tells_and_writes(runs):
@@ -152,7 +95,7 @@ def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
   """They need not meet: one process ends before the other begins."""
   for index, own in enumerate(both(free_port())):
     ((status, out, err),) = finish(
-      start("toy", *toy_flags, *own, "--runs=2", "--devices=1", f"--workdir={tmp_path}", devices=2)
+      start("toy", TRAIN, *toy_flags, *own, "--runs=2", "--devices=1", f"--workdir={tmp_path}", devices=2)
     )
     assert status == 0, err
     directory = tmp_path / workdir.relative_path(override(tiny.config, {"seed": index}))
@@ -160,6 +103,30 @@ def test_several_runs_are_shared_out(toy_flags, tiny, tmp_path):
     result = json.loads((directory / "result.json").read_text())
     assert (result["seed"], result["runs_together"], result["env_steps"]) == (index, 1, 70)
     assert len(list(tmp_path.rglob("result.json"))) == index + 1
+
+
+@pytest.mark.parametrize(
+  ("error", "received"),
+  [
+    (UserError(""), UserError), (TrainingError(""), TrainingError), (Interrupted(""), Interrupted),
+    (KeyError(""), DisconnectedError), (ValueError("Gloo all-reduce failed"), None), (None, None),
+  ],
+)  # fmt: skip
+def test_the_others_end_as_the_leader_does(monkeypatch, error, received):
+  sent = []
+  monkeypatch.setattr(parallel, "broadcast", lambda message: sent.append(message) or sent[0])
+  leader = hosts.Leader(Devices.take(1))
+  leader._silent = False
+  with contextlib.suppress(Exception), leader:
+    if error:
+      raise error
+  if isinstance(error, ValueError) and not isinstance(error, UserError):
+    assert not sent  # The connections are broken.
+  elif received is None:
+    assert hosts.receive()[0] == hosts.Operation.STOP
+  else:
+    with pytest.raises(received, match="the first process of the run ended"):
+      hosts.receive()
 
 
 @pytest.mark.parametrize(
