@@ -75,7 +75,7 @@ def _training_games(records: list[dict[str, Any]]) -> dict[str, Any]:
   ended = [record for record in records if record.get("collect/episodes")]
   games = sum(record["collect/episodes"] for record in ended)
   total = sum(record["collect/episodes"] * record["collect/return"] for record in ended)
-  return {"mean_return": total / max(games, 1), "interval": "-", "games": games}
+  return {"mean_return": total / games if games else None, "interval": "-", "games": games}
 
 
 def _row(path: pathlib.Path) -> dict[str, Any]:
@@ -99,7 +99,8 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != default[name]]
   command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
   command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
-  names = ("env_steps", "evaluation/return", "collect/return", "actor_critic/imagined_return", "time/total_seconds")
+  names = ("env_steps", "evaluation/return", "collect/return", "collect/rewards_positive")
+  names += ("actor_critic/imagined_return", "time/total_seconds")
   return {
     "run": path.relative_to(_fixed(_RUNS.value)).as_posix(),
     "command": " ".join(command),
