@@ -76,7 +76,6 @@ _SMALL_WORLD = {
 # Measured on Catch and MinAtar; see docs/choices.md.
 _STABLE_LATENTS = {
   "encoder.learning_rate_factor": 0.1,
-  "denoiser.average_decay": 0.99,
   "denoiser.optimizer.beta2": 0.99,  # With 0.999 the reward / end loss can jump after hundreds of tiny gradients.
   "reward_end.optimizer.beta2": 0.99,
   "training.order": "joint",
@@ -200,6 +199,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "denoiser.channels": (32,),
     "denoiser.conditioning_frames": 12,  # Things move every 5 to 12 steps, which fewer frames cannot show.
     "denoiser.conditioning_width": 96,
+    "denoiser.average_decay": 0.99,
     "denoiser.optimizer.learning_rate": 1e-3,
     "sampler.num_steps": 2,
     "sampler.sigma_min": 1.0,  # Lower levels add no accuracy, and samples then vary too little.
@@ -219,7 +219,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "collect.steps_per_epoch": 1_000,
     "collect.first_epsilon": 0.1,
     "collect.epsilon_steps": 60_000,
-    "collect.epsilon_hold": 32,  # Uniform actions do not cross Freeway's road.
     "replay.capacity": 100_000,
     "replay.final_frames": 30_000,
     "training.order": "alternating",  # See docs/choices.md.
