@@ -72,7 +72,7 @@ def main() -> None:
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   jobs = pathlib.Path(_OUT.value) / "slurm"
   if _LAUNCHER.value == "slurm" and (queued := sweep.queued(jobs)):
-    print(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
+    console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
   size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
   console.log(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
@@ -82,7 +82,7 @@ def main() -> None:
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
     job = sweep.submit(packs, train, jobs, workers=_WORKERS.value, parameters=parameters)
-    print(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows their status")
+    console.log(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows their status")
     return
   pool = sweep.Pool(packs, train, workers=_WORKERS.value)
   with on_signals(grace=0.0, margin=60.0) as interruption, contextlib.closing(pool):

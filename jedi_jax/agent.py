@@ -55,7 +55,7 @@ def make_act(model: Model, *, max_hold: int = 1) -> Act:
     def draw(age: Array, held: Array) -> tuple[Array, Array]:
       """Returns whether a random action drawn `age` steps ago is taken now, and which: [N] each."""
       _, explore_key, uniform_key = jax.random.split(jax.random.fold_in(key, count - age), 3)
-      explore = jax.random.bernoulli(explore_key, epsilon * held, sampled.shape)
+      explore = jax.random.bernoulli(explore_key, jnp.where(age <= count, epsilon * held, 0.0), sampled.shape)
       return explore, jax.random.randint(uniform_key, sampled.shape, 0, model.num_actions(params))
 
     explore, uniform = jax.vmap(draw)(jnp.arange(max_hold, dtype=jnp.uint32), held)
@@ -218,8 +218,8 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
   Args:
     directory: the working directory of a run; a folder that `Agent.save` wrote; 'hf://user/name' or
       'hf://user/name@revision' for a repository of the Hugging Face Hub with the files of such a folder (needs
-      `huggingface_hub`); or 'jedi://catch' or 'jedi://breakout' (MinAtar), agents
-      of the package.
+      `huggingface_hub`); or 'jedi://catch' or 'jedi://breakout' (MinAtar), agents of the
+      package.
     which: of a run, 'latest' for the newest checkpoint, or 'best' for the one with the highest mean return in
       evaluations during training.
     build: builds the model, as in `train`.

@@ -416,12 +416,15 @@ def queued(folder: pathlib.Path) -> set[pathlib.Path]:
     return set()
   there = set(_slurm("squeue", "--me", "--noheader", "--array", "--format=%i").split())
   return {
-    pathlib.Path(place)
-    for file in files
-    for job, places in workdir.read_json(file).items()
-    if job in there
-    for place in places
+    pathlib.Path(place) for file in files for job, places in _jobs(file).items() if job in there for place in places
   }
+
+
+def _jobs(file: pathlib.Path) -> dict[str, list[str]]:
+  jobs = workdir.read_json(file)
+  if not isinstance(jobs, dict) or not all(isinstance(places, list) for places in jobs.values()):
+    raise UserError(f"{file} is damaged: it does not map jobs to directories")
+  return jobs
 
 
 def submit(

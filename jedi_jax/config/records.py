@@ -232,14 +232,15 @@ class CollectConfig:
   first_epoch_rewards: int = setting(10, "D", low=0, high=10**9)
   """Rewards of the two rarer of the signs -1, 0 and 1, in total, after which the first collection ends."""
   epsilon: float = setting(0.01, "D", low=0, high=1)
-  """Probability of a uniformly random action, after `epsilon_steps`."""
+  """Probability that a uniformly random action is drawn, after `epsilon_steps`."""
   first_epsilon: float = setting(0.01, "O", low=0, high=1)
-  """Probability of a uniformly random action at the first step."""
+  """Probability that a uniformly random action is drawn, at the first step."""
   epsilon_steps: int = setting(0, "O", low=0, high=10**9)
   """Environment steps over which the probability falls in a line from `first_epsilon` to `epsilon`; 0 for none."""
   epsilon_hold: int = setting(1, "O", low=1, high=1_000)
   """Longest hold of a random action, in steps. An action is held for n steps with a probability in proportion to
-  1 / n**2 (arXiv:2006.01782), or until the next random action."""
+  1 / n**2 (arXiv:2006.01782), or until the next random action, and over the ends of games. With 32 and an epsilon of
+  0.1 it is 23% of all actions that are random."""
   overlap: bool = setting(False, "O")
   """Whether the host collects an epoch's steps while the device trains on the earlier ones. New steps then reach replay
   one epoch later (with `training.final_epochs` 0, the last ones after the last update)."""
@@ -335,7 +336,8 @@ class PrecisionConfig:
   """Format of activations and products; parameters, losses and group-norm statistics stay float32."""
   convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul", "pallas"))
   """Lowering of 3 x 3 convolutions. 'pallas' convolves in imagination in one kernel with what follows, and elsewhere as
-  'lax' does; 'auto' is 'pallas' on GPUs with such kernels, 'matmul_gradient' on CPUs and 'lax' elsewhere."""
+  'lax' does, or 'matmul' in packed runs. 'auto' is 'pallas' on GPUs with such kernels in bfloat16, 'matmul_gradient' on
+  CPUs, and else what 'pallas' is outside of imagination."""
   kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
   """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs."""
 

@@ -239,6 +239,7 @@ def _programs(env_id: str, scale: int) -> _Programs:
     key_step, key_reset = jax.random.split(key_game)  # As gymnax's `step` does with its key.
     action = jnp.where(jax.random.uniform(key_sticky) < sticky, running.action, action)
     last, state, reward, end, _ = env.step_env(key_step, running.state, action, params)
+    end = jnp.asarray(end, bool)
     truncated = (env.is_truncated(state, params) | (state.time >= limit)) & ~end
     game_over = end | truncated
     first, fresh = env.reset_env(key_reset, params)

@@ -93,11 +93,13 @@ def build(
 
 def _compute(config: Config, *, packed: bool) -> Compute:
   given = config.precision
+  # In float32 its products do not use the matrix units, which XLA's convolution does.
+  fused = given.convolution == "pallas" or (given.convolution == "auto" and given.compute_dtype == "bfloat16")
   return Compute(
     dtype=jnp.dtype(given.compute_dtype),
     lowering=resolve_convolution(given.convolution, packed=packed),
     kernels=resolve_kernels(given.kernels),
-    fused_convolution=given.convolution in ("auto", "pallas"),
+    fused_convolution=fused,
   )
 
 

@@ -385,7 +385,7 @@ class ResidualBlock(nn.Module, kw_only=True):
     h = AdaptiveGroupNorm(self.compute, name="norm_1")(x, condition)
     params = self.variables.get("params", {})
     first, second = (_fused_layer(params.get(name, {}), x) for name in ("conv_1", "conv_2"))
-    if first is not None and second is not None:
+    if first is not None and second is not None and condition.joint is not None:
       return self._fused(x, h, condition, first, second, params)
     h = Conv3x3(self.features, compute=self.compute, name="conv_1")(h)
     h = AdaptiveGroupNorm(self.compute, name="norm_2")(h, condition)

@@ -87,10 +87,7 @@ def group_norm(x: Array, affine: Array, settings: GroupNormSettings) -> Array:
 
 def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[Array, tuple[Array, Array]]:
   batch, channels = x.shape[0], x.shape[-1]
-  if channels % settings.group or affine.shape[0] not in (1, batch):
-    raise ValueError(f"affine {affine.shape} and groups of {settings.group} channels do not fit {x.shape}")
-  if affine.shape[1] < settings.start + 2 * channels:
-    raise ValueError(f"affine {affine.shape} has no 2 x {channels} columns from {settings.start} on")
+  _check_affine(affine, batch, channels, settings)
 
   def kernel(x_ref: Any, affine_ref: Any, out_ref: Any) -> None:
     block = _Block(x_ref, affine_ref, x.shape[-1], settings)
@@ -101,6 +98,15 @@ def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) ->
   image, _, shared = _specs(x, affine, settings)
   call = _group_call(kernel, x, settings, [image, shared], image, jax.ShapeDtypeStruct(_flat(x).shape, x.dtype))
   return call(_flat(x), affine).reshape(x.shape), (x, affine)
+
+
+def _check_affine(affine: Array, batch: int, channels: int, settings: GroupNormSettings) -> None:
+  if channels % settings.group or affine.shape[0] not in (1, batch):
+    raise ValueError(
+      f"affine {affine.shape} and groups of {settings.group} channels do not fit {channels} channels and {batch} images"
+    )
+  if affine.shape[1] < settings.start + 2 * channels:
+    raise ValueError(f"affine {affine.shape} has no 2 x {channels} columns from {settings.start} on")
 
 
 def _group_norm_backward(
@@ -406,8 +412,14 @@ def convolution(
     raise ValueError(f"kernel {layer.kernel.shape} and groups of {group} channels do not fit {x.shape}")
   if (norm is None) != (affine is None):
     raise ValueError("a norm and its gains and shifts, `affine`, are given together")
-  if skip is not None and skip.x.shape[:3] != x.shape[:3]:
-    raise ValueError(f"skip {skip.x.shape} does not fit {x.shape}")
+  if norm is not None and affine is not None:
+    _check_affine(affine, batch, outputs, norm)
+  if skip is not None:
+    given = None if skip.kernel is None else skip.kernel.shape
+    if (skip.kernel is None) != (skip.bias is None) or given not in (None, (skip.x.shape[3], outputs)):
+      raise ValueError(f"skip {skip.x.shape} does not fit a layer {given} to {outputs} channels with a bias")
+    if skip.x.shape[:3] != x.shape[:3] or (given is None and skip.x.shape[3] != outputs):
+      raise ValueError(f"skip {skip.x.shape} does not fit {x.shape} and {outputs} channels")
 
   def image(channels: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, positions, channels), lambda b, g: (b, 0, 0))

@@ -10,6 +10,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -134,13 +135,18 @@ class Processes:
     return items[index * share : (index + 1) * share]
 
 
+_GONE = (
+  f"{pathlib.Path(sys.argv[0]).name}: another process of the run is gone, or JAX failed: the lines above tell; the same "
+  "command continues the run\n"
+).encode()
+
+
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_disconnected(number: int) -> None:
   """Ends the process; called within a call of `abort`, in any thread."""
   del number
-  text = "another process of the run is gone, or JAX failed: the lines above tell; the same command continues the run"
   with contextlib.suppress(OSError):
-    os.write(2, f"{pathlib.Path(sys.argv[0]).name}: {text}\n".encode())
+    os.write(2, _GONE)
   os._exit(DISCONNECTED_STATUS)
 
 
@@ -238,5 +244,7 @@ def _exit(message: str, status: int = USAGE_STATUS) -> None:
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   if jax.distributed.is_initialized():
     _flush()
+    if jax.process_index() == 0:
+      time.sleep(1.0)  # JAX aborts the others when this process ends; before, they end by themselves if it told them.
     os._exit(status)
   sys.exit(status)

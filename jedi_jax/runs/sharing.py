@@ -135,13 +135,14 @@ def write(
     raise UserError(f"{path} holds an agent: name another folder, or overwrite it")
   arrays = checkpoint.flatten(params)
   if half:
-    arrays = {name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in arrays.items()}
+    arrays = {name: _halved(name, value) if value.dtype == np.float32 else value for name, value in arrays.items()}
   model = safetensors.encode(arrays)
   about = {
     "agent": FORMAT,
     "version": __version__,
     "jax": jax.__version__,
     "sha256": hashlib.sha256(model).hexdigest(),
+    **({"half": True} if half else {}),
     "spec": {"num_actions": spec.num_actions, "observation_shape": list(spec.observation_shape)},
     "config": config_lib.to_dict(config),
     "result": None if result is None else dict(result),
@@ -157,6 +158,14 @@ def write(
     raise UserError(f"cannot write the agent in {path}: {error.strerror}") from None
   workdir.write_json(path / CONFIG, about)
   return path
+
+
+def _halved(name: str, value: np.ndarray) -> np.ndarray:
+  with np.errstate(over="ignore"):
+    half = value.astype(np.float16)
+  if not np.array_equal(np.isfinite(half), np.isfinite(value)):
+    raise UserError(f"{name} has values beyond float16's range: save the agent without `half`")
+  return half
 
 
 def _replace(path: pathlib.Path, data: bytes) -> None:
@@ -202,8 +211,8 @@ def read(path: pathlib.Path) -> Saved:
   if hashlib.sha256(data).hexdigest() != about.get("sha256"):
     raise UserError(f"{path / MODEL} is truncated or altered: its SHA-256 differs from that in {CONFIG}; {_CURE}")
   result = about.get("result")
-  arrays = {
-    name: value.astype(np.float32) if value.dtype == np.float16 else value
-    for name, value in safetensors.decode(data, path / MODEL).items()
-  }
-  return Saved(config, spec, arrays, result if isinstance(result, dict) else None, about.get("data"))
+  arrays = safetensors.decode(data, path / MODEL)
+  if about.get("half") is True:
+    arrays = {name: value.astype(np.float32) if value.dtype == np.float16 else value for name, value in arrays.items()}
+  recorded = about.get("data")
+  return Saved(config, spec, arrays, *(value if isinstance(value, dict) else None for value in (result, recorded)))

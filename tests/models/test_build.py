@@ -4,8 +4,18 @@ import jax
 import pytest
 
 from jedi_jax import envs
-from jedi_jax.config import make_config
+from jedi_jax.config import make_config, override
 from jedi_jax.models import build
+
+
+@pytest.mark.parametrize(
+  ("convolution", "dtype", "fused"),
+  [("auto", "float32", False), ("auto", "bfloat16", True), ("pallas", "float32", True), ("lax", "bfloat16", False)],
+)
+def test_convolutions_are_fused_in_bfloat16(convolution, dtype, fused):
+  settings = {"precision.convolution": convolution, "precision.compute_dtype": dtype}
+  config = override(make_config(env="catch", preset="debug"), settings)
+  assert build._compute(config, packed=False).fused_convolution == fused
 
 
 @pytest.mark.parametrize(

@@ -168,9 +168,14 @@ def test_shapes_that_do_not_fit_together_are_refused():
   with pytest.raises(ValueError, match="groups of 48"):
     kernels.group_norm(x, jnp.zeros((3, 128)), settings._replace(group=48))
   layer = kernels.Convolution(jnp.zeros((9 * 64, 32)), jnp.zeros(32))
-  for group, of, skip in ((24, x, None), (32, x[..., :8], None), (32, x, Skip(x[:1]))):
+  weights, bias = jnp.zeros((64, 32)), jnp.zeros(32)
+  skips = (Skip(x[:1, ..., :32]), Skip(x), Skip(x, weights), Skip(x, weights[:, :16], bias))
+  for group, of, skip in ((24, x, None), (32, x[..., :8], None), *((32, x, skip) for skip in skips)):
     with pytest.raises(ValueError, match="fit"):
       kernels.convolution(of, layer, group, MODE, skip=skip)
+  for affine in (None, jnp.zeros((2, 64)), jnp.zeros((3, 63))):
+    with pytest.raises(ValueError, match="affine"):
+      kernels.convolution(x, layer, 32, MODE, norm=settings, affine=affine)
   with pytest.raises(ValueError, match="5 heads do not divide"):
     kernels.attention(jnp.zeros((2, 16, 48)), 5, MODE)
 

@@ -122,6 +122,14 @@ def test_half_precision_halves_the_file_and_loads_as_float32(agent, tmp_path):
     np.testing.assert_allclose(value, expected, rtol=2**-11, atol=2**-25)
 
 
+def test_half_precision_refuses_what_it_cannot_hold(agent, tmp_path):
+  params = jax.tree.map(np.array, jax.device_get(agent.params))
+  params["actor_critic"]["actor"]["bias"][0] = 7e4
+  large = jedi_jax.Agent(agent.model, params, agent.config)
+  refused(lambda: large.save(tmp_path / "half", half=True), "actor_critic/actor/bias", "float16")
+  large.save(tmp_path / "whole")
+
+
 def test_an_agent_without_a_result_has_no_score(agent, tmp_path):
   folder = jedi_jax.Agent(agent.model, agent.params, agent.config).save(tmp_path / "agent")
   text = (folder / "README.md").read_text()
