@@ -41,8 +41,7 @@ def test_another_learner_learns_in_the_dream(learned, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.xfail(
-  reason="the first imagined step of this seed is off by 0.25 of copying; with a slower encoder (0.03) by 0.21, and with "
-  "denoiser.average_decay=0.99 by 0.12, which other seeds do not bear out: see docs/choices.md"
+  reason="the first imagined step of this seed is off by 0.25 of copying; docs/choices.md has what was tried"
 )
 def test_the_world_model_of_catch_is_right(learned):
   directory, _ = learned
