@@ -18,7 +18,7 @@ from absl import flags
 
 import jedi_jax
 from jedi_jax import config as config_lib
-from jedi_jax import sweep
+from jedi_jax import slurm, sweep
 from jedi_jax.runs import program
 from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import on_signals
@@ -71,7 +71,7 @@ def main() -> None:
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   jobs = pathlib.Path(_OUT.value) / "slurm"
-  if _LAUNCHER.value == "slurm" and (queued := sweep.queued(jobs)):
+  if _LAUNCHER.value == "slurm" and (queued := slurm.queued(jobs)):
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
   size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
@@ -81,7 +81,7 @@ def main() -> None:
   packs = sweep.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
-    job = sweep.submit(packs, train, jobs, workers=_WORKERS.value, parameters=parameters)
+    job = slurm.submit(packs, train, jobs, workers=_WORKERS.value, parameters=parameters)
     console.log(f"submitted {len(left)} runs as array job {job} of {len(packs)}; --dry_run shows their status")
     return
   pool = sweep.Pool(packs, train, workers=_WORKERS.value)

@@ -167,7 +167,7 @@ class Compute(NamedTuple):
     dtype: of activations and products; parameters stay float32.
     lowering: of 3 x 3 convolutions; see `ops.images.conv3x3`.
     kernels: of group norm and attention: 'xla', or see `ops.kernels`.
-    fused_convolution: whether `ops.kernels.convolution` convolves where no gradient is needed and `kernels` is not
+    fused_convolution: whether `ops.fused_convolution` convolves where no gradient is needed and `kernels` is not
       'xla'.
   """
 

@@ -19,6 +19,7 @@ LAYERS = (
   ("agent.py", "datasets.py"),
   ("evaluation", "interop"),
   ("training", "sweep.py"),
+  ("slurm.py",),
   ("inspection",),
   ("play",),
   ("__init__.py",),
@@ -46,6 +47,7 @@ ALLOWED = {
   "evaluation/report.py": {"tables", "errors", "evaluation", "runs"},
   "runs": {"tables", "types", "errors", "version", "runtime", "config", "runs"},
   "sweep.py": {"tables", "errors", "config", "envs", "evaluation", "runs"},
+  "slurm.py": {"errors", "runs", "sweep"},
   "agent.py": {"types", "errors", "config", "models", "runs"},
   "datasets.py": {"types", "errors", "episodes", "envs", "replay", "config", "runs"},
   # Checkpoints of others: arrays into parameters and a run's directory, no training.

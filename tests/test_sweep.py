@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from jedi_jax import sweep
+from jedi_jax import slurm, sweep
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.runs import workdir
@@ -195,7 +195,7 @@ def test_projections_by_hand(tmp_path):
 def test_an_array_job(tmp_path, train):
   pytest.importorskip("submitit")
   plan = make_plan(tmp_path / "out")
-  jobs = sweep.submit(sweep.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
+  jobs = slurm.submit(sweep.packs(plan, 1), train(), tmp_path / "slurm", workers=1, parameters={}, cluster="local")
   assert len(jobs.split(", ")) == 2
   deadline = time.monotonic() + 120
   while any(sweep.run_status(run).name != "finished" for run in plan):
@@ -206,7 +206,7 @@ def test_an_array_job(tmp_path, train):
 def test_a_missing_scheduler_is_one_line(tmp_path, train):
   pytest.importorskip("submitit")
   with pytest.raises(UserError, match="could not be submitted"):
-    sweep.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
+    slurm.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
 
 
 def test_a_damaged_result_is_one_line(tmp_path, train):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax.ops import images, kernels
+from jedi_jax.ops import fused_convolution, images, kernels
 from jedi_jax.types import Compute, Params
 
 Array = jax.Array
@@ -53,7 +53,7 @@ def prepare(params: Params, compute: Compute) -> Params:
 
   Kernels, and the biases beside them, are cast to the dtype in which layers use them. For `compute.kernels` other than
   'xla' what several layers can share is joined: see `Condition` and `FusedGroupNorm`. With `compute.fused_convolution`
-  the kernels of 3 x 3 convolutions are also given as `kernels.convolution` takes them.
+  the kernels of 3 x 3 convolutions are also given as `fused_convolution.convolution` takes them.
   """
 
   def cast(tree: Any) -> Any:
@@ -181,7 +181,7 @@ class Conv3x3(nn.Module):
     x, kernel, bias = (value.astype(self.compute.dtype) for value in (x, kernel, bias))
     fused = _fused_layer(self.variables["params"], x) if self.stride == 1 else None
     if fused is not None:
-      return kernels.convolution(x, fused, _group_size(self.features), self.compute.kernels)
+      return fused_convolution.convolution(x, fused, _group_size(self.features), self.compute.kernels)
     return images.conv3x3(x, kernel, stride=self.stride, lowering=self.compute.lowering) + bias
 
 
@@ -242,13 +242,13 @@ class FusedGroupNorm(nn.Module):
     return _fused_norm(x, affine[None], offset=0.0, silu=self.silu, compute=self.compute)
 
 
-def _fused_layer(params: Params, x: Array) -> kernels.Convolution | None:
-  """Returns a convolution of `x` as `kernels.convolution` takes it; None if it is not prepared or does not fit."""
+def _fused_layer(params: Params, x: Array) -> fused_convolution.Convolution | None:
+  """Returns a convolution of `x` as `ops.fused_convolution` takes it; None if it is not prepared or does not fit."""
   if "fused" not in params:
     return None
-  layer, features = kernels.Convolution(params["fused"], params["bias"]), params["bias"].size
+  layer, features = fused_convolution.Convolution(params["fused"], params["bias"]), params["bias"].size
   group = _group_size(features)
-  return layer if features % group == 0 and kernels.fits_convolution(x, group) else None
+  return layer if features % group == 0 and fused_convolution.fits_convolution(x, group) else None
 
 
 def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: Compute, start: int = 0) -> Array:
@@ -401,17 +401,17 @@ class ResidualBlock(nn.Module, kw_only=True):
     x: Array,
     h: Array,
     condition: Condition,
-    first: kernels.Convolution,
-    second: kernels.Convolution,
+    first: fused_convolution.Convolution,
+    second: fused_convolution.Convolution,
     params: Params,
   ) -> Array:
     """What follows the first norm, `h`, with each convolution and what follows it in one GPU kernel."""
     group, mode = _group_size(self.features), self.compute.kernels
-    convolve = functools.partial(kernels.convolution, group=group, kernels=mode)
+    convolve = functools.partial(fused_convolution.convolution, group=group, mode=mode)
     start = dict(condition.starts)[*self.path, "norm_2"]
     adaptive = kernels.GroupNormSettings(group, GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode, start=start)
     h = convolve(h, first, norm=adaptive, affine=condition.joint)
-    skip = kernels.Skip(x.astype(h.dtype), **params.get("skip", {}))
+    skip = fused_convolution.Skip(x.astype(h.dtype), **params.get("skip", {}))
     if not self.attention:
       return convolve(h, second, skip=skip)
     plain, affine = adaptive._replace(offset=0.0, silu=False, start=0), params["attention"]["norm"]["affine"]
@@ -433,45 +433,3 @@ class Downsample(nn.Module):
       compute=self.compute,
       name="conv",
     )(x)
-
-
-class UNet(nn.Module, kw_only=True):
-  """U-Net of residual blocks: ([B, H, W, C_0], condition) -> [B, H, W, C_0], C_0 = channels[0].
-
-  Level i has depths[i] blocks down and depths[i] + 1 blocks up; the resolution halves between levels. Two blocks with
-  self-attention follow the last level down. Inputs are padded with zeros at the bottom and right to a multiple of the
-  total down-sampling, and outputs are cropped.
-  """
-
-  channels: Sequence[int]
-  depths: Sequence[int]
-  attention: Sequence[bool]
-  compute: Compute = Compute()
-
-  @nn.compact
-  def __call__(self, x: Array, condition: Condition) -> Array:
-    block = functools.partial(ResidualBlock, compute=self.compute)
-    height, width = x.shape[1:3]
-    multiple = 2 ** (len(self.channels) - 1)
-    x = jnp.pad(x, ((0, 0), (0, -height % multiple), (0, -width % multiple), (0, 0)))
-    skips: list[list[Array]] = []
-    for level, (features, depth, attention) in enumerate(zip(self.channels, self.depths, self.attention, strict=True)):
-      if level > 0:
-        x = Downsample(compute=self.compute, name=f"downsample_{level}")(x)
-      outputs = [x]
-      for i in range(depth):
-        x = block(features=features, attention=attention, name=f"down_{level}_{i}")(x, condition)
-        outputs.append(x)
-      skips.append(outputs)
-    for i in range(2):
-      x = block(features=self.channels[-1], attention=True, name=f"middle_{i}")(x, condition)
-    for level in reversed(range(len(self.channels))):
-      features, depth, attention = self.channels[level], self.depths[level], self.attention[level]
-      for i, skip in enumerate(reversed(skips[level])):
-        out = features if i < depth else self.channels[max(0, level - 1)]
-        x = jnp.concatenate([x, skip], axis=-1)
-        x = block(features=out, attention=attention, name=f"up_{level}_{i}")(x, condition)
-      if level > 0:
-        x = images.upsample_nearest(x)
-        x = Conv3x3(x.shape[-1], compute=self.compute, name=f"upsample_{level}")(x)
-    return x[:, :height, :width]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
+from jedi_jax.nn.unet import UNet
 from jedi_jax.types import Compute
 
 Array = jax.Array
@@ -63,7 +64,7 @@ class InnerNetwork(nn.Module):
     stacked = jnp.moveaxis(past, 1, 3).reshape(batch, height, width, length * channels)
     x = jnp.concatenate([stacked, noisy], axis=-1)
     x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
-    x = blocks.UNet(
+    x = UNet(
       channels=self.channels,
       depths=self.depths,
       attention=self.attention,

@@ -1,10 +1,10 @@
 """GPU kernels of the networks' small operations, in Pallas.
 
-They are group norm with gain, shift and SiLU; self-attention; and a 3 x 3 convolution with what follows it. XLA makes
-several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Group norm and attention have a
-kernel for the value and one for the gradient, the convolution has no gradient. Sums are float32 whatever the inputs
-are. `kernels` is 'pallas', or 'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of
-group norm is Flax's `GroupNorm`, of attention `attention_reference`, of the convolution `ops.images.conv3x3`.
+They are group norm with gain, shift and SiLU, and self-attention; `ops.fused_convolution` has a third. XLA makes
+several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a kernel for its
+value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is 'pallas', or 'interpret' for the
+same kernels evaluated by XLA on any device, slowly. The reference of group norm is Flax's `GroupNorm`, of attention
+`attention_reference`.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 
 Array = jax.Array
 
-_MAX_ELEMENTS = 16_384
+MAX_ELEMENTS = 16_384
 """Elements that one program of a kernel holds in registers."""
 
 
@@ -39,12 +39,12 @@ def runs_here() -> bool:
 
 def fits_group_norm(x: Array, group: int) -> bool:
   """Whether `group_norm` can hold a group of an image [H, W, C] of `x` [B, H, W, C]."""
-  return _padded(x.shape[1] * x.shape[2]) * _padded(group) <= _MAX_ELEMENTS
+  return _padded(x.shape[1] * x.shape[2]) * _padded(group) <= MAX_ELEMENTS
 
 
 def fits_attention(x: Array) -> bool:
   """Whether `attention` can hold the weights of all pairs of positions of `x` [B, H, W, C]."""
-  return _padded(x.shape[1] * x.shape[2]) ** 2 <= _MAX_ELEMENTS
+  return _padded(x.shape[1] * x.shape[2]) ** 2 <= MAX_ELEMENTS
 
 
 class GroupNormSettings(NamedTuple):
@@ -87,7 +87,7 @@ def group_norm(x: Array, affine: Array, settings: GroupNormSettings) -> Array:
 
 def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) -> tuple[Array, tuple[Array, Array]]:
   batch, channels = x.shape[0], x.shape[-1]
-  _check_affine(affine, batch, channels, settings)
+  check_affine(affine, batch, channels, settings)
 
   def kernel(x_ref: Any, affine_ref: Any, out_ref: Any) -> None:
     block = _Block(x_ref, affine_ref, x.shape[-1], settings)
@@ -96,11 +96,12 @@ def _group_norm_forward(x: Array, affine: Array, settings: GroupNormSettings) ->
     block.store(out_ref, y * jax.nn.sigmoid(y) if settings.silu else y)
 
   image, _, shared = _specs(x, affine, settings)
-  call = _group_call(kernel, x, settings, [image, shared], image, jax.ShapeDtypeStruct(_flat(x).shape, x.dtype))
-  return call(_flat(x), affine).reshape(x.shape), (x, affine)
+  call = _group_call(kernel, x, settings, [image, shared], image, jax.ShapeDtypeStruct(flat(x).shape, x.dtype))
+  return call(flat(x), affine).reshape(x.shape), (x, affine)
 
 
-def _check_affine(affine: Array, batch: int, channels: int, settings: GroupNormSettings) -> None:
+def check_affine(affine: Array, batch: int, channels: int, settings: GroupNormSettings) -> None:
+  """Raises `ValueError` if gains and shifts `affine` do not fit so many images and channels."""
   if channels % settings.group or affine.shape[0] not in (1, batch):
     raise ValueError(
       f"affine {affine.shape} and groups of {settings.group} channels do not fit {channels} channels and {batch} images"
@@ -131,9 +132,9 @@ def _group_norm_backward(
 
   image, row, shared = _specs(x, affine, settings)
   rows = jax.ShapeDtypeStruct((x.shape[0], width), jnp.float32)
-  shapes = [jax.ShapeDtypeStruct(_flat(x).shape, x.dtype), rows]
+  shapes = [jax.ShapeDtypeStruct(flat(x).shape, x.dtype), rows]
   dx, d_affine = _group_call(kernel, x, settings, [image, shared, image], [image, row], shapes)(
-    _flat(x), affine, _flat(cotangent)
+    flat(x), affine, flat(cotangent)
   )
   if affine.shape[0] == 1:
     d_affine = jnp.sum(d_affine, axis=0, keepdims=True)
@@ -163,28 +164,28 @@ class _Block:
     self._mask = (self._rows < positions)[:, None] & self._column_mask[None]
     self._epsilon = settings.epsilon
     self._x = self.load(x_ref)
-    gain, shift = (_load(self._of_group(affine_ref, start), self._column_mask)[None] for start in (0, channels))
+    gain, shift = (load(self._of_group(affine_ref, start), self._column_mask)[None] for start in (0, channels))
     self.scale, self.shift = settings.offset + gain.astype(jnp.float32), shift.astype(jnp.float32)
 
   def normalise(self) -> tuple[Array, Array]:
     """Returns the block with mean 0 and variance 1, and the factor that it was scaled by."""
-    return _normalise(self._x, self._mask, self.count, self._epsilon)
+    return normalise(self._x, self._mask, self.count, self._epsilon)
 
   def load(self, ref: Any) -> Array:
-    return _load(ref.at[self._rows[:, None], self._columns[None]], self._mask).astype(jnp.float32)
+    return load(ref.at[self._rows[:, None], self._columns[None]], self._mask).astype(jnp.float32)
 
   def store(self, ref: Any, value: Array) -> None:
-    _store(ref.at[self._rows[:, None], self._columns[None]], value, self._mask)
+    store(ref.at[self._rows[:, None], self._columns[None]], value, self._mask)
 
   def store_affine(self, ref: Any, gain: Array, shift: Array) -> None:
-    _store(self._of_group(ref, 0), gain, self._column_mask)
-    _store(self._of_group(ref, self._channels), shift, self._column_mask)
+    store(self._of_group(ref, 0), gain, self._column_mask)
+    store(self._of_group(ref, self._channels), shift, self._column_mask)
 
   def _of_group(self, ref: Any, start: int) -> Any:
     return ref.at[0, start + self._first + self._columns]
 
 
-def _normalise(x: Array, mask: Array, count: int, epsilon: float) -> tuple[Array, Array]:
+def normalise(x: Array, mask: Array, count: int, epsilon: float) -> tuple[Array, Array]:
   """Gives the `count` elements of `x` under the mask mean 0 and variance 1; `x` is 0 elsewhere.
 
   Returns:
@@ -195,7 +196,7 @@ def _normalise(x: Array, mask: Array, count: int, epsilon: float) -> tuple[Array
   return centred * factor, factor
 
 
-def _flat(x: Array) -> Array:
+def flat(x: Array) -> Array:
   """Makes one axis of height and width: [B, H, W, C] -> [B, H W, C]."""
   return x.reshape(x.shape[0], -1, x.shape[-1])
 
@@ -212,7 +213,7 @@ def _group_call(
   kernel: Callable[..., None], x: Array, settings: GroupNormSettings, in_specs: Any, out_specs: Any, out_shape: Any
 ) -> Callable[..., Any]:
   """Returns a call with one program for each image and group."""
-  return _call(
+  return call(
     kernel,
     settings.kernels,
     elements=_padded(x.shape[1] * x.shape[2]) * _padded(settings.group),
@@ -260,7 +261,7 @@ def _attention_forward(qkv: Array, heads: int, kernels: str) -> tuple[Array, Arr
 
   def kernel(qkv_ref: Any, out_ref: Any) -> None:
     head = _Head(qkv_ref, channels, heads)
-    head.store(out_ref, 0, _product(head.weights().astype(head.value.dtype), head.value))
+    head.store(out_ref, 0, product(head.weights().astype(head.value.dtype), head.value))
 
   return _attention_call(kernel, qkv, heads, kernels, images=1, width=channels)(qkv), qkv
 
@@ -271,12 +272,12 @@ def _attention_backward(heads: int, kernels: str, qkv: Array, cotangent: Array) 
   def kernel(qkv_ref: Any, d_ref: Any, out_ref: Any) -> None:
     head = _Head(qkv_ref, channels, heads)
     weights, d = head.weights(), head.load(d_ref, 0)
-    d_weights = _product(d, head.value.T)
+    d_weights = product(d, head.value.T)
     d_logits = weights * (d_weights - jnp.sum(d_weights * weights, axis=1)[:, None]) * head.scale
     weights, d_logits = weights.astype(d.dtype), d_logits.astype(d.dtype)
-    head.store(out_ref, 0, _product(d_logits, head.key))
-    head.store(out_ref, channels, _product(d_logits.T, head.query))
-    head.store(out_ref, 2 * channels, _product(weights.T, d))
+    head.store(out_ref, 0, product(d_logits, head.key))
+    head.store(out_ref, channels, product(d_logits.T, head.query))
+    head.store(out_ref, 2 * channels, product(weights.T, d))
 
   return (_attention_call(kernel, qkv, heads, kernels, images=2, width=3 * channels)(qkv, cotangent),)
 
@@ -287,7 +288,7 @@ _MIN_PRODUCT = 16
 """Smallest side of a matrix that a GPU's matrix units take."""
 
 
-def _product(a: Array, b: Array) -> Array:
+def product(a: Array, b: Array) -> Array:
   """Multiplies matrices; float32 ones without rounding them to TF32. The result is float32."""
   return jnp.dot(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
@@ -305,23 +306,23 @@ class _Head:
     positions, width = ref.shape[0], channels // heads
     self.scale = width**-0.5
     self._first = pl.program_id(1) * width
-    self._rows, self._columns = jnp.arange(_side(positions)), jnp.arange(_side(width))
+    self._rows, self._columns = jnp.arange(side(positions)), jnp.arange(side(width))
     self._real = self._rows < positions
     self._mask = self._real[:, None] & (self._columns < width)[None]
     self.query, self.key, self.value = (self.load(ref, i * channels) for i in range(3))
 
   def weights(self) -> Array:
     """Returns the float32 attention of each query to each key, [P, P]; rows of padding are not zero."""
-    logits = jnp.where(self._real[None], _product(self.query, self.key.T) * self.scale, -1e30)
+    logits = jnp.where(self._real[None], product(self.query, self.key.T) * self.scale, -1e30)
     weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
     return weights / jnp.sum(weights, axis=1)[:, None]
 
   def load(self, ref: Any, start: int) -> Array:
     """Loads this head's columns of the array that starts at column `start`."""
-    return _load(self._at(ref, start), self._mask)
+    return load(self._at(ref, start), self._mask)
 
   def store(self, ref: Any, start: int, value: Array) -> None:
-    _store(self._at(ref, start), value, self._mask)
+    store(self._at(ref, start), value, self._mask)
 
   def _at(self, ref: Any, start: int) -> Any:
     return ref.at[self._rows[:, None], (start + self._first + self._columns)[None]]
@@ -335,7 +336,7 @@ def _attention_call(
   def image(channels: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, positions, channels), lambda b, h: (b, 0, 0))
 
-  return _call(
+  return call(
     kernel,
     kernels,
     elements=_padded(positions) ** 2,
@@ -346,162 +347,15 @@ def _attention_call(
   )
 
 
-class Convolution(NamedTuple):
-  """Parameters of a 3 x 3 convolution for `convolution`.
-
-  Attributes:
-    kernel: [9 I, O], rows of the kernel [3, 3, I, O] in its order.
-    bias: [O].
-  """
-
-  kernel: Array
-  bias: Array
-
-
-class Skip(NamedTuple):
-  """A linear layer beside a convolution for `convolution`, or the identity.
-
-  Attributes:
-    x: [B, H, W, J].
-    kernel: [J, O]; None adds `x` itself, and then J is O.
-    bias: [O]; None with the kernel.
-  """
-
-  x: Array
-  kernel: Array | None = None
-  bias: Array | None = None
-
-
-def fits_convolution(x: Array, group: int) -> bool:
-  """Whether `convolution` can hold a group of output channels of an image [H, W, I] of `x` [B, H, W, I]."""
-  return _side(x.shape[1] * x.shape[2]) * _side(group) <= _MAX_ELEMENTS // 2
-
-
-def convolution(
-  x: Array,
-  layer: Convolution,
-  group: int,
-  kernels: str,
-  *,
-  skip: Skip | None = None,
-  norm: GroupNormSettings | None = None,
-  affine: Array | None = None,
-) -> Array:
-  """Convolves with a 3 x 3 kernel and one pixel of zero padding, adds a skip connection, and normalises, if asked.
-
-  It is one kernel, of which one program computes a group of output channels of one image. It has no gradient.
+def call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings: Any) -> Callable[..., Any]:
+  """Returns the call of a kernel with the `settings` of `pallas_call`.
 
   Args:
-    x: [B, H, W, I].
-    layer: kernel and bias.
-    group: output channels of a group; divides O.
+    kernel: one program.
     kernels: 'pallas' or 'interpret'.
-    skip: what is added to the convolution.
-    norm: group norm, gain, shift and SiLU of the sum, as of `group_norm`; its group is `group`.
-    affine: [B or 1, D] of that norm.
-
-  Returns:
-    [B, H, W, O] of x's dtype.
-
-  Raises:
-    ValueError: if the shapes do not fit together.
+    elements: that a program holds, for the number of its warps.
+    **settings: of `pallas_call`.
   """
-  batch, height, width, inputs = x.shape
-  outputs, positions = layer.kernel.shape[-1], height * width
-  if layer.kernel.shape[0] != 9 * inputs or outputs % group or (norm is not None and norm.group != group):
-    raise ValueError(f"kernel {layer.kernel.shape} and groups of {group} channels do not fit {x.shape}")
-  if (norm is None) != (affine is None):
-    raise ValueError("a norm and its gains and shifts, `affine`, are given together")
-  if norm is not None and affine is not None:
-    _check_affine(affine, batch, outputs, norm)
-  if skip is not None:
-    given = None if skip.kernel is None else skip.kernel.shape
-    if (skip.kernel is None) != (skip.bias is None) or given not in (None, (skip.x.shape[3], outputs)):
-      raise ValueError(f"skip {skip.x.shape} does not fit a layer {given} to {outputs} channels with a bias")
-    if skip.x.shape[:3] != x.shape[:3] or (given is None and skip.x.shape[3] != outputs):
-      raise ValueError(f"skip {skip.x.shape} does not fit {x.shape} and {outputs} channels")
-
-  def image(channels: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, positions, channels), lambda b, g: (b, 0, 0))
-
-  def columns(rows: int) -> pl.BlockSpec:
-    return pl.BlockSpec((rows, group), lambda b, g: (0, g))
-
-  tile = pl.BlockSpec((None, positions, group), lambda b, g: (b, 0, g))
-  operands = {
-    "x": (_flat(x), image(inputs)),
-    "kernel": (layer.kernel.astype(x.dtype), columns(9 * inputs)),
-    "bias": (layer.bias[None], columns(1)),
-  }
-  if skip is not None and skip.kernel is not None and skip.bias is not None:
-    operands["skip"] = (_flat(skip.x), image(skip.x.shape[-1]))
-    operands["skip_kernel"] = (skip.kernel.astype(x.dtype), columns(skip.x.shape[-1]))
-    operands["skip_bias"] = (skip.bias[None], columns(1))
-  elif skip is not None:
-    operands["skip"] = (_flat(skip.x), tile)
-  if norm is not None and affine is not None:
-    own = affine.shape[0] == batch
-    operands["affine"] = (affine, pl.BlockSpec((1, affine.shape[1]), lambda b, g: (b if own else 0, 0)))
-
-  def kernel(*all_refs: Any) -> None:
-    *in_refs, out_ref = all_refs
-    refs = dict(zip(operands, in_refs, strict=True))
-    rows, channels = jnp.arange(_side(positions)), jnp.arange(_side(group))
-    of_group = channels < group
-    mask = (rows < positions)[:, None] & of_group[None]
-
-    def of_channels(ref: Any) -> Array:
-      return _load(ref.at[0, channels], of_group).astype(jnp.float32)[None]
-
-    def product(x_ref: Any, kernel_ref: Any, taps: int) -> Array:
-      """Sums over taps and input channels, `depth` channels at a time."""
-      features = x_ref.shape[1]
-      depth = min(_side(features), 32)
-      parts = -(-features // depth)
-
-      def add(i: Array, total: Array) -> Array:
-        tap, part = _divide(i, parts)
-        feature = part * depth + jnp.arange(depth)
-        down, right = (side - taps // 9 for side in _divide(tap, 3))  # Of a single tap they are 0.
-        row, column = (position + shift for position, shift in zip(_divide(rows, width), (down, right), strict=True))
-        inside = (rows < positions) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        source, real = jnp.where(inside, row * width + column, 0), feature < features
-        a = _load(x_ref.at[source[:, None], feature[None]], inside[:, None] & real[None])
-        at = jnp.where(real, tap * features + feature, 0)
-        b = _load(kernel_ref.at[at[:, None], channels[None]], real[:, None] & of_group[None])
-        return total + _product(a, b)
-
-      return jax.lax.fori_loop(0, taps * parts, add, jnp.zeros((len(rows), len(channels)), jnp.float32))
-
-    y = product(refs["x"], refs["kernel"], 9) + of_channels(refs["bias"])
-    if "skip_kernel" in refs:
-      y += product(refs["skip"], refs["skip_kernel"], 1) + of_channels(refs["skip_bias"])
-    elif "skip" in refs:
-      y += _load(refs["skip"].at[rows[:, None], channels[None]], mask).astype(jnp.float32)
-    if norm is not None:
-      y, _ = _normalise(jnp.where(mask, y, 0.0), mask, positions * group, norm.epsilon)
-      first = norm.start + pl.program_id(1) * group
-      gain, shift = (
-        _load(refs["affine"].at[0, first + start + channels], of_group).astype(jnp.float32)[None]
-        for start in (0, outputs)
-      )
-      y = y * (norm.offset + gain) + shift
-      y = y * jax.nn.sigmoid(y) if norm.silu else y
-    _store(out_ref.at[rows[:, None], channels[None]], y, mask)
-
-  call = _call(
-    kernel,
-    kernels,
-    elements=2 * _side(positions) * _side(group),
-    grid=(batch, outputs // group),
-    in_specs=[spec for _, spec in operands.values()],
-    out_specs=tile,
-    out_shape=jax.ShapeDtypeStruct((batch, positions, outputs), x.dtype),
-  )
-  return call(*(value for value, _ in operands.values())).reshape(batch, height, width, outputs)
-
-
-def _call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings: Any) -> Callable[..., Any]:
   if kernels == "interpret":
     return pl.pallas_call(kernel, interpret=True, **settings)
   from jax.experimental.pallas import triton
@@ -510,25 +364,21 @@ def _call(kernel: Callable[..., None], kernels: str, *, elements: int, **setting
   return pl.pallas_call(kernel, compiler_params=triton.CompilerParams(num_warps=warps), **settings)
 
 
-def _load(ref: Any, mask: Array) -> Array:
+def load(ref: Any, mask: Array) -> Array:
+  """Loads what `ref` points to; 0 outside of the mask."""
   from jax.experimental.pallas import triton
 
   return triton.load(ref, mask=mask, other=0.0)
 
 
-def _store(ref: Any, value: Array, mask: Array) -> None:
+def store(ref: Any, value: Array, mask: Array) -> None:
+  """Stores `value` where the mask is true, in the dtype of `ref`."""
   from jax.experimental.pallas import triton
 
   triton.store(ref, value.astype(ref.dtype), mask=mask)
 
 
-def _divide(x: Array, divisor: int) -> tuple[Array, Array]:
-  """Returns quotient and remainder of integers that are not negative."""
-  by = jnp.asarray(divisor, x.dtype)
-  return jax.lax.div(x, jnp.broadcast_to(by, x.shape)), jax.lax.rem(x, jnp.broadcast_to(by, x.shape))
-
-
-def _side(size: int) -> int:
+def side(size: int) -> int:
   """Returns the side of a matrix that holds `size` rows or columns and that the matrix units take."""
   return max(_padded(size), _MIN_PRODUCT)
 

@@ -27,9 +27,9 @@ sys.path[:0] = [str(TESTS), str(TESTS / "faults"), str(TESTS.parent)]
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 import conftest  # noqa: E402 - it sets the environment of JAX.
-import running  # noqa: E402
 import victim  # noqa: E402
 from absl import app, flags  # noqa: E402
+from comparison import Broken, compare  # noqa: E402
 
 from jedi_jax import sweep  # noqa: E402
 from jedi_jax.errors import UserError  # noqa: E402
@@ -42,10 +42,6 @@ MARKERS = ("<epoch>", "<saving>", "<evaluating>")
 
 
 KINDS = ("kill all", "kill run", "kill sweep", "stop", "stop run", "disk", "read-only", "clock")
-
-
-class Broken(Exception):
-  """A promise that was not kept."""
 
 
 class Paused(Exception):
@@ -409,38 +405,6 @@ def can_mount(folder):
     return False
   finally:
     (folder / "mount").rmdir()
-
-
-def compare(undisturbed, disturbed, folder):
-  """Compares results, records and checkpoints bit for bit, in a fork, since JAX must not start here."""
-  child = os.fork()
-  if child == 0:
-    status = 1
-    try:
-      for theirs, ours in zip(undisturbed, disturbed, strict=True):
-        results = [json.loads((run.workdir / "result.json").read_text()) for run in (theirs, ours)]
-        for result in results:
-          result.pop("seconds")
-        assert results[0] == results[1], (ours.workdir, results)
-        records = [timeless(run.workdir / "metrics.jsonl") for run in (theirs, ours)]
-        assert records[0] == records[1], f"the records of {ours.workdir} differ"
-        last = [running.newest(run.workdir) for run in (theirs, ours)]
-        assert last[0].name == last[1].name
-        running.assert_equal_bit_for_bit(*(running.arrays(path) for path in last))
-        assert not list(ours.workdir.rglob("*.orbax-checkpoint-tmp"))
-      status = 0
-    except BaseException:
-      with (folder / "tracebacks").open("a") as file:
-        traceback.print_exc(file=file)
-    os._exit(status)
-  if os.waitpid(child, 0)[1]:
-    raise Broken((folder / "tracebacks").read_text()[-3000:])
-
-
-def timeless(path):
-  """The records without what a clock says."""
-  records = [json.loads(line) for line in path.read_text().splitlines()]
-  return [{k: v for k, v in r.items() if not k.startswith("time/") and "per_second" not in k} for r in records]
 
 
 def main():

@@ -14,6 +14,7 @@ import pytest
 import slurm
 from toy_hosts import TRAIN, environment, flags_of
 
+from jedi_jax import slurm as array_jobs
 from jedi_jax import sweep
 from jedi_jax.runs import checkpoint, workdir
 
@@ -154,22 +155,22 @@ def test_a_stopped_job_waits_again_and_a_cancelled_one_does_not(cluster, tmp_pat
   program.write_text(STUB)
   runs = sweep.plan(tmp_path / "out", games=["catch"], seeds=2, variants=["jedi"], preset="debug", overrides=[])
   folder = tmp_path / "slurm"
-  assert sweep.queued(folder) == set()
-  text = sweep.submit([[run] for run in runs], program, folder, workers=2, parameters={"timeout_min": "5"})
+  assert array_jobs.queued(folder) == set()
+  text = array_jobs.submit([[run] for run in runs], program, folder, workers=2, parameters={"timeout_min": "5"})
   first, last = text.split(", ")
 
   def started(*counts):
     files = [run.workdir / "starts" for run in runs]
     return [len(file.read_text().split()) if file.exists() else 0 for file in files] == list(counts)
 
-  assert sweep.queued(folder) == {run.workdir for run in runs}
+  assert array_jobs.queued(folder) == {run.workdir for run in runs}
   cluster.until(lambda: started(1, 1), "the jobs did not start")
   cluster.call("scancel", "--signal=TERM", last)
   cluster.until(lambda: started(1, 2), "the stopped job did not start again")
   cluster.call("scancel", last)
   cluster.until(lambda: list(cluster.jobs()) == [first], "the cancelled job is left")
   assert started(1, 2)
-  assert sweep.queued(folder) == {runs[0].workdir}
+  assert array_jobs.queued(folder) == {runs[0].workdir}
   cluster.call("scancel", first)
 
 

@@ -9,6 +9,7 @@ from plain_layers import convolve, group_norm, normal, random_params, silu
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.lstm import Lstm, zero_lstm_state
+from jedi_jax.nn.unet import UNet
 from jedi_jax.types import Compute
 
 # Compiling is nearly all that these tests take, and the tiny networks gain nothing from LLVM's optimisations.
@@ -24,7 +25,7 @@ class Everything(nn.Module):
   @nn.compact
   def __call__(self, x, state):
     condition = blocks.FourierFeatures(6)(x[:, 0, 0, 0]) + nn.Embed(3, 6, embedding_init=blocks.normal)(jnp.arange(2))
-    x = blocks.UNet(channels=(8, 8), depths=(1, 0), attention=(True, False))(x, blocks.Condition(condition))
+    x = UNet(channels=(8, 8), depths=(1, 0), attention=(True, False))(x, blocks.Condition(condition))
     return Lstm(5)(x.reshape(2, 1, -1), state)
 
 
@@ -211,7 +212,7 @@ def test_the_small_residual_block_by_hand():
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_the_unet_keeps_the_shape(levels, size):
-  network = blocks.UNet(
+  network = UNet(
     channels=(8, 16, 8, 24)[:levels], depths=(1, 2, 1, 0)[:levels], attention=(False, True, False, False)[:levels]
   )
   output, variables = jax.eval_shape(
@@ -231,7 +232,7 @@ def test_the_unet_keeps_the_shape(levels, size):
 
 
 def test_the_unet_pads_at_the_bottom_and_right_and_crops():
-  network = blocks.UNet(channels=(4, 4), depths=(0, 0), attention=(False, False))
+  network = UNet(channels=(4, 4), depths=(0, 0), attention=(False, False))
   x, condition = normal((1, 3, 5, 4)), blocks.Condition(normal((1, 3)))
   params = random_params(network, x, condition)
   apply = jit(lambda x: network.apply({"params": params}, x, condition))
@@ -240,7 +241,7 @@ def test_the_unet_pads_at_the_bottom_and_right_and_crops():
 
 
 def test_every_parameter_of_the_unet_gets_a_gradient():
-  network = blocks.UNet(channels=(8, 16), depths=(1, 0), attention=(True, False))
+  network = UNet(channels=(8, 16), depths=(1, 0), attention=(True, False))
   x, condition = normal((2, 4, 4, 8)), blocks.Condition(normal((2, 3)))
   params = random_params(network, x, condition)
   gradient = jit(jax.grad(lambda params: jnp.sum(jnp.square(network.apply({"params": params}, x, condition)))))(params)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedi_jax.ops import images, kernels
-from jedi_jax.ops.kernels import GroupNormSettings, Skip
+from jedi_jax.ops import fused_convolution, images, kernels
+from jedi_jax.ops.fused_convolution import Skip
+from jedi_jax.ops.kernels import GroupNormSettings
 
 MODE = "pallas" if kernels.runs_here() else "interpret"
 
@@ -97,8 +98,8 @@ def test_gradients_in_bfloat16_agree_with_those_of_float32():
 )
 def test_convolution_with_what_follows(shape, outputs, group, start):
   x, kernel, bias = normal(*shape), normal(3, 3, shape[-1], outputs) / shape[-1], normal(outputs)
-  layer = kernels.Convolution(kernel.reshape(-1, outputs), bias)
-  convolve = functools.partial(kernels.convolution, x, layer, group, MODE)
+  layer = fused_convolution.Convolution(kernel.reshape(-1, outputs), bias)
+  convolve = functools.partial(fused_convolution.convolution, x, layer, group, MODE)
   with jax.default_matmul_precision("highest"):
     expected = images.conv3x3(x, kernel) + bias
     np.testing.assert_allclose(convolve(), expected, rtol=1e-4, atol=1e-5)
@@ -113,9 +114,10 @@ def test_convolution_with_what_follows(shape, outputs, group, start):
 
 def test_convolution_in_bfloat16_adds_up_in_float32():
   x, kernel, bias = normal(2, 8, 8, 64, dtype=jnp.bfloat16), normal(9 * 64, 32, dtype=jnp.bfloat16) / 24, normal(32)
-  value = kernels.convolution(x, kernels.Convolution(kernel, bias), 32, MODE)
+  value = fused_convolution.convolution(x, fused_convolution.Convolution(kernel, bias), 32, MODE)
   assert value.dtype == jnp.bfloat16
-  wide = kernels.convolution(x.astype(jnp.float32), kernels.Convolution(kernel.astype(jnp.float32), bias), 32, MODE)
+  wide_layer = fused_convolution.Convolution(kernel.astype(jnp.float32), bias)
+  wide = fused_convolution.convolution(x.astype(jnp.float32), wide_layer, 32, MODE)
   np.testing.assert_allclose(value.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
 
 
@@ -124,8 +126,8 @@ def test_convolutions_of_packed_runs_are_those_of_each():
   settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
 
   def convolve(x, kernel, bias, affine):
-    layer = kernels.Convolution(kernel, bias)
-    return kernels.convolution(x, layer, 16, MODE, norm=settings, affine=affine)
+    layer = fused_convolution.Convolution(kernel, bias)
+    return fused_convolution.convolution(x, layer, 16, MODE, norm=settings, affine=affine)
 
   arguments = (x, kernel, bias, normal(3, 2, 32))
   together = jax.vmap(convolve)(*arguments)
@@ -151,8 +153,8 @@ def test_both_can_be_mapped_over_packed_runs():
 def test_what_does_not_fit():
   assert kernels.fits_group_norm(jnp.zeros((1, 8, 8, 160)), 32)
   assert not kernels.fits_group_norm(jnp.zeros((1, 64, 64, 32)), 32)
-  assert kernels.fits_convolution(jnp.zeros((1, 16, 16, 64)), 32)
-  assert not kernels.fits_convolution(jnp.zeros((1, 32, 32, 64)), 32)
+  assert fused_convolution.fits_convolution(jnp.zeros((1, 16, 16, 64)), 32)
+  assert not fused_convolution.fits_convolution(jnp.zeros((1, 32, 32, 64)), 32)
   assert kernels.fits_attention(jnp.zeros((1, 10, 10, 8)))
   assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
 
@@ -167,15 +169,15 @@ def test_shapes_that_do_not_fit_together_are_refused():
       jax.grad(lambda x, affine=affine: kernels.group_norm(x, affine, settings).sum())(x)
   with pytest.raises(ValueError, match="groups of 48"):
     kernels.group_norm(x, jnp.zeros((3, 128)), settings._replace(group=48))
-  layer = kernels.Convolution(jnp.zeros((9 * 64, 32)), jnp.zeros(32))
+  layer = fused_convolution.Convolution(jnp.zeros((9 * 64, 32)), jnp.zeros(32))
   weights, bias = jnp.zeros((64, 32)), jnp.zeros(32)
   skips = (Skip(x[:1, ..., :32]), Skip(x), Skip(x, weights), Skip(x, weights[:, :16], bias))
   for group, of, skip in ((24, x, None), (32, x[..., :8], None), *((32, x, skip) for skip in skips)):
     with pytest.raises(ValueError, match="fit"):
-      kernels.convolution(of, layer, group, MODE, skip=skip)
+      fused_convolution.convolution(of, layer, group, MODE, skip=skip)
   for affine in (None, jnp.zeros((2, 64)), jnp.zeros((3, 63))):
     with pytest.raises(ValueError, match="affine"):
-      kernels.convolution(x, layer, 32, MODE, norm=settings, affine=affine)
+      fused_convolution.convolution(x, layer, 32, MODE, norm=settings, affine=affine)
   with pytest.raises(ValueError, match="5 heads do not divide"):
     kernels.attention(jnp.zeros((2, 16, 48)), 5, MODE)
 
