@@ -136,8 +136,8 @@ class Processes:
 
 
 _GONE = (
-  f"{pathlib.Path(sys.argv[0]).name}: another process of the run is gone, or JAX failed: the lines above tell; the same "
-  "command continues the run\n"
+  f"{pathlib.Path(sys.argv[0]).name}: another process of the run is gone, or JAX failed: the lines above tell; the "
+  "same command continues the run\n"
 ).encode()
 
 
