@@ -16,6 +16,7 @@ from jedi_jax import sweep
 from jedi_jax.errors import UserError
 from jedi_jax.runs import workdir
 from jedi_jax.runs.interruption import INTERRUPTED_STATUS
+from jedi_jax.runs.program import USAGE_STATUS
 
 _JOBS = "_runs.json"
 """End of the name of a file with the directories of the runs of each job."""
@@ -46,8 +47,8 @@ class ArrayJob:
     Raises:
       RuntimeError: if they end with another status than 0.
     """
-    status = 2
-    while status == 2:
+    status = USAGE_STATUS  # As of a run whose directory is taken.
+    while status == USAGE_STATUS:
       # After a node was lost to the scheduler, its processes may go on.
       while taken := [place for place in self.places if _is_taken(place)]:
         print(f"{taken[0]} is still being trained by another process: waiting for it", flush=True)

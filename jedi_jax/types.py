@@ -17,6 +17,9 @@ Params = Any
 Metrics = Mapping[str, Array]
 """Named float32 arrays. Scalars are averaged over updates; matrices (confusion counts) are summed."""
 
+BEYOND = 1e15
+"""Bound on the absolute value of a score; sums and squares below it stay finite."""
+
 
 class EnvSpec(NamedTuple):
   """Sizes of an environment that a model depends on.

@@ -239,8 +239,8 @@ class CollectConfig:
   """Environment steps over which the probability falls in a line from `first_epsilon` to `epsilon`; 0 for none."""
   epsilon_hold: int = setting(1, "O", low=1, high=1_000)
   """Longest hold of a random action, in steps. An action is held for n steps with a probability in proportion to
-  1 / n**2 (arXiv:2006.01782), or until the next random action, and over the ends of games. With 32 and an epsilon of
-  0.1 it is 23% of all actions that are random."""
+  1 / n**2 (arXiv:2006.01782), or until the next random action, and over the ends of games. More actions are then
+  random at the same epsilon."""
   overlap: bool = setting(False, "O")
   """Whether the host collects an epoch's steps while the device trains on the earlier ones. New steps then reach replay
   one epoch later (with `training.final_epochs` 0, the last ones after the last update)."""

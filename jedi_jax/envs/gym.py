@@ -26,12 +26,13 @@ def import_gymnasium() -> Any:
   return gymnasium
 
 
-def ids() -> tuple[str, ...] | None:
-  """Returns the ids that are registered with Gymnasium now, in order of registration; None without Gymnasium."""
-  try:
-    return tuple(import_gymnasium().registry)
-  except UserError:
-    return None
+def ids() -> tuple[str, ...]:
+  """Returns the ids that are registered with Gymnasium now, in order of registration.
+
+  Raises:
+    UserError: Gymnasium is not installed.
+  """
+  return tuple(import_gymnasium().registry)
 
 
 class View(NamedTuple):

@@ -48,12 +48,13 @@ def import_gymnax() -> Any:
   return gymnax
 
 
-def ids() -> tuple[str, ...] | None:
-  """Returns the ids that are registered with gymnax now, in order of registration; None without gymnax."""
-  try:
-    return tuple(import_gymnax().registered_envs)
-  except UserError:
-    return None
+def ids() -> tuple[str, ...]:
+  """Returns the ids that are registered with gymnax now, in order of registration.
+
+  Raises:
+    UserError: gymnax is not installed.
+  """
+  return tuple(import_gymnax().registered_envs)
 
 
 class _Running(NamedTuple):

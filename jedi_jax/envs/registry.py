@@ -315,6 +315,18 @@ def _minatar_entry(game: str) -> _Entry:
   return _Entry(lambda **_: gymnax.MINATAR[game], make, _sticky, gymnax.import_gymnax)
 
 
+def _if_installed(ids: Callable[[], tuple[str, ...]]) -> Callable[[], tuple[str, ...] | None]:
+  """Returns a function that returns what `ids` returns, and None where it raises `UserError`."""
+
+  def found() -> tuple[str, ...] | None:
+    try:
+      return ids()
+    except UserError:
+      return None
+
+  return found
+
+
 def _gymnax_entry(env_id: str) -> _Entry:
   spec = functools.partial(gymnax.game_spec, env_id)
   return _Entry(spec, functools.partial(gymnax.GymnaxEnv, env_id), _sticky_and_scale, gymnax.import_gymnax)
@@ -339,8 +351,8 @@ _FAMILIES: Mapping[str, _Family] = {
     for family, own in pixels.FAMILIES.items()
   },
   "minatar": _Family("gymnax", lambda: tuple(gymnax.MINATAR), _minatar_entry),
-  "gymnax": _Family("gymnax", gymnax.ids, _gymnax_entry, listed=False),
-  "gym": _Family("Gymnasium", gym.ids, _gym_entry, listed=False),
+  "gymnax": _Family("gymnax", _if_installed(gymnax.ids), _gymnax_entry, listed=False),
+  "gym": _Family("Gymnasium", _if_installed(gym.ids), _gym_entry, listed=False),
 }
 
 

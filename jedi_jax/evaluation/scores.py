@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from jedi_jax.errors import UserError, nearest
+from jedi_jax.types import BEYOND
 
-BEYOND = 1e15
-"""Bound on the absolute value of a score; sums and squares below it stay finite."""
 _ATARI = "atari/"
 _FILE: Any = importlib.resources.files("jedi_jax.evaluation").joinpath("published.json")
 

@@ -251,10 +251,14 @@ def _fused_layer(params: Params, x: Array) -> fused_convolution.Convolution | No
   return layer if features % group == 0 and fused_convolution.fits_convolution(x, group) else None
 
 
+def _norm_settings(
+  channels: int, *, offset: float, silu: bool, compute: Compute, start: int = 0
+) -> kernels.GroupNormSettings:
+  return kernels.GroupNormSettings(_group_size(channels), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start)
+
+
 def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: Compute, start: int = 0) -> Array:
-  settings = kernels.GroupNormSettings(
-    _group_size(x.shape[-1]), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start
-  )
+  settings = _norm_settings(x.shape[-1], offset=offset, silu=silu, compute=compute, start=start)
   return kernels.group_norm(x.astype(compute.dtype), affine, settings)
 
 
@@ -406,10 +410,9 @@ class ResidualBlock(nn.Module, kw_only=True):
     params: Params,
   ) -> Array:
     """What follows the first norm, `h`, with each convolution and what follows it in one GPU kernel."""
-    group, mode = _group_size(self.features), self.compute.kernels
-    convolve = functools.partial(fused_convolution.convolution, group=group, mode=mode)
     start = dict(condition.starts)[*self.path, "norm_2"]
-    adaptive = kernels.GroupNormSettings(group, GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode, start=start)
+    adaptive = _norm_settings(self.features, offset=1.0, silu=True, compute=self.compute, start=start)
+    convolve = functools.partial(fused_convolution.convolution, group=adaptive.group, mode=self.compute.kernels)
     h = convolve(h, first, norm=adaptive, affine=condition.joint)
     skip = fused_convolution.Skip(x.astype(h.dtype), **params.get("skip", {}))
     if not self.attention:

@@ -115,6 +115,7 @@ def convolution(
     *in_refs, out_ref = all_refs
     refs = dict(zip(operands, in_refs, strict=True))
     rows, channels = jnp.arange(kernels.side(positions)), jnp.arange(kernels.side(group))
+    above, left = _divide(rows, width)
     of_group = channels < group
     mask = (rows < positions)[:, None] & of_group[None]
 
@@ -131,7 +132,7 @@ def convolution(
         tap, part = _divide(i, parts)
         feature = part * depth + jnp.arange(depth)
         down, right = (side - taps // 9 for side in _divide(tap, 3))  # Of a single tap they are 0.
-        row, column = (position + shift for position, shift in zip(_divide(rows, width), (down, right), strict=True))
+        row, column = above + down, left + right
         inside = (rows < positions) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         source, real = jnp.where(inside, row * width + column, 0), feature < features
         a = kernels.load(x_ref.at[source[:, None], feature[None]], inside[:, None] & real[None])

@@ -11,12 +11,10 @@ from jedi_jax import config as config_lib
 from jedi_jax.config import Config
 from jedi_jax.config.presets import VARIANT_SUMMARIES
 from jedi_jax.tables import markdown_table
-from jedi_jax.types import EnvSpec
+from jedi_jax.types import BEYOND, EnvSpec
 
 _NAME = re.compile(r"[\w./?=&-]{1,200}")
 _COUNTS = {"trained on": "episodes", "held out": "held_out", "steps": "steps"}
-_BEYOND = 1e15
-"""Returns of a result.json that are as large are not believed."""
 
 
 def write(
@@ -142,7 +140,7 @@ def _metadata(config: Config, env: str, returns: Sequence[float]) -> list[str]:
 
 def _returns(result: Mapping[str, Any]) -> list[float]:
   returns = result.get("episode_returns")
-  if not isinstance(returns, list) or not all(isinstance(x, int | float) and abs(x) < _BEYOND for x in returns):
+  if not isinstance(returns, list) or not all(isinstance(x, int | float) and abs(x) < BEYOND for x in returns):
     return []
   return [float(x) for x in returns]
 

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -209,8 +209,7 @@ def run(main: Callable[[], None], description: str) -> None:
       if not jax.distributed.is_initialized():
         raise
       traceback.print_exc()
-      _flush()
-      os._exit(1)
+      _leave(1)
     finally:
       _flush()
 
@@ -238,13 +237,18 @@ def _flush() -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def _leave(status: int) -> NoReturn:
+  """Ends one of several connected processes without waiting for the others."""
+  _flush()
+  if jax.process_index() == 0:
+    time.sleep(1.0)  # JAX aborts the others when this process ends; before, they end by themselves if it told them.
+  os._exit(status)
+
+
 def _exit(message: str, status: int = USAGE_STATUS) -> None:
   """Prints one line to stderr and exits; one of several connected processes without waiting for the others."""
   with contextlib.suppress(OSError):  # A full disk must not change the status.
     print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   if jax.distributed.is_initialized():
-    _flush()
-    if jax.process_index() == 0:
-      time.sleep(1.0)  # JAX aborts the others when this process ends; before, they end by themselves if it told them.
-    os._exit(status)
+    _leave(status)
   sys.exit(status)
