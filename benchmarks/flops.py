@@ -1,7 +1,7 @@
 """Counts the floating-point operations of matrix products and convolutions in a traced function.
 
-XLA's cost analysis counts the body of a loop once. The trace contains the length of each scan, so this count includes
-all iterations.
+XLA's cost analysis counts the body of a loop once. The trace contains the length of each scan and the grid of each
+Pallas kernel, so this count includes all iterations and programs, and the padding of their blocks.
 """
 
 import math
@@ -35,7 +35,11 @@ def _of(jaxpr: Any) -> int:
       total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[outputs]
     else:
       inner = sum(_of(sub) for value in params.values() for sub in _jaxprs(value))
-      total += inner * params.get("length", 1) if name == "scan" else inner
+      if name == "scan":
+        inner *= params["length"]
+      elif name == "pallas_call":
+        inner *= math.prod(params["grid_mapping"].grid)
+      total += inner
   return total
 
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jedi_jax.ops import fused_convolution
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
@@ -108,6 +110,13 @@ def test_operations_of_products_convolutions_and_scans(benchmark_module):
     return jax.lax.scan(lambda carry, _: (carry @ square, None), carry, length=7)[0]
 
   assert count(repeated, jnp.zeros((2, 3)), jnp.zeros((3, 3))) == 7 * 2 * 2 * 3 * 3
+
+  def fused(x, kernel):
+    layer = fused_convolution.Convolution(kernel, jnp.zeros(32))
+    return fused_convolution.convolution(x, layer, group=16, mode="interpret")
+
+  # Nothing is padded: 64 positions, groups of 16 channels.
+  assert count(fused, jnp.zeros((2, 8, 8, 32)), jnp.zeros((9 * 32, 32))) == 2 * (2 * 8 * 8 * 32) * (9 * 32)
 
 
 def test_the_estimate_of_a_tpu_is_completed(benchmark_module):
