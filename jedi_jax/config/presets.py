@@ -187,7 +187,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.interval_episodes": 30,
     "checkpoint.interval_epochs": 10,
   },
-  # Learns a MinAtar game on one CPU core.
+  # Learns a MinAtar game: five seeds of two games in ten minutes on an H200.
   "minatar": {
     **_STABLE_LATENTS,
     "env.name": "minatar/Breakout",
@@ -209,7 +209,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "reward_end.conditioning_width": 32,
     "reward_end.lstm_width": 128,
     "reward_end.optimizer.learning_rate": 3e-4,
-    "actor_critic.lstm_width": 128,
+    "actor_critic.lstm_width": 256,
+    "actor_critic.batch_size": 128,  # With 16 the return is a third lower.
     "actor_critic.horizon": 10,
     "actor_critic.optimizer.learning_rate": 5e-4,
     "actor_critic.entropy_weight": 0.002,
@@ -232,9 +233,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "training.updates_per_call": 600,
     "training.final_epochs": 0,
     "evaluation.episodes": 100,
-    "evaluation.interval_epochs": 16,
+    "evaluation.interval_epochs": 32,
     "evaluation.interval_episodes": 16,
-    "evaluation.num_envs": 8,
+    "evaluation.num_envs": 50,
     "checkpoint.interval_epochs": 16,
     "probe.strips": 0,
   },
