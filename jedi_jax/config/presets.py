@@ -75,7 +75,8 @@ _SMALL_WORLD = {
 
 # Measured on Catch and MinAtar; see docs/choices.md.
 _STABLE_LATENTS = {
-  "encoder.learning_rate_factor": 0.1,
+  "encoder.learning_rate_factor": 0.03,
+  "denoiser.average_decay": 0.99,  # With a faster encoder the average lags behind it.
   "denoiser.optimizer.beta2": 0.99,  # With 0.999 the reward / end loss can jump after hundreds of tiny gradients.
   "reward_end.optimizer.beta2": 0.99,
   "training.order": "joint",
@@ -195,11 +196,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "encoder.channels": (32, 16),
     "encoder.downsample": (False, False),
     "encoder.chunk": 0,
-    "encoder.learning_rate_factor": 0.03,
     "denoiser.channels": (32,),
     "denoiser.conditioning_frames": 12,  # Things move every 5 to 12 steps, which fewer frames cannot show.
     "denoiser.conditioning_width": 96,
-    "denoiser.average_decay": 0.99,
     "denoiser.optimizer.learning_rate": 1e-3,
     "sampler.num_steps": 2,
     "sampler.sigma_min": 1.0,  # Lower levels add no accuracy, and samples then vary too little.
