@@ -3,8 +3,8 @@
   python benchmarks/on_gpu.py --minutes=9 --out=gpu --work=/tmp/gpu
 
 Each item is a program of its own. Its outcome is written as soon as it ends, and a later call goes on with the items
-that have not succeeded. All but the last start together, since most of their time is compilation; the benchmarks are
-timed in turn, once all have compiled or --wait seconds have passed:
+that have not succeeded. All start together, since most of a benchmark's time is compilation. The benchmarks are timed
+in turn, once all have compiled or --wait seconds have passed, and the learning runs stand still meanwhile:
 
   smoke: tests of networks, operations and updates.
   jedi, diamond: throughput.py, one run, bfloat16, with peak memory, launches and the busy time of each update.
@@ -12,28 +12,33 @@ timed in turn, once all have compiled or --wait seconds have passed:
   packed: jedi with 8 packed runs.
   float32: jedi in float32.
   torch: against_torch.py, where --diamond_repo names a clone.
-  learn: train.py on --games in one program, for the minutes that are left. The runs stay in --work and go on.
+  learn: train.py on --games, --seeds of each, for all the minutes; `learn_2` and so on are programs of games whose
+    observations have another shape. The runs stay in --work and go on.
 
-The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
+With --learn_preset=minatar --games='minatar/Breakout?sticky=0.1' --seeds=5 five runs end within ten minutes on an H200. The
+flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
 summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
 """
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import against_torch  # noqa: F401
 import record
 from absl import flags
 
+from jedi_jax import envs
 from jedi_jax.errors import UserError, nearest
 from jedi_jax.runs import program
 
@@ -43,6 +48,11 @@ _WORK = flags.DEFINE_string("work", None, "Directory of the learning runs; <out>
 _WAIT = flags.DEFINE_float("wait", 200.0, "Seconds after which benchmarks that are ready are timed.", lower_bound=0.0)
 _ITEMS = flags.DEFINE_list("items", [], "Items to run; all by default.")
 _GAMES = flags.DEFINE_list("games", ["atari/Krull", "atari/Boxing", "atari/Pong", "atari/Breakout"], "Games to learn.")
+_SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of each game.", lower_bound=1, upper_bound=1_000)
+_LEARN_PRESET = flags.DEFINE_string("learn_preset", None, "Preset of the learning runs; --preset by default.")
+_LEARN_SET = flags.DEFINE_multi_string(
+  "learn_set", ["precision.compute_dtype=bfloat16"], "Overrides a setting of the learning runs; may be repeated."
+)
 _FLAGS = flags.FLAGS
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -59,7 +69,8 @@ class Item:
   Attributes:
     name: of its log and record.
     command: its arguments.
-    resumes: whether it goes on where it was interrupted, so that it never counts as done, and runs after the others.
+    resumes: whether it goes on where it was interrupted, so that it never counts as done, and stands still while
+      another one is timed.
   """
 
   name: str
@@ -79,7 +90,7 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
   found = [
     Item("smoke", tests),
     benchmark("jedi", *jedi, narrow, "--launches"),
-    benchmark("diamond", "throughput", "--variants=diamond", "--updates=2", narrow, "--launches"),
+    benchmark("diamond", "throughput", "--variants=diamond", "--updates=10", narrow, "--launches"),
     benchmark("lax", *jedi, narrow, "--set=precision.convolution=lax", "--launches"),
     benchmark("chunk", *jedi, narrow, "--set=encoder.chunk=64", "--launches"),
     benchmark("packed", *jedi, narrow, "--runs=8"),
@@ -87,9 +98,21 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
   ]
   if _FLAGS.diamond_repo:
     found.append(benchmark("torch", "against_torch", "--variants=jedi", f"--diamond_repo={_FLAGS.diamond_repo}"))
-  settings = ("--set=precision.compute_dtype=bfloat16", f"--grace={_GRACE - 5}", f"--workdir={work.resolve()}")
-  learn = ("experiments/train.py", f"--env={','.join(_GAMES.value)}", f"--preset={_FLAGS.preset}", *settings)
-  return [*found, Item("learn", learn, resumes=True)]
+  return [*found, *_learning(work)]
+
+
+def _learning(work: pathlib.Path) -> Iterator[Item]:
+  """Yields a program for the games of each shape of observations."""
+  shapes: dict[Any, list[str]] = {}
+  for game in _GAMES.value:
+    shapes.setdefault(envs.spec(game).observation_shape, []).append(game)
+  preset = _LEARN_PRESET.value or _FLAGS.preset
+  settings = [f"--set={text}" for text in ("collect.overlap=true", *_LEARN_SET.value)]
+  for number, games in enumerate(shapes.values(), start=1):
+    name = "learn" if number == 1 else f"learn_{number}"
+    place = (f"--workdir={work.resolve() / name}", f"--grace={_GRACE - 5}")
+    command = ("experiments/train.py", f"--env={','.join(games)}", f"--runs={_SEEDS.value}", f"--preset={preset}")
+    yield Item(name, (*command, *settings, *place), resumes=True)
 
 
 def main() -> None:
@@ -108,23 +131,14 @@ def main() -> None:
   # Programs that share a GPU must not take all of its memory at their start.
   os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
   os.environ["BENCHMARK_TURNS"] = f"{(out / 'turns').resolve()}:{time.time() + _WAIT.value}"
-
-  def run(item: Item) -> dict[str, Any]:
-    return run_item(item, out, deadline - time.monotonic())
-
-  def note(item: Item, outcome: dict[str, Any]) -> None:
-    done[item.name] = outcome
-    path.write_text(json.dumps(done, indent=1) + "\n")
-    print(f"{item.name}: status {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
-
-  together = [item for item in chosen if not item.resumes and done.get(item.name, {}).get("status") != 0]
-  with concurrent.futures.ThreadPoolExecutor(max(1, len(together))) as pool:
-    futures = {pool.submit(run, item): item for item in together}
+  left = [item for item in chosen if item.resumes or done.get(item.name, {}).get("status") != 0]
+  with concurrent.futures.ThreadPoolExecutor(max(1, len(left))) as pool:
+    futures = {pool.submit(run_item, item, out, deadline - time.monotonic()): item for item in left}
     for future in concurrent.futures.as_completed(futures):
-      note(futures[future], future.result())
-  for item in chosen:
-    if item.resumes and deadline - time.monotonic() > 2 * _GRACE:
-      note(item, run(item))
+      item, outcome = futures[future], future.result()
+      done[item.name] = outcome
+      path.write_text(json.dumps(done, indent=1) + "\n")
+      print(f"{item.name}: status {outcome['status']}, {outcome['seconds']:.0f} s", flush=True)
   for file in [*work.rglob("metrics.jsonl"), *work.rglob("result.json")]:
     copy = out / "_".join(file.relative_to(work).parts)
     copy.write_bytes(file.read_bytes())
@@ -139,6 +153,8 @@ def run_item(item: Item, out: pathlib.Path, limit: float) -> dict[str, Any]:
   begun = time.monotonic()
   with (out / f"{item.name}.log").open("a") as log:
     process = subprocess.Popen([sys.executable, *item.command], cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if item.resumes:
+      threading.Thread(target=stand_still, args=(process, out / "turns.turn"), daemon=True).start()
     try:
       process.wait(max(limit - _GRACE, 1.0))
     except subprocess.TimeoutExpired:
@@ -151,6 +167,24 @@ def run_item(item: Item, out: pathlib.Path, limit: float) -> dict[str, Any]:
   command = " ".join(["python", *item.command])
   seconds = time.monotonic() - begun
   return {"status": process.returncode, "seconds": seconds, "command": command, "commit": record.commit()}
+
+
+def stand_still(process: subprocess.Popen[Any], turn: pathlib.Path) -> None:
+  """Stops a process while another one holds the lock of `turn` (see record.py), until the process ends."""
+  stopped = False
+  with turn.open("a") as file:
+    while process.poll() is None:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        timed = True
+      else:
+        fcntl.flock(file, fcntl.LOCK_UN)
+        timed = False
+      if timed != stopped:
+        process.send_signal(signal.SIGSTOP if timed else signal.SIGCONT)
+        stopped = timed
+      time.sleep(0.2)
 
 
 if __name__ == "__main__":

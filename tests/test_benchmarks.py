@@ -1,5 +1,6 @@
 """The parts of the benchmarks that compute; the programs themselves are in test_programs.py."""
 
+import fcntl
 import importlib
 import json
 import math
@@ -273,3 +274,27 @@ def test_an_item_on_a_gpu_ends_by_itself_or_is_stopped(benchmark_module, tmp_pat
   outcome = on_gpu.run_item(slow, tmp_path, 1)
   assert outcome["status"] == -signal.SIGTERM
   assert outcome["seconds"] < 30
+
+
+def test_a_learning_run_stands_still_while_a_benchmark_is_timed(benchmark_module, tmp_path):
+  turn = tmp_path / "turns.turn"
+
+  def stopped(process):
+    return pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+  def until(condition):
+    end = time.monotonic() + 20
+    while not condition() and time.monotonic() < end:
+      time.sleep(0.05)
+    return condition()
+
+  with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
+    watcher = threading.Thread(target=benchmark_module("on_gpu").stand_still, args=(process, turn))
+    watcher.start()
+    with turn.open("a") as file:
+      fcntl.flock(file, fcntl.LOCK_EX)
+      assert until(lambda: stopped(process))
+    assert until(lambda: not stopped(process))
+    process.kill()
+    watcher.join(20)
+    assert not watcher.is_alive()
