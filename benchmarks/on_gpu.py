@@ -15,8 +15,8 @@ in turn, once all have compiled or --wait seconds have passed, and the learning 
   learn: train.py on --games, --seeds of each, for all the minutes; `learn_2` and so on are programs of games whose
     observations have another shape. The runs stay in --work and go on.
 
-With --learn_preset=minatar --games='minatar/Breakout?sticky=0.1' --seeds=5 five runs end within ten minutes on an H200. The
-flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
+With --learn_preset=minatar --games='minatar/Breakout?sticky=0.1' --seeds=5 five runs end within ten minutes on an H200.
+The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
 summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
 """
 
