@@ -8,14 +8,14 @@ in turn, once all have compiled or --wait seconds have passed, and the learning 
 
   smoke: tests of networks, operations and updates.
   jedi, diamond: throughput.py, one run, bfloat16, with peak memory, launches and the busy time of each update.
+  lax: jedi with XLA's convolutions in imagination.
   chunk: jedi with encoder.chunk=64.
   packed: jedi with 8 packed runs.
   float32: jedi in float32.
   torch: against_torch.py, where --diamond_repo names a clone.
-  learn: train.py on --games, --seeds of each, for all the minutes; `learn_2` and so on are programs of games whose
-    observations have another shape. The runs stay in --work and go on.
+  learn: train.py on --games, --seeds of each; `learn_2` and so on are programs of games whose observations have another
+    shape. The runs stay in --work and go on.
 
-With --learn_preset=minatar --games='minatar/Breakout?sticky=0.1' --seeds=5 five runs end within ten minutes on an H200.
 The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
 summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
 """
@@ -29,10 +29,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import against_torch  # noqa: F401
 import record
@@ -51,7 +50,9 @@ _GAMES = flags.DEFINE_list("games", ["atari/Krull", "atari/Boxing", "atari/Pong"
 _SEEDS = flags.DEFINE_integer("seeds", 1, "Seeds of each game.", lower_bound=1, upper_bound=1_000)
 _LEARN_PRESET = flags.DEFINE_string("learn_preset", None, "Preset of the learning runs; --preset by default.")
 _LEARN_SET = flags.DEFINE_multi_string(
-  "learn_set", ["precision.compute_dtype=bfloat16"], "Overrides a setting of the learning runs; may be repeated."
+  "learn_set",
+  ["precision.compute_dtype=bfloat16"],
+  "Overrides a setting of the learning runs, in the place of the default; may be repeated.",
 )
 _FLAGS = flags.FLAGS
 
@@ -150,13 +151,14 @@ def main() -> None:
 
 def run_item(item: Item, out: pathlib.Path, limit: float) -> dict[str, Any]:
   """Runs an item, which gets SIGTERM `_GRACE` seconds before `limit` seconds are over; returns its outcome."""
-  begun = time.monotonic()
+  begun, seconds = time.monotonic(), max(limit - _GRACE, 1.0)
   with (out / f"{item.name}.log").open("a") as log:
     process = subprocess.Popen([sys.executable, *item.command], cwd=_ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if item.resumes:
-      threading.Thread(target=stand_still, args=(process, out / "turns.turn"), daemon=True).start()
     try:
-      process.wait(max(limit - _GRACE, 1.0))
+      if item.resumes:
+        _wait_with_pauses(process, seconds, out / "turns.turn")
+      else:
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
       process.send_signal(signal.SIGTERM)
       try:
@@ -165,26 +167,41 @@ def run_item(item: Item, out: pathlib.Path, limit: float) -> dict[str, Any]:
         process.kill()
         process.wait()
   command = " ".join(["python", *item.command])
-  seconds = time.monotonic() - begun
-  return {"status": process.returncode, "seconds": seconds, "command": command, "commit": record.commit()}
+  return {
+    "status": process.returncode,
+    "seconds": time.monotonic() - begun,
+    "command": command,
+    "commit": record.commit(),
+  }
 
 
-def stand_still(process: subprocess.Popen[Any], turn: pathlib.Path) -> None:
-  """Stops a process while another one holds the lock of `turn` (see record.py), until the process ends."""
-  stopped = False
+def _wait_with_pauses(process: subprocess.Popen[Any], seconds: float, turn: pathlib.Path) -> None:
+  """Waits for a process, and stops it while a benchmark holds the lock of `turn` (see record.py).
+
+  Raises:
+    subprocess.TimeoutExpired: after `seconds`; the process runs then.
+  """
+  end, stopped = time.monotonic() + seconds, False
   with turn.open("a") as file:
     while process.poll() is None:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        timed = True
-      else:
-        fcntl.flock(file, fcntl.LOCK_UN)
-        timed = False
+      late = time.monotonic() > end
+      timed = not late and not _is_free(file)
       if timed != stopped:
         process.send_signal(signal.SIGSTOP if timed else signal.SIGCONT)
         stopped = timed
+      if late:
+        raise subprocess.TimeoutExpired(process.args, seconds)
       time.sleep(0.2)
+
+
+def _is_free(file: IO[str]) -> bool:
+  """Whether no benchmark holds the lock of a file."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  fcntl.flock(file, fcntl.LOCK_UN)
+  return True
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The parts of the benchmarks that compute; the programs themselves are in test_programs.py."""
 
+import concurrent.futures
 import fcntl
 import importlib
 import json
@@ -277,24 +278,21 @@ def test_an_item_on_a_gpu_ends_by_itself_or_is_stopped(benchmark_module, tmp_pat
 
 
 def test_a_learning_run_stands_still_while_a_benchmark_is_timed(benchmark_module, tmp_path):
-  turn = tmp_path / "turns.turn"
+  on_gpu, ticks = benchmark_module("on_gpu"), tmp_path / "ticks"
+  code = f"import time\nwhile True:\n  open({str(ticks)!r}, 'a').write('.')\n  time.sleep(0.05)"
+  item = on_gpu.Item("learn", ("-c", code), resumes=True)
 
-  def stopped(process):
-    return pathlib.Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+  def count(wait):
+    time.sleep(wait)
+    return ticks.stat().st_size
 
-  def until(condition):
-    end = time.monotonic() + 20
-    while not condition() and time.monotonic() < end:
+  with concurrent.futures.ThreadPoolExecutor() as pool, (tmp_path / "turns.turn").open("a") as turn:
+    outcome = pool.submit(on_gpu.run_item, item, tmp_path, on_gpu._GRACE + 6)
+    while not ticks.exists():
       time.sleep(0.05)
-    return condition()
-
-  with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
-    watcher = threading.Thread(target=benchmark_module("on_gpu").stand_still, args=(process, turn))
-    watcher.start()
-    with turn.open("a") as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
-      assert until(lambda: stopped(process))
-    assert until(lambda: not stopped(process))
-    process.kill()
-    watcher.join(20)
-    assert not watcher.is_alive()
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    assert count(1.0) == count(0.5)
+    fcntl.flock(turn, fcntl.LOCK_UN)
+    assert count(0.0) < count(1.0)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    assert outcome.result(60)["status"] == -signal.SIGTERM  # A stopped run ends at its deadline.
