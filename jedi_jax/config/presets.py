@@ -209,7 +209,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "reward_end.lstm_width": 128,
     "reward_end.optimizer.learning_rate": 3e-4,
     "actor_critic.lstm_width": 256,
-    "actor_critic.batch_size": 128,  # With 16 the return is a third lower.
+    "actor_critic.batch_size": 128,  # See docs/results.md.
     "actor_critic.horizon": 10,
     "actor_critic.optimizer.learning_rate": 5e-4,
     "actor_critic.entropy_weight": 0.002,
