@@ -26,7 +26,7 @@ def test_catch_is_learned(learned):
   assert result["mean_return"] >= 0.9
   records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
   evaluated = [record["evaluation/return"] for record in records if "evaluation/return" in record]
-  assert evaluated[0] < 0.3 < np.mean(evaluated[-3:])  # It was learned, not there from the start.
+  assert evaluated[0] < 0.5 < np.mean(evaluated[-3:])  # It was learned, not there from the start.
 
 
 @pytest.mark.slow
@@ -40,9 +40,6 @@ def test_another_learner_learns_in_the_dream(learned, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(
-  reason="the first imagined step of this seed is off by 0.25 of copying; docs/choices.md has what was tried"
-)
 def test_the_world_model_of_catch_is_right(learned):
   directory, _ = learned
   figures = diagnosis.diagnose_run(directory, steps=800, num_envs=8)
