@@ -356,7 +356,7 @@ def test_shipped_agents_play(name, episodes, least):
   agent = jedi_jax.load_agent(f"jedi://{name}")
   files = list((sharing.SHIPPED / name).iterdir())
   assert {path.name for path in files} == {"model.safetensors", "config.json", "README.md"}
-  assert sum(path.stat().st_size for path in files) < 3 * 10**6
+  assert sum(path.stat().st_size for path in files) < 4 * 10**6
   results = jedi_jax.evaluate(agent, agent.config.env.name, episodes=episodes)
   assert np.mean([result.return_ for result in results]) > least
   assert agent.result["mean_return"] > least
