@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import against_torch  # noqa: F401
 import record
@@ -185,23 +185,13 @@ def _wait_with_pauses(process: subprocess.Popen[Any], seconds: float, turn: path
   with turn.open("a") as file:
     while process.poll() is None:
       late = time.monotonic() > end
-      timed = not late and not _is_free(file)
+      timed = not late and not record.is_free(file, fcntl.LOCK_SH)
       if timed != stopped:
         process.send_signal(signal.SIGSTOP if timed else signal.SIGCONT)
         stopped = timed
       if late:
         raise subprocess.TimeoutExpired(process.args, seconds)
       time.sleep(0.2)
-
-
-def _is_free(file: IO[str]) -> bool:
-  """Whether no benchmark holds the lock of a file."""
-  try:
-    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  fcntl.flock(file, fcntl.LOCK_UN)
-  return True
 
 
 if __name__ == "__main__":

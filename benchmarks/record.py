@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import flax
 import jax
@@ -67,6 +67,16 @@ def in_turn(
   return times
 
 
+def is_free(file: IO[str], lock: int) -> bool:
+  """Whether a lock of a file, `fcntl.LOCK_SH` or `fcntl.LOCK_EX`, can be had at once; it is not kept."""
+  try:
+    fcntl.flock(file, lock | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  fcntl.flock(file, fcntl.LOCK_UN)
+  return True
+
+
 class _Turns:
   """Lets programs that were started together compile at the same time and be timed one after the other.
 
@@ -90,14 +100,8 @@ class _Turns:
       return
     ready, turn = self._files
     fcntl.flock(ready, fcntl.LOCK_UN)
-    while time.time() < self._deadline:
-      try:
-        fcntl.flock(ready, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        time.sleep(random.uniform(0.2, 0.6))  # Two that try at once hinder each other.
-      else:
-        fcntl.flock(ready, fcntl.LOCK_UN)
-        break
+    while time.time() < self._deadline and not is_free(ready, fcntl.LOCK_EX):
+      time.sleep(random.uniform(0.2, 0.6))  # Two that try at once hinder each other.
     fcntl.flock(turn, fcntl.LOCK_EX)
 
 
