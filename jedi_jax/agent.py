@@ -13,11 +13,14 @@ import numpy as np
 
 from jedi_jax.config import Config
 from jedi_jax.errors import UserError
+from jedi_jax.models import phases
 from jedi_jax.models.base import Build, Model
 from jedi_jax.models.build import build as build_model
 from jedi_jax.models.build import count_parameters
 from jedi_jax.runs import checkpoint, sharing, workdir
 from jedi_jax.types import Array, LstmState, Policy
+
+_AVERAGE = "average_denoiser"
 
 Act = Callable[..., tuple[Array, LstmState]]
 
@@ -180,7 +183,8 @@ class Agent:
     """Writes the agent to a folder that `load_agent` takes and that fits the Hugging Face Hub.
 
     The folder has `model.safetensors` (all parameters, those that dreaming needs too), `config.json` (configuration,
-    environment, versions, result) and `README.md` (the model card). The function `build` of a model of one's own is not
+    environment, versions, result) and `README.md` (the model card). Of a denoiser and its average only the average is
+    saved, since it imagines; a loaded agent has it in both places. The function `build` of a model of one's own is not
     saved: pass it to `load_agent`.
 
     Args:
@@ -201,7 +205,7 @@ class Agent:
     spec = self.model.spec._replace(num_actions=int(self.model.num_actions(self.params)))
     return sharing.write(
       folder,
-      params=jax.device_get(self.params),
+      params=jax.device_get(phases.imagining(self.params) if _AVERAGE in self.params else self.params),
       config=self.config,
       spec=spec,
       sizes=count_parameters(self.params),
@@ -236,7 +240,10 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
       raise UserError(f"{path} holds a saved agent, not a run: it has no checkpoint {which!r}")
     saved = sharing.read(path)
     model = build(saved.config, saved.spec)
-    params = checkpoint.unflatten(saved.arrays, _shapes(model), where=str(path / sharing.MODEL))
+    shapes, arrays = _shapes(model), saved.arrays
+    if _AVERAGE in shapes and not any(name.startswith(f"{_AVERAGE}/") for name in arrays):
+      arrays = arrays | {f"average_{name}": value for name, value in arrays.items() if name.startswith("denoiser/")}
+    params = checkpoint.unflatten(arrays, shapes, where=str(path / sharing.MODEL))
     return Agent(model, params, saved.config, saved.result, saved.data)
   run = workdir.read(path)
   model = build(run.config, run.spec)

@@ -15,7 +15,9 @@ import yaml
 from refusals import refused
 
 import jedi_jax
+from jedi_jax import config as config_lib
 from jedi_jax.envs.catch import SPEC
+from jedi_jax.models import phases
 from jedi_jax.runs import checkpoint, safetensors, sharing, workdir
 
 RESULT = {
@@ -74,6 +76,19 @@ def test_a_saved_agent_is_loaded_as_it_was(agent, original):
   assert loaded.model.decode is not None
   restart = np.ones(4, bool)
   np.testing.assert_array_equal(loaded.player(4, seed=1)(frames(), restart), agent.player(4, seed=1)(frames(), restart))
+
+
+def test_of_a_denoiser_and_its_average_the_average_is_saved(agent, tiny, tmp_path):
+  config = config_lib.override(agent.config, {"denoiser.average_decay": 0.9})
+  model = jedi_jax.build(config, SPEC)
+  params = model.init(jax.random.key(3))
+  params["average_denoiser"] = jax.tree.map(lambda x: x + 1, params["denoiser"])
+  folder = jedi_jax.Agent(model, params, config).save(tmp_path / "averaged")
+  assert not any(name.startswith("average_denoiser/") for name in arrays_of(folder))
+  loaded = jedi_jax.load_agent(folder)
+  assert jax.tree.structure(loaded.params) == jax.tree.structure(params)
+  for each in (loaded.params, phases.imagining(loaded.params)):
+    jax.tree.map(np.testing.assert_array_equal, each["denoiser"], params["average_denoiser"])
 
 
 def test_the_folder_has_three_files(original):
@@ -356,7 +371,7 @@ def test_shipped_agents_play(name, episodes, least):
   agent = jedi_jax.load_agent(f"jedi://{name}")
   files = list((sharing.SHIPPED / name).iterdir())
   assert {path.name for path in files} == {"model.safetensors", "config.json", "README.md"}
-  assert sum(path.stat().st_size for path in files) < 4 * 10**6
+  assert sum(path.stat().st_size for path in files) < 3 * 10**6
   results = jedi_jax.evaluate(agent, agent.config.env.name, episodes=episodes)
   assert np.mean([result.return_ for result in results]) > least
   assert agent.result["mean_return"] > least

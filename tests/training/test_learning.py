@@ -26,7 +26,7 @@ def test_catch_is_learned(learned):
   assert result["mean_return"] >= 0.9
   records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
   evaluated = [record["evaluation/return"] for record in records if "evaluation/return" in record]
-  assert evaluated[0] < 0.5 < np.mean(evaluated[-3:])  # It was learned, not there from the start.
+  assert evaluated[0] < 0.3 < np.mean(evaluated[-3:])  # It was learned, not there from the start.
 
 
 @pytest.mark.slow
