@@ -39,8 +39,8 @@ _PRESET = flags.DEFINE_string(
   "preset",
   "paper",
   "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns a game on a CPU in "
-  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in seven minutes), minatar (five seeds "
-  "of two MinAtar games in ten minutes on an H200), debug (seconds).",
+  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in minutes on one core), minatar "
+  "(five seeds of two MinAtar games in ten minutes on an H200), debug (seconds).",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers; the first seed of several runs.")
 _RUNS = flags.DEFINE_integer(
