@@ -1,6 +1,9 @@
 """Parameter-free functions of images and latents: convolution, pooling, patches, up-sampling, soft clamp, colours."""
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,7 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   """Returns the lowering of 3 x 3 convolutions that suits the default backend.
 
   XLA's CPU backend computes the gradients of a convolution inside a loop 19 to 75 times slower than 'matmul_gradient'
-  (see docs/performance.md). Under `vmap` over kernels only 'matmul' avoids grouped convolutions.
+  (see docs/performance.md).
 
   Args:
     lowering: a lowering of `conv3x3`, which is returned unchanged; 'auto'; or 'pallas', which is 'auto' on a GPU.
@@ -33,9 +36,13 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   """
   if lowering not in ("auto", "pallas"):
     return lowering
-  if packed:
-    return "matmul"
-  return "matmul_gradient" if lowering == "auto" and jax.default_backend() == "cpu" else "lax"
+  alone = "matmul_gradient" if lowering == "auto" and jax.default_backend() == "cpu" else "lax"
+  return f"{alone}{_PER_RUN}" if packed else alone
+
+
+_PER_RUN = "_per_run"
+_MANY_POSITIONS = 2**16
+"""Positions of a batch from which one convolution is work enough for a device."""
 
 
 def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") -> Array:
@@ -47,13 +54,15 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
     'matmul_gradient': XLA's convolution; the kernel's gradient is a sum of matrix products, and at stride 2 the input's
       gradient is a convolution without dilation.
     'matmul': one matrix product over the nine shifted inputs. Under `vmap` over kernels it stays a batched matrix
-      product, where the other lowerings become grouped convolutions.
+      product, where 'lax' and 'matmul_gradient' become grouped convolutions.
+    'lax_per_run', 'matmul_gradient_per_run': 'matmul' for a batch of few positions. For a larger one, whose nine
+      shifted inputs would take much memory, as the names say, and under `vmap` one convolution after another.
 
   Args:
     x: [B, H, W, I].
     kernel: [3, 3, I, O] of the same dtype.
     stride: 1 or 2.
-    lowering: 'lax', 'matmul_gradient' or 'matmul'.
+    lowering: one of them.
 
   Returns:
     [B, ceil(H / stride), ceil(W / stride), O].
@@ -61,6 +70,11 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
   Raises:
     ValueError: if the lowering is unknown.
   """
+  if lowering.endswith(_PER_RUN):
+    lowering = lowering.removesuffix(_PER_RUN)
+    if math.prod(x.shape[:3]) >= _MANY_POSITIONS:
+      return _conv_per_run(x, kernel, stride, lowering)
+    lowering = "matmul"
   if lowering == "lax":
     return _conv(x, kernel, stride)
   if lowering == "matmul_gradient":
@@ -158,6 +172,40 @@ def _sum_over_images(function: Callable[[Array, Array], Array], x: Array, cotang
 
 _conv_stride_1.defvjp(lambda x, kernel: (_conv(x, kernel, 1), (x, kernel)), _stride_1_backward)
 _conv_stride_2.defvjp(lambda x, kernel: (_conv(x, kernel, 2), (x, kernel)), _stride_2_backward)
+
+
+def _one_after_another(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns `function` such that `vmap` calls it once for each element of the mapped axis. It has no gradient."""
+  mapped = jax.custom_batching.custom_vmap(function)
+
+  @mapped.def_vmap
+  def call_each(size: int, in_batched: Sequence[bool], *args: Array) -> tuple[Any, Any]:
+    outputs = [
+      mapped(*(x[i] if batched else x for x, batched in zip(args, in_batched, strict=True))) for i in range(size)
+    ]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *outputs), jax.tree.map(lambda _: True, outputs[0])
+
+  return mapped
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_per_run(x: Array, kernel: Array, stride: int, lowering: str) -> Array:
+  return _one_after_another(lambda x, kernel: conv3x3(x, kernel, stride=stride, lowering=lowering))(x, kernel)
+
+
+def _per_run_backward(
+  stride: int, lowering: str, residuals: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+  def backward(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
+    convolve = functools.partial(conv3x3, stride=stride, lowering=lowering)
+    return jax.vjp(convolve, x, kernel)[1](cotangent)
+
+  return _one_after_another(backward)(*residuals, cotangent)
+
+
+_conv_per_run.defvjp(
+  lambda x, kernel, stride, lowering: (_conv_per_run(x, kernel, stride, lowering), (x, kernel)), _per_run_backward
+)
 
 
 def max_pool_2x2(x: Array) -> Array:

@@ -9,7 +9,12 @@ from plain_layers import convolve, normal
 
 from jedi_jax.ops import images
 
-LOWERINGS = ("lax", "matmul_gradient", "matmul")
+LOWERINGS = ("lax", "matmul_gradient", "matmul", "lax_per_run", "matmul_gradient_per_run")
+
+
+@pytest.fixture(autouse=True)
+def few_positions_are_many(monkeypatch):
+  monkeypatch.setattr(images, "_MANY_POSITIONS", 40)
 
 
 @functools.partial(jax.jit, static_argnames=("stride", "lowering"))
@@ -83,6 +88,26 @@ def test_lowerings_work_in_a_scan(stride, lowering):
   np.testing.assert_allclose(final, expected, rtol=1e-4, atol=1e-5)
 
 
+def convolutions_of_three_runs(size):
+  """Returns the convolutions in the value and the gradients of three runs, and in those of one of them."""
+  x, kernels, weights = operands(size, 1, kernels=(3,))
+  apply = functools.partial(value_and_gradients, stride=1, lowering="lax_per_run")
+  programs = (jax.vmap(apply, in_axes=(None, 0, None)), apply)
+  texts = [str(jax.make_jaxpr(p)(x, k, weights)) for p, k in zip(programs, (kernels, kernels[0]), strict=True)]
+  assert all("feature_group_count=3" not in text and "batch_group_count=3" not in text for text in texts)
+  return [text.count("conv_general_dilated[") for text in texts]
+
+
+def test_large_batches_of_packed_runs_are_convolved_one_after_another():
+  packed, alone = convolutions_of_three_runs((5, 4))  # Two images of 20 positions are 40.
+  assert alone > 0
+  assert packed == 3 * alone
+
+
+def test_small_batches_of_packed_runs_share_a_matrix_product():
+  assert convolutions_of_three_runs((4, 4)) == [0, 0]
+
+
 def test_an_unknown_lowering_is_refused():
   with pytest.raises(ValueError, match="fft"):
     images.conv3x3(jnp.zeros((1, 2, 2, 1)), jnp.zeros((3, 3, 1, 1)), lowering="fft")
@@ -94,6 +119,9 @@ def test_the_automatic_lowering_depends_on_the_backend(monkeypatch):
     assert images.resolve_convolution("auto") == lowering
     assert images.resolve_convolution("matmul") == "matmul"
     assert images.resolve_convolution("pallas") == "lax"
+    assert images.resolve_convolution("auto", packed=True) == f"{lowering}_per_run"
+    assert images.resolve_convolution("pallas", packed=True) == "lax_per_run"
+    assert images.resolve_convolution("matmul", packed=True) == "matmul"
 
 
 @pytest.mark.parametrize("size", [(4, 6), (5, 7), (2, 3)])
