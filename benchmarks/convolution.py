@@ -1,10 +1,15 @@
 """Times the lowerings of a 3 x 3 convolution and of its gradients inside a compiled loop.
 
   python benchmarks/convolution.py
+  python benchmarks/convolution.py --kernel --loop=200
 
 All updates of this library run inside a loop, where XLA's CPU backend computes the gradient of a convolution's kernel
 much slower than outside. The table compares the lowerings of `jedi_jax.ops.images.conv3x3`. The result is written to
 benchmarks/results/convolution_<platform>.json.
+
+--kernel times the GPU kernel of convolution, group norm and SiLU in bfloat16, by how many input channels it takes at a
+time and how many loads are under way, beside XLA's convolution. The result is written to
+benchmarks/results/convolution_kernel_<platform>.json.
 """
 
 import functools
@@ -14,11 +19,16 @@ import jax.numpy as jnp
 import record
 from absl import flags
 
+from jedi_jax.errors import UserError
+from jedi_jax.nn import blocks
+from jedi_jax.ops import fused_convolution, kernels
 from jedi_jax.ops.images import conv3x3
 from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
 _LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in one call.", lower_bound=1)
+_NAME = flags.DEFINE_string("name", None, "Name of the record, instead of one by the platform.")
+_KERNEL = flags.DEFINE_bool("kernel", default=False, help="Times the GPU kernel instead.")
 
 # Batch, height = width, input channels, output channels: the first levels of the encoder and of the denoiser.
 SHAPES = ((32, 8, 160, 160), (80, 64, 3, 16), (80, 64, 16, 16), (32, 64, 32, 32))
@@ -26,6 +36,9 @@ SHAPES = ((32, 8, 160, 160), (80, 64, 3, 16), (80, 64, 16, 16), (32, 64, 32, 32)
 
 def main() -> None:
   """Runs the benchmark."""
+  if _KERNEL.value:
+    time_kernel("pallas")
+    return
   started = record.machine()
   rows = []
   for batch, size, channels_in, channels_out in SHAPES:
@@ -39,7 +52,7 @@ def main() -> None:
         row[name] = [t / _LOOP.value for t in times]
       rows.append(row)
   print(record.table(rows, ["shape", "lowering", "forward", "gradient"]))
-  path = record.write(f"convolution_{jax.default_backend()}", rows, started=started)
+  path = record.write(_NAME.value or f"convolution_{jax.default_backend()}", rows, started=started)
   print(f"written to {path}")
 
 
@@ -62,6 +75,53 @@ def _programs(lowering: str, loop: int):
     return jax.lax.fori_loop(0, loop, body, (x, kernel))
 
   return forward, backward
+
+
+def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (128, 8, 160))) -> None:
+  """Times the kernel by its constants; `mode` is 'pallas' or 'interpret', `shapes` are batch, side, input channels."""
+  if mode == "pallas" and not kernels.runs_here():
+    raise UserError("--kernel needs a CUDA GPU of compute capability 8.0 or newer")
+  started, rows, loops = record.machine(), [], []
+  own = fused_convolution.FEW_ROWS, fused_convolution.STAGES
+  for batch, size, channels in shapes:
+    row = {"shape": f"{batch} x {size} x {size} x {channels} -> 160"}
+    x = jax.random.normal(jax.random.key(0), (batch, size, size, channels), jnp.bfloat16)
+    rows.append({**row, "channels": "XLA"})
+    loops.append(_kernel_loop(x, mode, fused=False))
+    for at_a_time, few_rows in ((32, 0), (64, 2**20)):
+      for stages in (2, 3, 4, 6):
+        fused_convolution.FEW_ROWS, fused_convolution.STAGES = few_rows, stages
+        rows.append({**row, "channels": at_a_time, "stages": stages})
+        loops.append(_kernel_loop(x, mode))
+  fused_convolution.FEW_ROWS, fused_convolution.STAGES = own
+  found = record.in_turn([{"time": loop} for loop in loops], repeats=_REPEATS.value)
+  for row, times in zip(rows, found, strict=True):
+    row["time"] = [seconds / _LOOP.value for seconds in times["time"]]
+  print(record.table(rows, ["shape", "channels", "stages", "time"]))
+  path = record.write(_NAME.value or f"convolution_kernel_{jax.default_backend()}", rows, started=started)
+  print(f"written to {path}")
+
+
+def _kernel_loop(x, mode: str, *, fused: bool = True):
+  """Returns a compiled loop of convolution, norm and SiLU; with XLA's convolution if not fused."""
+  channels, outputs = x.shape[-1], 160
+  weights = 0.02 * jax.random.normal(jax.random.key(1), (9 * channels, outputs), x.dtype)
+  layer = fused_convolution.Convolution(weights, jnp.zeros(outputs, x.dtype))
+  affine = jnp.zeros((1, 2 * outputs), x.dtype)
+  settings = kernels.GroupNormSettings(
+    group=blocks.GROUP_SIZE, epsilon=blocks.GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode, start=0
+  )
+
+  def convolve(x):
+    if fused:
+      y = fused_convolution.convolution(x, layer, settings.group, mode, norm=settings, affine=affine)
+    else:
+      y = kernels.group_norm(conv3x3(x, weights.reshape(3, 3, channels, outputs)) + layer.bias, affine, settings)
+    return jnp.concatenate([y] * (channels // outputs), axis=-1)
+
+  loop = jax.jit(lambda x: jax.lax.fori_loop(0, _LOOP.value, lambda _, x: convolve(x), x))
+  compiled = loop.lower(x).compile()
+  return lambda: jax.block_until_ready(compiled(x))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ that have not succeeded. All start together, since most of a benchmark's time is
 in turn, once all have compiled or --wait seconds have passed, and the learning runs stand still meanwhile:
 
   smoke: tests of networks, operations and updates.
+  kernel: convolution.py --kernel.
   jedi, diamond: throughput.py, one run, bfloat16, with peak memory, launches and the busy time of each update.
   lax: jedi with XLA's convolutions in imagination.
   chunk: jedi with encoder.chunk=64.
@@ -90,6 +91,7 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
   tests = ("-m", "pytest", "-x", "-o", "addopts=", "tests/nn", "tests/ops", "tests/training/test_updates.py")
   found = [
     Item("smoke", tests),
+    Item("kernel", ("benchmarks/convolution.py", "--kernel", "--loop=200", f"--name={(out / 'kernel').resolve()}")),
     benchmark("jedi", *jedi, narrow, "--launches"),
     benchmark("diamond", "throughput", "--variants=diamond", "--updates=10", narrow, "--launches"),
     benchmark("lax", *jedi, narrow, "--set=precision.convolution=lax", "--launches"),

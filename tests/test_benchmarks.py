@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jedi_jax.errors import UserError
 from jedi_jax.ops import fused_convolution
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -88,6 +89,23 @@ def test_the_sweeps_of_scaling(benchmark_module, monkeypatch, tmp_path, capsys):
       assert len(triple) == 3
       assert min(triple) >= 1.5e-3  # Three sleeps of two updates each.
   assert "| jedi | replay | exponent (of FLOP) |" in capsys.readouterr().out
+
+
+def test_the_kernel_of_the_convolution_is_timed_by_its_constants(benchmark_module, tmp_path):
+  convolution = benchmark_module("convolution")
+  own = fused_convolution.FEW_ROWS, fused_convolution.STAGES
+  flags = ["convolution.py", "--kernel", "--repeats=1", "--loop=1", f"--name={tmp_path}/found"]
+  convolution.flags.FLAGS(flags)
+  convolution.time_kernel("interpret", shapes=((1, 2, 160),))
+  rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+  assert [(row["channels"], row.get("stages")) for row in rows] == [
+    ("XLA", None),
+    *((channels, stages) for channels in (32, 64) for stages in (2, 3, 4, 6)),
+  ]
+  assert all(len(row["time"]) == 1 and row["time"][0] > 0 for row in rows)
+  assert own == (fused_convolution.FEW_ROWS, fused_convolution.STAGES)
+  with pytest.raises(UserError, match="CUDA GPU"):
+    convolution.main()
 
 
 def test_calls_are_timed_in_turn(benchmark_module):

@@ -40,6 +40,14 @@ class Skip(NamedTuple):
   bias: Array | None = None
 
 
+FEW_ROWS = 128
+"""Positions and output channels of a program up to which it takes 64 input channels at a time, and 32 beyond."""
+STAGES = 6
+"""Loads of input channels that are under way at a time; what a program waits for is mostly their latency."""
+_SHARED = 72 * 2**10
+"""Bytes of shared memory that they may take; the smallest multiprocessors have 100 KiB."""
+
+
 def fits_convolution(x: Array, group: int) -> bool:
   """Whether `convolution` can hold a group of output channels of an image [H, W, I] of `x` [B, H, W, I]."""
   return kernels.side(x.shape[1] * x.shape[2]) * kernels.side(group) <= kernels.MAX_ELEMENTS // 2
@@ -96,6 +104,8 @@ def convolution(
     return pl.BlockSpec((rows, group), lambda b, g: (0, g))
 
   tile = pl.BlockSpec((None, positions, group), lambda b, g: (b, 0, g))
+  sides = kernels.side(positions) + kernels.side(group)
+  most = 64 if sides <= FEW_ROWS else 32  # Channels at a time.
   operands = {
     "x": (kernels.flat(x), image(inputs)),
     "kernel": (layer.kernel.astype(x.dtype), columns(9 * inputs)),
@@ -123,9 +133,9 @@ def convolution(
       return kernels.load(ref.at[0, channels], of_group).astype(jnp.float32)[None]
 
     def product(x_ref: Any, kernel_ref: Any, taps: int) -> Array:
-      """Sums over taps and input channels, `depth` channels at a time."""
+      """Sums over taps and input channels, some channels at a time."""
       features = x_ref.shape[1]
-      depth = min(kernels.side(features), 32)
+      depth = min(kernels.side(features), most)
       parts = -(-features // depth)
 
       def add(i: Array, total: Array) -> Array:
@@ -162,6 +172,7 @@ def convolution(
     kernel,
     mode,
     elements=2 * kernels.side(positions) * kernels.side(group),
+    stages=max(2, min(STAGES, _SHARED // (sides * most * x.dtype.itemsize))),
     grid=(batch, outputs // group),
     in_specs=[spec for _, spec in operands.values()],
     out_specs=tile,

@@ -347,13 +347,16 @@ def _attention_call(
   )
 
 
-def call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings: Any) -> Callable[..., Any]:
+def call(
+  kernel: Callable[..., None], kernels: str, *, elements: int, stages: int = 3, **settings: Any
+) -> Callable[..., Any]:
   """Returns the call of a kernel with the `settings` of `pallas_call`.
 
   Args:
     kernel: one program.
     kernels: 'pallas' or 'interpret'.
     elements: that a program holds, for the number of its warps.
+    stages: iterations of a loop whose loads are under way together.
     **settings: of `pallas_call`.
   """
   if kernels == "interpret":
@@ -361,7 +364,8 @@ def call(kernel: Callable[..., None], kernels: str, *, elements: int, **settings
   from jax.experimental.pallas import triton
 
   warps = min(8, max(1, elements // 1024))
-  return pl.pallas_call(kernel, compiler_params=triton.CompilerParams(num_warps=warps), **settings)
+  params = triton.CompilerParams(num_warps=warps, num_stages=stages)
+  return pl.pallas_call(kernel, compiler_params=params, **settings)
 
 
 def load(ref: Any, mask: Array) -> Array:
