@@ -131,9 +131,10 @@ def _sampling(model: Model, batch: int, frames: int) -> Callable[[Any, Any], Any
     noise = model.dynamics.sample_noise(keys, frames)
     past = jnp.zeros((batch, model.conditioning_frames, *model.latent_shape))
     actions = jnp.zeros((batch, model.conditioning_frames), jnp.int32)
+    prepared = model.dynamics.prepare(params["denoiser"])
 
     def step(past: Any, draws: Any) -> tuple[Any, None]:
-      following = model.dynamics.sample(params["denoiser"], past, actions, draws)
+      following = model.dynamics.sample(prepared, past, actions, draws)
       return jnp.concatenate([past[:, 1:], following[:, None]], axis=1), None
 
     return jax.lax.scan(step, past, noise)[0]
