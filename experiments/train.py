@@ -90,9 +90,9 @@ def main() -> None:
     return
   if _FIT.value:
     program.enable_compilation_cache()
-    found = memory.measure(configs[0], envs.spec(configs[0].env.name))
+    found = memory.measure(configs[0], envs.spec(configs[0].env.name), runs=2)
     parts = ", ".join(f"{name} {getattr(found, name) / 2**20:,.0f} MiB" for name in ("replay", "state", "working"))
-    print(f"one run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
+    print(f"one packed run: {parts}; the device has {found.device / 2**20:,.0f} MiB")
     print(f"runs that fit: {found.fit}")
     return
   if not _WORKDIR.value:

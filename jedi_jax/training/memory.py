@@ -41,19 +41,23 @@ class Memory(NamedTuple):
     return max(int(_SHARE * self.device / self.run), 1)
 
 
-def measure(config: Config, spec: EnvSpec) -> Memory:
-  """Compiles the epoch of a run for the first device, without running it, and measures it.
+def measure(config: Config, spec: EnvSpec, *, runs: int = 1) -> Memory:
+  """Compiles the epoch for the first device, without running it, and measures what a run needs.
 
   Args:
     config: of the run.
     spec: of its environment.
+    runs: number of runs in the program; packed runs need more working memory each than a run alone.
   """
   device = jax.local_devices()[0]
-  learner = Learner(config, spec, Devices([device]))
+  learner = Learner(config, spec, Devices([device], runs=runs))
   state, replay = learner.shapes
   analysis: Any = learner.lower().compile().memory_analysis()
   return Memory(
-    replay=size(replay), state=size(state), working=int(analysis.temp_size_in_bytes), device=_device_bytes(device)
+    replay=size(replay),
+    state=size(state),
+    working=int(analysis.temp_size_in_bytes) // runs,
+    device=_device_bytes(device),
   )
 
 

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.training import memory
+from jedi_jax.training.learner import Learner
 
 
 def test_what_a_run_takes(tiny):
@@ -19,6 +22,13 @@ def test_what_a_run_takes(tiny):
   assert 0 < found.working < 2**30
   assert found.run == found.replay + found.state + found.working
   assert found.device > 2**28
+
+
+def test_what_each_of_two_packed_runs_takes(tiny, monkeypatch):
+  compiled = types.SimpleNamespace(memory_analysis=lambda: types.SimpleNamespace(temp_size_in_bytes=1001))
+  lowered = types.SimpleNamespace(compile=lambda: compiled)
+  monkeypatch.setattr(Learner, "lower", lambda self: {2: lowered}[self.devices.runs])
+  assert memory.measure(tiny.config, SPEC, runs=2).working == 500
 
 
 def test_as_many_fit_as_nine_tenths_of_the_device_hold():
