@@ -1,11 +1,13 @@
 """Times the lowerings of a 3 x 3 convolution and of its gradients inside a compiled loop.
 
   python benchmarks/convolution.py
+  python benchmarks/convolution.py --runs=2
   python benchmarks/convolution.py --kernel --loop=200
 
 All updates of this library run inside a loop, where XLA's CPU backend computes the gradient of a convolution's kernel
 much slower than outside. The table compares the lowerings of `jedi_jax.ops.images.conv3x3`. The result is written to
-benchmarks/results/convolution_<platform>.json.
+benchmarks/results/convolution_<platform>.json. With --runs the lowerings of packed runs, the old and the
+present one, are mapped over their kernels, and the times are those of all runs.
 
 --kernel times the GPU kernel of convolution, group norm and SiLU in bfloat16, by how many input channels it takes at a
 time and how many loads are under way, beside XLA's convolution. The result is written to
@@ -22,11 +24,12 @@ from absl import flags
 from jedi_jax.errors import UserError
 from jedi_jax.nn import blocks
 from jedi_jax.ops import fused_convolution, kernels
-from jedi_jax.ops.images import conv3x3
+from jedi_jax.ops.images import conv3x3, resolve_convolution
 from jedi_jax.runs import program
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
 _LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in one call.", lower_bound=1)
+_RUNS = flags.DEFINE_integer("runs", 1, "Packed runs.", lower_bound=1)
 _NAME = flags.DEFINE_string("name", None, "Name of the record, instead of one by the platform.")
 _KERNEL = flags.DEFINE_bool("kernel", default=False, help="Times the GPU kernel instead.")
 
@@ -41,10 +44,12 @@ def main() -> None:
     return
   started = record.machine()
   rows = []
+  packed = (_RUNS.value,) if _RUNS.value > 1 else ()
+  lowerings = ("matmul", resolve_convolution("auto", packed=True)) if packed else ("lax", "matmul_gradient", "matmul")
   for batch, size, channels_in, channels_out in SHAPES:
-    x = jax.random.normal(jax.random.key(0), (batch, size, size, channels_in))
-    kernel = 0.05 * jax.random.normal(jax.random.key(1), (3, 3, channels_in, channels_out))
-    for lowering in ("lax", "matmul_gradient", "matmul"):
+    x = jax.random.normal(jax.random.key(0), (*packed, batch, size, size, channels_in))
+    kernel = 0.05 * jax.random.normal(jax.random.key(1), (*packed, 3, 3, channels_in, channels_out))
+    for lowering in lowerings:
       forward, backward = _programs(lowering, _LOOP.value)
       row = {"shape": f"{batch} x {size} x {size} x {channels_in} -> {channels_out}", "lowering": lowering}
       for name, function in (("forward", forward), ("gradient", backward)):
@@ -59,12 +64,16 @@ def main() -> None:
 def _programs(lowering: str, loop: int):
   """Returns compiled loops over the convolution and over its gradients."""
 
+  def convolve(x, kernel):
+    mapped = functools.partial(conv3x3, lowering=lowering)
+    return (jax.vmap(mapped) if _RUNS.value > 1 else mapped)(x, kernel)
+
   def loss(x, kernel):
-    return jnp.mean(jnp.square(jax.nn.silu(conv3x3(x, kernel, lowering=lowering))))
+    return jnp.mean(jnp.square(jax.nn.silu(convolve(x, kernel))))
 
   @jax.jit
   def forward(x, kernel):
-    return jax.lax.fori_loop(0, loop, lambda _, k: k + 1e-6 * jnp.mean(conv3x3(x, k, lowering=lowering)), kernel)
+    return jax.lax.fori_loop(0, loop, lambda _, k: k + 1e-6 * jnp.mean(convolve(x, k)), kernel)
 
   @jax.jit
   def backward(x, kernel):
