@@ -6,15 +6,18 @@
 
 All updates of this library run inside a loop, where XLA's CPU backend computes the gradient of a convolution's kernel
 much slower than outside. The table compares the lowerings of `jedi_jax.ops.images.conv3x3`. The result is written to
-benchmarks/results/convolution_<platform>.json. With --runs the lowerings of packed runs, the old and the
-present one, are mapped over their kernels, and the times are those of all runs.
+benchmarks/results/convolution_<platform>.json. With --runs=2 or more, 'matmul' and the lowering of packed runs are
+mapped over the kernels of these runs, and the times are those of all of them; that record is
+convolution_packed_<platform>.json.
 
 --kernel times the GPU kernel of convolution, group norm and SiLU in bfloat16, by how many input channels it takes at a
-time and how many loads are under way, beside XLA's convolution. The result is written to
+time and by Triton's number of stages, beside XLA's convolution. The result is written to
 benchmarks/results/convolution_kernel_<platform>.json.
 """
 
+import contextlib
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +54,15 @@ def main() -> None:
     kernel = 0.05 * jax.random.normal(jax.random.key(1), (*packed, 3, 3, channels_in, channels_out))
     for lowering in lowerings:
       forward, backward = _programs(lowering, _LOOP.value)
-      row = {"shape": f"{batch} x {size} x {size} x {channels_in} -> {channels_out}", "lowering": lowering}
+      shape = f"{batch} x {size} x {size} x {channels_in} -> {channels_out}"
+      row = {"shape": shape, "runs": _RUNS.value, "lowering": lowering}
       for name, function in (("forward", forward), ("gradient", backward)):
         times = record.seconds(functools.partial(function, x, kernel), repeats=_REPEATS.value)
         row[name] = [t / _LOOP.value for t in times]
       rows.append(row)
   print(record.table(rows, ["shape", "lowering", "forward", "gradient"]))
-  path = record.write(_NAME.value or f"convolution_{jax.default_backend()}", rows, started=started)
+  name = "convolution_packed" if packed else "convolution"
+  path = record.write(_NAME.value or f"{name}_{jax.default_backend()}", rows, started=started)
   print(f"written to {path}")
 
 
@@ -86,29 +91,37 @@ def _programs(lowering: str, loop: int):
   return forward, backward
 
 
-def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (128, 8, 160))) -> None:
+def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (256, 8, 160))) -> None:
   """Times the kernel by its constants; `mode` is 'pallas' or 'interpret', `shapes` are batch, side, input channels."""
   if mode == "pallas" and not kernels.runs_here():
     raise UserError("--kernel needs a CUDA GPU of compute capability 8.0 or newer")
   started, rows, loops = record.machine(), [], []
-  own = fused_convolution.FEW_ROWS, fused_convolution.STAGES
   for batch, size, channels in shapes:
     row = {"shape": f"{batch} x {size} x {size} x {channels} -> 160"}
     x = jax.random.normal(jax.random.key(0), (batch, size, size, channels), jnp.bfloat16)
     rows.append({**row, "channels": "XLA"})
     loops.append(_kernel_loop(x, mode, fused=False))
-    for at_a_time, few_rows in ((32, 0), (64, 2**20)):
-      for stages in (2, 3, 4, 6):
-        fused_convolution.FEW_ROWS, fused_convolution.STAGES = few_rows, stages
-        rows.append({**row, "channels": at_a_time, "stages": stages})
+    for constants in itertools.product((32, 64), (2, 3, 4, 6)):
+      rows.append({**row, **dict(zip(("channels", "stages"), constants, strict=True))})
+      with _constants(*constants):
         loops.append(_kernel_loop(x, mode))
-  fused_convolution.FEW_ROWS, fused_convolution.STAGES = own
   found = record.in_turn([{"time": loop} for loop in loops], repeats=_REPEATS.value)
   for row, times in zip(rows, found, strict=True):
     row["time"] = [seconds / _LOOP.value for seconds in times["time"]]
   print(record.table(rows, ["shape", "channels", "stages", "time"]))
   path = record.write(_NAME.value or f"convolution_kernel_{jax.default_backend()}", rows, started=started)
   print(f"written to {path}")
+
+
+@contextlib.contextmanager
+def _constants(channels: int, stages: int):
+  """Sets the constants of the kernel while it is traced."""
+  own = fused_convolution.CHANNELS, fused_convolution.STAGES, fused_convolution.SHARED
+  fused_convolution.CHANNELS, fused_convolution.STAGES, fused_convolution.SHARED = channels, stages, 2**18
+  try:
+    yield
+  finally:
+    fused_convolution.CHANNELS, fused_convolution.STAGES, fused_convolution.SHARED = own
 
 
 def _kernel_loop(x, mode: str, *, fused: bool = True):

@@ -18,7 +18,7 @@ in turn, once all have compiled or --wait seconds have passed, and the learning 
     shape. The runs stay in --work and go on.
 
 The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
-summary.json, and of the runs metrics and results. With --preset=debug all is small enough for a CPU.
+summary.json, and of the runs metrics and results. With --preset=debug all but `kernel` runs on a CPU.
 """
 
 import concurrent.futures

@@ -52,7 +52,7 @@ _SET = flags.DEFINE_multi_string(
   "set", [], "Overrides a setting, as in --set=actor_critic.horizon=10; may be repeated. --settings lists all."
 )
 _SETTINGS = flags.DEFINE_bool("settings", False, "Prints every setting with its value and origin, and exits.")
-_FIT = flags.DEFINE_bool("fit", False, "Prints the device memory of one run and how many runs fit, and exits.")
+_FIT = flags.DEFINE_bool("fit", False, "Prints the device memory of one packed run and how many runs fit, and exits.")
 _LOG = flags.DEFINE_list(
   "log", ["tensorboard"], "Loggers beside metrics.jsonl: tensorboard, wandb (Weights & Biases); empty for none."
 )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import pytest
 
 from jedi_jax.errors import UserError
-from jedi_jax.ops import fused_convolution
+from jedi_jax.ops import fused_convolution, images
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
@@ -93,8 +93,20 @@ def test_the_sweeps_of_scaling(benchmark_module, monkeypatch, tmp_path, capsys):
   assert "| jedi | replay | exponent (of FLOP) |" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_operations_of_a_convolution_do_not_depend_on_its_lowering(benchmark_module, monkeypatch, stride):
+  monkeypatch.setattr(images, "_MANY_POSITIONS", 1)
+
+  def count(lowering):
+    gradient = jax.grad(lambda x, k: jnp.sum(images.conv3x3(x, k, stride=stride, lowering=lowering) ** 2), (0, 1))
+    return benchmark_module("flops").count(jax.vmap(gradient), jnp.zeros((2, 3, 6, 6, 4)), jnp.zeros((2, 3, 3, 4, 5)))
+
+  assert count("lax_per_run") == count("lax")
+  assert count("matmul_gradient_per_run") == count("matmul_gradient")
+
+
 def test_the_kernel_of_the_convolution_is_timed_by_its_constants(benchmark_module, tmp_path, monkeypatch):
-  own = fused_convolution.FEW_ROWS, fused_convolution.STAGES
+  own = fused_convolution.CHANNELS, fused_convolution.STAGES, fused_convolution.SHARED
   parsed = absl.flags.FlagValues()
   with monkeypatch.context() as patch:
     for kind in ("integer", "bool", "string"):  # Other benchmarks have flags of the same names.
@@ -109,7 +121,7 @@ def test_the_kernel_of_the_convolution_is_timed_by_its_constants(benchmark_modul
     *((channels, stages) for channels in (32, 64) for stages in (2, 3, 4, 6)),
   ]
   assert all(len(row["time"]) == 1 and row["time"][0] > 0 for row in rows)
-  assert own == (fused_convolution.FEW_ROWS, fused_convolution.STAGES)
+  assert own == (fused_convolution.CHANNELS, fused_convolution.STAGES, fused_convolution.SHARED)
   with pytest.raises(UserError, match="CUDA GPU"):
     convolution.main()
 

@@ -64,6 +64,26 @@ def test_a_complete_run_is_reported(run, tiny_flags, snapshot):
   assert snapshot(directory) == before
 
 
+def test_the_number_of_runs_that_fit_is_that_of_packed_runs():
+  code = f"""
+    import runpy, sys
+    from jedi_jax.training import memory
+
+    def measure(config, spec, *, runs):
+      assert (config.env.name, runs) == ("catch", 2)
+      return memory.Memory(replay=4 << 20, state=2 << 20, working=3 << 20, device=100 << 20)
+
+    memory.measure, sys.argv = measure, ["train.py", "--preset=catch", "--fit"]
+    runpy.run_path({TRAIN!r}, run_name="__main__")
+  """
+  done = command("-c", textwrap.dedent(code))
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    "one packed run: replay 4 MiB, state 2 MiB, working 3 MiB; the device has 100 MiB",
+    "runs that fit: 10",
+  ]
+
+
 def test_a_program_imports_environments_of_ones_own(tmp_path):
   game = """
     import functools

@@ -116,7 +116,7 @@ def test_packs_hold_games_that_can_share_a_program(tmp_path):
 def test_the_program_reports_how_many_runs_fit(tmp_path):
   [run] = make_plan(tmp_path, seeds=1)
   program = tmp_path / "train.py"
-  program.write_text("import sys; assert '--fit' in sys.argv; print('one run: ...'); print('runs that fit: 3')")
+  program.write_text("import sys; assert '--fit' in sys.argv; print('one packed run: ...'); print('runs that fit: 3')")
   assert sweep.runs_that_fit(run, program) == 3
   program.write_text("import sys; sys.exit('no accelerator')")
   with pytest.raises(UserError, match=r"no accelerator\): give --pack"):

@@ -40,12 +40,25 @@ class Skip(NamedTuple):
   bias: Array | None = None
 
 
-FEW_ROWS = 128
-"""Positions and output channels of a program up to which it takes 64 input channels at a time, and 32 beyond."""
-STAGES = 6
-"""Loads of input channels that are under way at a time; what a program waits for is mostly their latency."""
-_SHARED = 72 * 2**10
-"""Bytes of shared memory that they may take; the smallest multiprocessors have 100 KiB."""
+CHANNELS = 64
+"""Input channels that a program takes in one round."""
+STAGES = 4
+"""Triton's number of stages: the loads of up to three rounds are under way, since a program mostly waits for them."""
+SHARED = 54 * 2**10
+"""Bytes of shared memory for them. Then the smallest multiprocessors, which have 100 KiB, hold two programs."""
+
+
+def rounds(positions: int, group: int, itemsize: int) -> tuple[int, int]:
+  """Returns how many input channels a program of `convolution` takes in one round, and the number of stages.
+
+  Args:
+    positions: H W of an image.
+    group: output channels of a program.
+    itemsize: bytes of an activation.
+  """
+  row = (kernels.side(positions) + kernels.side(group)) * itemsize
+  channels = CHANNELS if CHANNELS * row <= SHARED // 4 else 32
+  return channels, max(2, min(STAGES, SHARED // (channels * row)))
 
 
 def fits_convolution(x: Array, group: int) -> bool:
@@ -104,8 +117,7 @@ def convolution(
     return pl.BlockSpec((rows, group), lambda b, g: (0, g))
 
   tile = pl.BlockSpec((None, positions, group), lambda b, g: (b, 0, g))
-  sides = kernels.side(positions) + kernels.side(group)
-  most = 64 if sides <= FEW_ROWS else 32  # Channels at a time.
+  most, stages = rounds(positions, group, x.dtype.itemsize)
   operands = {
     "x": (kernels.flat(x), image(inputs)),
     "kernel": (layer.kernel.astype(x.dtype), columns(9 * inputs)),
@@ -133,7 +145,7 @@ def convolution(
       return kernels.load(ref.at[0, channels], of_group).astype(jnp.float32)[None]
 
     def product(x_ref: Any, kernel_ref: Any, taps: int) -> Array:
-      """Sums over taps and input channels, some channels at a time."""
+      """Sums over taps and input channels, `depth` channels in a round."""
       features = x_ref.shape[1]
       depth = min(kernels.side(features), most)
       parts = -(-features // depth)
@@ -172,7 +184,7 @@ def convolution(
     kernel,
     mode,
     elements=2 * kernels.side(positions) * kernels.side(group),
-    stages=max(2, min(STAGES, _SHARED // (sides * most * x.dtype.itemsize))),
+    stages=stages,
     grid=(batch, outputs // group),
     in_specs=[spec for _, spec in operands.values()],
     out_specs=tile,

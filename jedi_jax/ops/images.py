@@ -37,10 +37,10 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   if lowering not in ("auto", "pallas"):
     return lowering
   alone = "matmul_gradient" if lowering == "auto" and jax.default_backend() == "cpu" else "lax"
-  return f"{alone}{_PER_RUN}" if packed else alone
+  return f"{alone}_per_run" if packed else alone
 
 
-_PER_RUN = "_per_run"
+_PER_RUN = {f"{alone}_per_run": alone for alone in ("lax", "matmul_gradient")}
 _MANY_POSITIONS = 2**16
 """Positions of a batch from which one convolution is work enough for a device."""
 
@@ -55,8 +55,9 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
       gradient is a convolution without dilation.
     'matmul': one matrix product over the nine shifted inputs. Under `vmap` over kernels it stays a batched matrix
       product, where 'lax' and 'matmul_gradient' become grouped convolutions.
-    'lax_per_run', 'matmul_gradient_per_run': 'matmul' for a batch of few positions. For a larger one, whose nine
-      shifted inputs would take much memory, as the names say, and under `vmap` one convolution after another.
+    'lax_per_run', 'matmul_gradient_per_run': 'matmul' for fewer than 65,536 positions. For more, whose nine shifted
+      inputs would take much memory, 'lax' or 'matmul_gradient', under `vmap` one convolution for each element. They
+      have no second derivative.
 
   Args:
     x: [B, H, W, I].
@@ -70,10 +71,9 @@ def conv3x3(x: Array, kernel: Array, *, stride: int = 1, lowering: str = "lax") 
   Raises:
     ValueError: if the lowering is unknown.
   """
-  if lowering.endswith(_PER_RUN):
-    lowering = lowering.removesuffix(_PER_RUN)
+  if lowering in _PER_RUN:
     if math.prod(x.shape[:3]) >= _MANY_POSITIONS:
-      return _conv_per_run(x, kernel, stride, lowering)
+      return _conv_per_run(x, kernel, stride, _PER_RUN[lowering])
     lowering = "matmul"
   if lowering == "lax":
     return _conv(x, kernel, stride)
@@ -197,8 +197,11 @@ def _per_run_backward(
   stride: int, lowering: str, residuals: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array]:
   def backward(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
-    convolve = functools.partial(conv3x3, stride=stride, lowering=lowering)
-    return jax.vjp(convolve, x, kernel)[1](cotangent)
+    if lowering == "matmul_gradient":
+      return (_stride_1_backward if stride == 1 else _stride_2_backward)((x, kernel), cotangent)
+    (of_x,) = jax.linear_transpose(lambda x: _conv(x, kernel, stride), x)(cotangent)
+    (of_kernel,) = jax.linear_transpose(lambda kernel: _conv(x, kernel, stride), kernel)(cotangent)
+    return of_x, of_kernel
 
   return _one_after_another(backward)(*residuals, cotangent)
 

@@ -356,7 +356,7 @@ def call(
     kernel: one program.
     kernels: 'pallas' or 'interpret'.
     elements: that a program holds, for the number of its warps.
-    stages: iterations of a loop whose loads are under way together.
+    stages: Triton's number of stages; the loads of a loop are ahead by one less.
     **settings: of `pallas_call`.
   """
   if kernels == "interpret":

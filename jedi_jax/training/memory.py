@@ -21,7 +21,7 @@ class Memory(NamedTuple):
   Attributes:
     replay: the ring of frames.
     state: parameters and optimiser states.
-    working: peak of temporary buffers, by XLA's analysis of the compiled epoch.
+    working: a run's share of the peak of temporary buffers, by XLA's analysis of the compiled epoch.
     device: memory of the device.
   """
 

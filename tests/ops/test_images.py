@@ -109,8 +109,9 @@ def test_small_batches_of_packed_runs_share_a_matrix_product():
 
 
 def test_an_unknown_lowering_is_refused():
-  with pytest.raises(ValueError, match="fft"):
-    images.conv3x3(jnp.zeros((1, 2, 2, 1)), jnp.zeros((3, 3, 1, 1)), lowering="fft")
+  for lowering in ("fft", "fft_per_run", "matmul_per_run", "_per_run"):
+    with pytest.raises(ValueError, match=f"'{lowering}'"):
+      images.conv3x3(jnp.zeros((1, 2, 2, 1)), jnp.zeros((3, 3, 1, 1)), lowering=lowering)
 
 
 def test_the_automatic_lowering_depends_on_the_backend(monkeypatch):

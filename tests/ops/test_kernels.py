@@ -113,12 +113,23 @@ def test_convolution_with_what_follows(shape, outputs, group, start):
 
 
 def test_convolution_in_bfloat16_adds_up_in_float32():
-  x, kernel, bias = normal(2, 8, 8, 64, dtype=jnp.bfloat16), normal(9 * 64, 32, dtype=jnp.bfloat16) / 24, normal(32)
+  x, kernel, bias = normal(2, 8, 8, 80, dtype=jnp.bfloat16), normal(9 * 80, 32, dtype=jnp.bfloat16) / 24, normal(32)
   value = fused_convolution.convolution(x, fused_convolution.Convolution(kernel, bias), 32, MODE)
   assert value.dtype == jnp.bfloat16
   wide_layer = fused_convolution.Convolution(kernel.astype(jnp.float32), bias)
   wide = fused_convolution.convolution(x.astype(jnp.float32), wide_layer, 32, MODE)
   np.testing.assert_allclose(value.astype(jnp.float32), wide, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+  ("positions", "group", "itemsize", "expected"),
+  [(64, 32, 2, (64, 4)), (16, 32, 2, (64, 4)), (256, 32, 2, (32, 3)), (64, 32, 4, (32, 4)), (512, 16, 4, (32, 2))],
+)
+def test_two_programs_of_a_convolution_fit_a_small_multiprocessor(positions, group, itemsize, expected):
+  channels, stages = fused_convolution.rounds(positions, group, itemsize)
+  assert (channels, stages) == expected
+  bytes_of_a_round = channels * (positions + group) * itemsize
+  assert (stages - 1) * bytes_of_a_round <= 49 * 2**10 or stages == 2  # Triton keeps one round less than stages there.
 
 
 def test_convolutions_of_packed_runs_are_those_of_each():
