@@ -410,6 +410,7 @@ def can_mount(folder):
 def main():
   folder, harms, seed, games, seeds = pathlib.Path(sys.argv[1]), *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
   assert isinstance(sys.stdout, io.TextIOBase)
+  folder.mkdir(parents=True, exist_ok=True)
   Fork.notes, Fork.clock = folder, folder / "clock"
   disk = can_mount(folder)
   obey_permissions()
