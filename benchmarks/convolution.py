@@ -101,9 +101,9 @@ def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (256, 8, 160))) -
     x = jax.random.normal(jax.random.key(0), (batch, size, size, channels), jnp.bfloat16)
     rows.append({**row, "channels": "XLA"})
     loops.append(_kernel_loop(x, mode, fused=False))
-    for constants in itertools.product((32, 64), (2, 3, 4, 6)):
-      rows.append({**row, **dict(zip(("channels", "stages"), constants, strict=True))})
-      with _constants(*constants):
+    for at_a_time, stages in itertools.product((32, 64), (2, 3, 4, 6)):
+      rows.append({**row, "channels": at_a_time, "stages": stages})
+      with _constants(at_a_time, stages):
         loops.append(_kernel_loop(x, mode))
   found = record.in_turn([{"time": loop} for loop in loops], repeats=_REPEATS.value)
   for row, times in zip(rows, found, strict=True):
@@ -131,7 +131,7 @@ def _kernel_loop(x, mode: str, *, fused: bool = True):
   layer = fused_convolution.Convolution(weights, jnp.zeros(outputs, x.dtype))
   affine = jnp.zeros((1, 2 * outputs), x.dtype)
   settings = kernels.GroupNormSettings(
-    group=blocks.GROUP_SIZE, epsilon=blocks.GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode, start=0
+    group=blocks.GROUP_SIZE, epsilon=blocks.GROUP_NORM_EPSILON, offset=1.0, silu=True, kernels=mode
   )
 
   def convolve(x):
