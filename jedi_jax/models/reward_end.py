@@ -23,7 +23,7 @@ class RewardEnd(NamedTuple):
     predict: (parameters, frames [B, T, h, w, c], actions [B, T], next frames [B, T, h, w, c], state) ->
       (reward logits [B, T, 3], end logits [B, T, 2], state).
     losses: (parameters, frames, actions, next frames, raw rewards [B, T], ends [B, T], weights [B, T]) -> `Losses`.
-    prepare: parameters -> those that a loop of `predict` takes; see `blocks.prepare`.
+    prepare: parameters -> those that a loop of `predict` takes; see `RewardEndNetwork.prepare`.
   """
 
   init: Callable[[Array], Params]
@@ -89,4 +89,4 @@ def reward_end_model(
       },
     )
 
-  return RewardEnd(init, initial_state, predict, losses, lambda params: blocks.prepare(params, compute))
+  return RewardEnd(init, initial_state, predict, losses, network.prepare)

@@ -181,7 +181,7 @@ class Conv3x3(nn.Module):
     x, kernel, bias = (value.astype(self.compute.dtype) for value in (x, kernel, bias))
     fused = _fused_layer(self.variables["params"], x) if self.stride == 1 else None
     if fused is not None:
-      return fused_convolution.convolution(x, fused, _group_size(self.features), self.compute.kernels)
+      return fused_convolution.convolution(x, fused, group_size(self.features), self.compute.kernels)
     return images.conv3x3(x, kernel, stride=self.stride, lowering=self.compute.lowering) + bias
 
 
@@ -247,14 +247,14 @@ def _fused_layer(params: Params, x: Array) -> fused_convolution.Convolution | No
   if "fused" not in params:
     return None
   layer, features = fused_convolution.Convolution(params["fused"], params["bias"]), params["bias"].size
-  group = _group_size(features)
+  group = group_size(features)
   return layer if features % group == 0 and fused_convolution.fits_convolution(x, group) else None
 
 
 def _norm_settings(
   channels: int, *, offset: float, silu: bool, compute: Compute, start: int = 0
 ) -> kernels.GroupNormSettings:
-  return kernels.GroupNormSettings(_group_size(channels), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start)
+  return kernels.GroupNormSettings(group_size(channels), GROUP_NORM_EPSILON, offset, silu, compute.kernels, start)
 
 
 def _fused_norm(x: Array, affine: Array, *, offset: float, silu: bool, compute: Compute, start: int = 0) -> Array:
@@ -266,12 +266,18 @@ def _groups(channels: int) -> int:
   return max(1, channels // GROUP_SIZE)
 
 
-def _group_size(channels: int) -> int:
+def group_size(channels: int) -> int:
+  """Returns the channels of a group of group norm."""
   return channels // _groups(channels)
 
 
+def heads(channels: int) -> int:
+  """Returns the number of heads of self-attention."""
+  return max(1, channels // HEAD_WIDTH)
+
+
 def _fuses_norm(x: Array, compute: Compute) -> bool:
-  return compute.kernels != "xla" and kernels.fits_group_norm(x, _group_size(x.shape[-1]))
+  return compute.kernels != "xla" and kernels.fits_group_norm(x, group_size(x.shape[-1]))
 
 
 def group_norm(x: Array, *, compute: Compute, name: str, silu: bool = False, affine: bool = True) -> Array:
@@ -331,14 +337,14 @@ class SelfAttention(nn.Module):
   def __call__(self, x: Array, *, normalised: bool = False) -> Array:
     """Attends; `normalised` says that `x` has gone through the group norm already."""
     batch, height, width, channels = x.shape
-    heads, dtype = max(1, channels // HEAD_WIDTH), self.compute.dtype
+    dtype = self.compute.dtype
     if not normalised:
       x = group_norm(x, compute=self.compute, name="norm")
     h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
     if self.compute.kernels != "xla" and kernels.fits_attention(x):
-      h = kernels.attention(h, heads, self.compute.kernels)
+      h = kernels.attention(h, heads(channels), self.compute.kernels)
     else:
-      h = kernels.attention_reference(h, heads)
+      h = kernels.attention_reference(h, heads(channels))
     zeros = nn.initializers.zeros_init()
     out = nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=dtype)
     return x + out(h.reshape(batch, height, width, channels))

@@ -1,6 +1,5 @@
 """The network of the reward / end model."""
 
-import functools
 from collections.abc import Sequence
 
 import chex
@@ -8,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.nn import blocks
+from jedi_jax.nn import blocks, chain
 from jedi_jax.nn.lstm import Lstm
-from jedi_jax.types import Compute, LstmState
+from jedi_jax.types import Compute, LstmState, Params
 
 Array = jax.Array
 
@@ -59,18 +58,19 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     batch, time = frames.shape[:2]
     chex.assert_shape(actions, (batch, time))
 
-    block = functools.partial(blocks.ResidualBlock, compute=self.compute)
     x = jnp.concatenate([frames, next_frames], axis=-1).reshape(batch * time, *frames.shape[2:4], -1)
     embed = nn.Embed(self.num_actions, self.conditioning_width, embedding_init=blocks.normal, name="action_embedding")
     condition = blocks.Condition.of(self, embed(actions.reshape(batch * time)))
     x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
-    for level, (features, depth, attention) in enumerate(zip(self.channels, self.depths, self.attention, strict=True)):
+    levels = self._levels()
+    chained = chain.apply(self, [block for own in levels for block in own], x, condition)
+    if chained is not None:
+      x, levels = chained, []
+    for level, own in enumerate(levels):
       if self.downsample and level > 0:
         x = blocks.Downsample(compute=self.compute, name=f"downsample_{level}")(x)
-      for i in range(depth):
-        x = block(features=features, attention=attention, name=f"block_{level}_{i}")(x, condition)
-    for i in range(2):
-      x = block(features=self.channels[-1], attention=True, name=f"last_{i}")(x, condition)
+      for name, features, attention in own:
+        x = blocks.ResidualBlock(features=features, attention=attention, compute=self.compute, name=name)(x, condition)
     x = x.reshape(batch, time, -1)
     hidden, state = Lstm(self.lstm_width, dtype=self.compute.dtype, name="lstm")(x, state)
     h = nn.silu(blocks.dense(self.lstm_width, self.lstm_width, name="head_0", dtype=self.compute.dtype)(hidden))
@@ -78,3 +78,19 @@ class RewardEndNetwork(nn.Module, kw_only=True):
       jnp.float32
     )
     return logits[..., :3], logits[..., 3:], state
+
+  def prepare(self, params: Params) -> Params:
+    """Prepares parameters for a loop without a gradient, as `blocks.prepare` does; see also `chain.join`."""
+    prepared, levels = blocks.prepare(params, self.compute), self._levels()
+    if self.downsample and len(levels) > 1:
+      return prepared
+    return {**prepared, **chain.join(prepared, [block for own in levels for block in own], self.compute)}
+
+  def _levels(self) -> list[list[chain.Block]]:
+    """Returns the residual blocks of each level."""
+    levels = [
+      [chain.Block(f"block_{level}_{i}", features, attention) for i in range(depth)]
+      for level, (features, depth, attention) in enumerate(zip(self.channels, self.depths, self.attention, strict=True))
+    ]
+    levels[-1] += [chain.Block(f"last_{i}", self.channels[-1], attention=True) for i in range(2)]
+    return levels

@@ -137,7 +137,7 @@ def convolution(
     *in_refs, out_ref = all_refs
     refs = dict(zip(operands, in_refs, strict=True))
     rows, channels = jnp.arange(kernels.side(positions)), jnp.arange(kernels.side(group))
-    above, left = _divide(rows, width)
+    above, left = kernels.divide(rows, width)
     of_group = channels < group
     mask = (rows < positions)[:, None] & of_group[None]
 
@@ -151,9 +151,9 @@ def convolution(
       parts = -(-features // depth)
 
       def add(i: Array, total: Array) -> Array:
-        tap, part = _divide(i, parts)
+        tap, part = kernels.divide(i, parts)
         feature = part * depth + jnp.arange(depth)
-        down, right = (side - taps // 9 for side in _divide(tap, 3))  # Of a single tap they are 0.
+        down, right = (side - taps // 9 for side in kernels.divide(tap, 3))  # Of a single tap they are 0.
         row, column = above + down, left + right
         inside = (rows < positions) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
         source, real = jnp.where(inside, row * width + column, 0), feature < features
@@ -191,9 +191,3 @@ def convolution(
     out_shape=jax.ShapeDtypeStruct((batch, positions, outputs), x.dtype),
   )
   return call(*(value for value, _ in operands.values())).reshape(batch, height, width, outputs)
-
-
-def _divide(x: Array, divisor: int) -> tuple[Array, Array]:
-  """Returns quotient and remainder of integers that are not negative."""
-  by = jnp.asarray(divisor, x.dtype)
-  return jax.lax.div(x, jnp.broadcast_to(by, x.shape)), jax.lax.rem(x, jnp.broadcast_to(by, x.shape))

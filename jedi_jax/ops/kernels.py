@@ -1,10 +1,10 @@
 """GPU kernels of the networks' small operations, in Pallas.
 
-They are group norm with gain, shift and SiLU, and self-attention; `ops.fused_convolution` has a third. XLA makes
-several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function has a kernel for its
-value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is 'pallas', or 'interpret' for the
-same kernels evaluated by XLA on any device, slowly. The reference of group norm is Flax's `GroupNorm`, of attention
-`attention_reference`.
+They are group norm with gain, shift and SiLU, and self-attention; `ops.fused_convolution` and `ops.fused_blocks` have
+two more. XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function
+here has a kernel for its value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is
+'pallas', or 'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is
+Flax's `GroupNorm`, of attention `attention_reference`.
 """
 
 import functools
@@ -284,6 +284,14 @@ def _attention_backward(heads: int, kernels: str, qkv: Array, cotangent: Array) 
 
 attention.defvjp(_attention_forward, _attention_backward)
 
+
+def attention_weights(query: Array, key: Array, real: Array, scale: float) -> Array:
+  """Returns the float32 softmax of the scaled products of queries [P, W] with those keys [P, W] that are `real` [P]."""
+  logits = jnp.where(real[None], product(query, key.T) * scale, -1e30)
+  weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
+  return weights / jnp.sum(weights, axis=1)[:, None]
+
+
 _MIN_PRODUCT = 16
 """Smallest side of a matrix that a GPU's matrix units take."""
 
@@ -313,9 +321,7 @@ class _Head:
 
   def weights(self) -> Array:
     """Returns the float32 attention of each query to each key, [P, P]; rows of padding are not zero."""
-    logits = jnp.where(self._real[None], product(self.query, self.key.T) * self.scale, -1e30)
-    weights = jnp.exp(logits - jnp.max(logits, axis=1)[:, None])
-    return weights / jnp.sum(weights, axis=1)[:, None]
+    return attention_weights(self.query, self.key, self._real, self.scale)
 
   def load(self, ref: Any, start: int) -> Array:
     """Loads this head's columns of the array that starts at column `start`."""
@@ -380,6 +386,12 @@ def store(ref: Any, value: Array, mask: Array) -> None:
   from jax.experimental.pallas import triton
 
   triton.store(ref, value.astype(ref.dtype), mask=mask)
+
+
+def divide(x: Array, divisor: int) -> tuple[Array, Array]:
+  """Returns quotient and remainder of integers that are not negative."""
+  by = jnp.asarray(divisor, x.dtype)
+  return jax.lax.div(x, jnp.broadcast_to(by, x.shape)), jax.lax.rem(x, jnp.broadcast_to(by, x.shape))
 
 
 def side(size: int) -> int:

@@ -250,6 +250,37 @@ def test_kernels_of_our_own_and_joint_layers_change_nothing(name):
       np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+def calls(function, *arguments):
+  """How many kernels of our own a function calls."""
+  return str(jax.make_jaxpr(function)(*arguments)).count("pallas_call[")
+
+
+# Levels with and without attention, and two that are not joined: of other widths, and with down-sampling.
+@pytest.mark.parametrize(
+  ("changes", "joined"),
+  [
+    ({"attention": (False, False)}, True),
+    ({"attention": (True, False)}, True),
+    ({"channels": (8, 16)}, False),
+    ({"downsample": True}, False),
+  ],
+)
+def test_residual_blocks_of_one_width_are_one_kernel_and_change_nothing(changes, joined):
+  network, arguments = reward_end()
+  network = network.clone(depths=(2, 1), **changes)
+  params = blocks.init_params(network, jax.random.key(0), *arguments)
+  params = jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), params)  # Kernels that start as zeros, too.
+  own = network.clone(compute=Compute(kernels="interpret", fused_convolution=True))
+  prepared = own.prepare(params)
+  assert ("chain" in prepared) == joined
+  actual, expected = (
+    jit(each.apply)({"params": given}, *arguments) for each, given in ((own, prepared), (network, params))
+  )
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+  assert (calls(own.apply, {"params": prepared}, *arguments) == 2) == joined  # With that of the first convolution.
+
+
 @pytest.mark.parametrize("name", ["inner", "reward_end"])
 def test_gradients_through_kernels_of_our_own_and_joint_layers_are_the_same(name):
   network, arguments = NETWORKS[name]()

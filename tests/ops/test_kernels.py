@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jedi_jax.ops import fused_convolution, images, kernels
+from jedi_jax.nn import blocks, chain
+from jedi_jax.ops import fused_blocks, fused_convolution, images, kernels
 from jedi_jax.ops.fused_convolution import Skip
 from jedi_jax.ops.kernels import GroupNormSettings
+from jedi_jax.types import Compute
 
 MODE = "pallas" if kernels.runs_here() else "interpret"
 
@@ -132,6 +134,84 @@ def test_two_programs_of_a_convolution_fit_a_small_multiprocessor(positions, gro
   assert (stages - 1) * bytes_of_a_round <= 49 * 2**10 or stages == 2  # Triton keeps one round less than stages there.
 
 
+def chain_of_blocks(shape, attention, dtype=jnp.float32):
+  """Random parameters of `residual_blocks` with what follows them; and what the blocks of the networks make of `x`."""
+  channels, start = shape[-1], 5
+  x, affine = (
+    normal(*shape, dtype=dtype),
+    normal(shape[0], start + 4 * channels * len(attention), seed=1, dtype=dtype) / 4,
+  )
+  compute = Compute(jnp.dtype(dtype), kernels="pallas", fused_convolution=True)
+  plan = [chain.Block(f"block_{i}", channels, attends) for i, attends in enumerate(attention)]
+  modules = [blocks.ResidualBlock(features=channels, attention=block.attention, compute=Compute()) for block in plan]
+  keys = jax.random.split(jax.random.key(0), len(plan))
+  condition = blocks.Condition(normal(shape[0], 3))
+  params = {
+    block.name: jax.tree.map(
+      lambda x: x + normal(*x.shape) / 8, blocks.init_params(module, key, x.astype(jnp.float32), condition)
+    )
+    for block, module, key in zip(plan, modules, keys, strict=True)
+  }
+  joined = chain.join(blocks.prepare(params, compute), plan, compute)["chain"]
+  expected = x.astype(jnp.float32)
+  for i, (block, module) in enumerate(zip(plan, modules, strict=True)):
+    starts = tuple(((norm,), start + 2 * channels * (2 * i + at)) for at, norm in enumerate(("norm_1", "norm_2")))
+    condition = blocks.Condition(normal(shape[0], 3), affine.astype(jnp.float32), starts)
+    expected = blocks.apply(module, params[block.name], expected, condition)
+  arguments = {"start": start, "heads": blocks.heads(channels), "epsilon": blocks.GROUP_NORM_EPSILON, "mode": MODE}
+  return (x, joined, affine, attention), arguments, expected
+
+
+# Three heads, sides and channels that are no powers of two; four heads; attention in the middle, everywhere, nowhere.
+@pytest.mark.parametrize(
+  ("shape", "attention"),
+  [
+    ((2, 5, 7, 24), (False, True, False, True)),
+    ((1, 8, 8, 32), (False, True, True)),
+    ((3, 10, 10, 16), (True,)),
+    ((2, 4, 4, 8), (False, False)),
+  ],
+)
+def test_residual_blocks_in_one_kernel(shape, attention):
+  with jax.default_matmul_precision("highest"):
+    arguments, settings, expected = chain_of_blocks(shape, attention)
+  assert fused_blocks.fits(arguments[0])
+  np.testing.assert_allclose(fused_blocks.residual_blocks(*arguments, **settings), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_residual_blocks_in_bfloat16_agree_with_those_of_float32():
+  arguments, settings, expected = chain_of_blocks((2, 8, 8, 32), (False, False, True), jnp.bfloat16)
+  value = fused_blocks.residual_blocks(*arguments, **settings)
+  assert value.dtype == jnp.bfloat16
+  assert jnp.linalg.norm(value.astype(jnp.float32) - expected) / jnp.linalg.norm(expected) < 1e-2
+
+
+def test_residual_blocks_of_packed_runs_are_those_of_each():
+  (x, joined, affine, attention), settings, _ = chain_of_blocks((2, 4, 4, 16), (False, True))
+  runs = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x, -x]), (x, joined, affine))
+  together = jax.vmap(lambda *run: fused_blocks.residual_blocks(*run, attention, **settings))(*runs)
+  for i in range(3):
+    run = jax.tree.map(lambda x, i=i: x[i], runs)
+    alone = fused_blocks.residual_blocks(*run, attention, **settings)
+    np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_residual_blocks_that_do_not_fit_together_are_refused():
+  (x, joined, affine, attention), settings, _ = chain_of_blocks((2, 4, 4, 16), (False, True))
+  for arguments, match in (
+    ((x[..., :8], joined, affine, attention), "parameters"),
+    ((x, joined, affine, (True,)), "parameters"),
+    ((x, joined, affine[:1], attention), "affine"),
+    ((x, joined, affine[:, 1:], attention), "affine"),
+    ((x, joined, affine, (False, False)), "attention"),
+    ((x, joined._replace(attention=None), affine, attention), "attention"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      fused_blocks.residual_blocks(*arguments, **settings)
+  with pytest.raises(ValueError, match="3 heads"):
+    fused_blocks.residual_blocks(x, joined, affine, attention, **{**settings, "heads": 3})
+
+
 def test_convolutions_of_packed_runs_are_those_of_each():
   x, kernel, bias = normal(3, 2, 4, 4, 20), normal(3, 180, 16), normal(3, 16)
   settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
@@ -166,6 +246,8 @@ def test_what_does_not_fit():
   assert not kernels.fits_group_norm(jnp.zeros((1, 64, 64, 32)), 32)
   assert fused_convolution.fits_convolution(jnp.zeros((1, 16, 16, 64)), 32)
   assert not fused_convolution.fits_convolution(jnp.zeros((1, 32, 32, 64)), 32)
+  assert fused_blocks.fits(jnp.zeros((1, 10, 10, 32)))
+  assert not fused_blocks.fits(jnp.zeros((1, 16, 16, 32)))
   assert kernels.fits_attention(jnp.zeros((1, 10, 10, 8)))
   assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
 
