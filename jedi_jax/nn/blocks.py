@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jedi_jax.ops import fused_convolution, images, kernels
+from jedi_jax.ops import fused_attention, fused_convolution, images, kernels
 from jedi_jax.types import Compute, Params
 
 Array = jax.Array
@@ -52,8 +52,9 @@ def prepare(params: Params, compute: Compute) -> Params:
   """Prepares the parameters of a network for a loop that evaluates it many times without a gradient.
 
   Kernels, and the biases beside them, are cast to the dtype in which layers use them. For `compute.kernels` other than
-  'xla' what several layers can share is joined: see `Condition` and `FusedGroupNorm`. With `compute.fused_convolution`
-  the kernels of 3 x 3 convolutions are also given as `fused_convolution.convolution` takes them.
+  'xla' what several layers can share is joined: see `Condition`, `FusedGroupNorm` and `Lstm`. With
+  `compute.fused_convolution` the kernels of 3 x 3 convolutions are also given as `fused_convolution.convolution` takes
+  them.
   """
 
   def cast(tree: Any) -> Any:
@@ -68,6 +69,9 @@ def prepare(params: Params, compute: Compute) -> Params:
     joined = {"affine": jnp.concatenate([tree["scale"], tree["bias"]])} if "scale" in tree else {}
     if compute.fused_convolution and getattr(tree.get("kernel"), "ndim", 0) == 4:
       joined["fused"] = tree["kernel"].reshape(-1, tree["kernel"].shape[-1])
+    if "kernel_hh" in tree:
+      joined["joint_kernel"] = jnp.concatenate([tree["kernel_ih"], tree["kernel_hh"]])
+      joined["joint_bias"] = tree["bias_ih"] + tree["bias_hh"]
     return {**{name: join(value) for name, value in tree.items()}, **joined}
 
   params = cast(params)
@@ -335,16 +339,18 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, *, normalised: bool = False) -> Array:
-    """Attends; `normalised` says that `x` has gone through the group norm already."""
+    """Attends; `normalised` says that `x` has gone through the group norm, and that no gradient is needed."""
     batch, height, width, channels = x.shape
     dtype = self.compute.dtype
     if not normalised:
       x = group_norm(x, compute=self.compute, name="norm")
-    h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
-    if self.compute.kernels != "xla" and kernels.fits_attention(x):
-      h = kernels.attention(h, heads(channels), self.compute.kernels)
+    own, mode = kernels.fits_attention(x) and self.compute.kernels != "xla", self.compute.kernels
+    if own and normalised:
+      qkv = self.variables["params"]["qkv"]
+      h = fused_attention.attention(x, qkv["kernel"], qkv["bias"], heads(channels), mode)
     else:
-      h = kernels.attention_reference(h, heads(channels))
+      h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
+      h = kernels.attention(h, heads(channels), mode) if own else kernels.attention_reference(h, heads(channels))
     zeros = nn.initializers.zeros_init()
     out = nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=dtype)
     return x + out(h.reshape(batch, height, width, channels))

@@ -47,6 +47,8 @@ class Lstm(nn.Module):
     kernel_hh = self.param("kernel_hh", nn.initializers.orthogonal(column_axis=0), (self.width, gates))
     bias_ih = self.param("bias_ih", _forget_gate_one, (gates,))
     bias_hh = self.param("bias_hh", nn.initializers.zeros_init(), (gates,))
+    if inputs.shape[1] == 1 and keep is None and self.has_variable("params", "joint_kernel"):
+      return self._one_step(inputs[:, 0], state)
     projected = jnp.dot(inputs.astype(self.dtype), kernel_ih.astype(self.dtype), preferred_element_type=jnp.float32) + (
       bias_ih + bias_hh
     )
@@ -54,6 +56,25 @@ class Lstm(nn.Module):
     fallback = zero_lstm_state(inputs.shape[0], self.width) if fallback is None else fallback
     hidden, state = _recur(self.dtype, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
     return jnp.moveaxis(hidden, 0, 1), state
+
+  def _one_step(self, inputs: Array, state: LstmState) -> tuple[Array, LstmState]:
+    """One step in one matrix product, with the joint kernel and bias of `blocks.prepare`."""
+    kernel, bias = (self.get_variable("params", name) for name in ("joint_kernel", "joint_bias"))
+    both = jnp.concatenate([inputs.astype(self.dtype), state.hidden.astype(self.dtype)], axis=-1)
+    gates = _gates(jnp.dot(both, kernel.astype(self.dtype), preferred_element_type=jnp.float32) + bias)
+    state = _advance(gates, state.cell)
+    return state.hidden[:, None], state
+
+
+def _gates(total: Array) -> tuple[Array, ...]:
+  i, f, g, o = jnp.split(total, 4, axis=-1)
+  return nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
+
+
+def _advance(gates: tuple[Array, ...], cell: Array) -> LstmState:
+  i, f, g, o = gates
+  cell = f * cell + i * g
+  return LstmState(o * jnp.tanh(cell), cell)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -83,13 +104,10 @@ def _forward(
 
   def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, tuple[Array, Array]]:
     projection, kept = xs
-    total = projection + jnp.dot(carry.hidden.astype(dtype), recurrent, preferred_element_type=jnp.float32)
-    i, f, g, o = jnp.split(total, 4, axis=-1)
-    i, f, g, o = nn.sigmoid(i), nn.sigmoid(f), jnp.tanh(g), nn.sigmoid(o)
-    cell = f * carry.cell + i * g
-    hidden = o * jnp.tanh(cell)
-    saved = jnp.concatenate([cell, i, f, g, o], axis=-1)  # For the gradient only.
-    return _blend(LstmState(hidden, cell), kept, fallback), (hidden, saved)
+    gates = _gates(projection + jnp.dot(carry.hidden.astype(dtype), recurrent, preferred_element_type=jnp.float32))
+    state = _advance(gates, carry.cell)
+    saved = jnp.concatenate([state.cell, *gates], axis=-1)  # For the gradient only.
+    return _blend(state, kept, fallback), (state.hidden, saved)
 
   if len(projected) == 1:  # As in imagination and acting, without a loop.
     after, one = step(state, (projected[0], keep[0]))

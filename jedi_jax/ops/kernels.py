@@ -1,10 +1,10 @@
 """GPU kernels of the networks' small operations, in Pallas.
 
-They are group norm with gain, shift and SiLU, and self-attention; `ops.fused_convolution` and `ops.fused_blocks` have
-two more. XLA makes several kernels of each; on latents of 8 x 8 a launch costs more than the arithmetic. Each function
-here has a kernel for its value and one for its gradient. Sums are float32 whatever the inputs are. `kernels` is
-'pallas', or 'interpret' for the same kernels evaluated by XLA on any device, slowly. The reference of group norm is
-Flax's `GroupNorm`, of attention `attention_reference`.
+They are group norm with gain, shift and SiLU, and self-attention; `ops.fused_convolution`, `ops.fused_attention` and
+`ops.fused_blocks` have three more, without gradients. XLA makes several kernels of each; on latents of 8 x 8 a launch
+costs more than the arithmetic. Each function here has a kernel for its value and one for its gradient. Sums are float32
+whatever the inputs are. `kernels` is 'pallas', or 'interpret' for the same kernels evaluated by XLA on any device,
+slowly. The reference of group norm is Flax's `GroupNorm`, of attention `attention_reference`.
 """
 
 import functools

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from plain_layers import normal, random_params, sigmoid
 
+from jedi_jax.nn import blocks
 from jedi_jax.nn.lstm import Lstm, zero_lstm_state
-from jedi_jax.types import LstmState
+from jedi_jax.types import Compute, LstmState
 
 
 def lstm(inputs, state, keep, params):
@@ -80,6 +81,15 @@ def test_single_steps_and_the_scan_give_the_same(lstm_case, with_keep):
     np.testing.assert_allclose(output[:, 0], outputs[:, t], rtol=1e-5, atol=1e-6)
   for actual, expected in zip(state, after, strict=True):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_with_joint_parameters_is_the_same(lstm_case):
+  module, params, inputs, state = lstm_case
+  prepared = blocks.prepare(params, Compute(kernels="interpret"))
+  assert prepared["joint_kernel"].shape == (8, 20)
+  expected, actual = (module.apply({"params": given}, inputs[:, :1], state) for given in (params, prepared))
+  for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
 def test_the_gradient_of_the_lstm_is_that_of_its_steps(lstm_case):

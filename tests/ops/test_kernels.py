@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jedi_jax.nn import blocks, chain
-from jedi_jax.ops import fused_blocks, fused_convolution, images, kernels
+from jedi_jax.ops import fused_attention, fused_blocks, fused_convolution, images, kernels
 from jedi_jax.ops.fused_convolution import Skip
 from jedi_jax.ops.kernels import GroupNormSettings
 from jedi_jax.types import Compute
@@ -75,6 +75,18 @@ def test_attention_and_its_gradient(positions, channels, heads):
     expected, expected_gradients = with_gradients(reference, qkv)
   np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(gradients[0], expected_gradients[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("shape", "heads"), [((2, 8, 8, 48), 6), ((3, 5, 7, 20), 2), ((1, 10, 10, 12), 1)])
+def test_attention_with_its_first_layer(shape, heads):
+  x, kernel, bias = normal(*shape), normal(shape[-1], 3 * shape[-1]) / 4, normal(3 * shape[-1])
+  value = fused_attention.attention(x, kernel, bias, heads, MODE)
+  with jax.default_matmul_precision("highest"):
+    expected = kernels.attention_reference(kernels.flat(x @ kernel + bias), heads)
+  np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
+  narrow = fused_attention.attention(*(y.astype(jnp.bfloat16) for y in (x, kernel, bias)), heads, MODE)
+  assert narrow.dtype == jnp.bfloat16
+  assert jnp.linalg.norm(narrow.astype(jnp.float32) - expected) / jnp.linalg.norm(expected) < 2e-2
 
 
 def test_gradients_in_bfloat16_agree_with_those_of_float32():
@@ -271,6 +283,9 @@ def test_shapes_that_do_not_fit_together_are_refused():
   for affine in (None, jnp.zeros((2, 64)), jnp.zeros((3, 63))):
     with pytest.raises(ValueError, match="affine"):
       fused_convolution.convolution(x, layer, 32, MODE, norm=settings, affine=affine)
+  for kernel, heads in ((jnp.zeros((64, 192)), 5), (jnp.zeros((48, 192)), 4)):
+    with pytest.raises(ValueError, match="heads do not fit"):
+      fused_attention.attention(x, kernel, jnp.zeros(192), heads, MODE)
   with pytest.raises(ValueError, match="5 heads do not divide"):
     kernels.attention(jnp.zeros((2, 16, 48)), 5, MODE)
 
