@@ -11,8 +11,9 @@ mapped over the kernels of these runs, and the times are those of all of them; t
 convolution_packed_<platform>.json.
 
 --kernel times the GPU kernel of convolution, group norm and SiLU in bfloat16, by how many input channels it takes at a
-time and by Triton's number of stages, beside XLA's convolution. The result is written to
-benchmarks/results/convolution_kernel_<platform>.json.
+time and by Triton's number of stages, beside XLA's convolution. It also times a step of the reward / end model with
+XLA's convolutions and group norms, with kernels of our own, and with one kernel of all its residual blocks. The result
+is written to benchmarks/results/convolution_kernel_<platform>.json.
 """
 
 import contextlib
@@ -25,10 +26,12 @@ import record
 from absl import flags
 
 from jedi_jax.errors import UserError
-from jedi_jax.nn import blocks
+from jedi_jax.models.reward_end import reward_end_model
+from jedi_jax.nn import blocks, chain
 from jedi_jax.ops import fused_convolution, kernels
 from jedi_jax.ops.images import conv3x3, resolve_convolution
 from jedi_jax.runs import program
+from jedi_jax.types import Compute
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timed calls.", lower_bound=1)
 _LOOP = flags.DEFINE_integer("loop", 2, "Iterations of the compiled loop in one call.", lower_bound=1)
@@ -105,6 +108,9 @@ def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (256, 8, 160))) -
       rows.append({**row, "channels": at_a_time, "stages": stages})
       with _constants(at_a_time, stages):
         loops.append(_kernel_loop(x, mode))
+  for kind in ("XLA", "several kernels", "one kernel"):
+    rows.append({"shape": f"reward / end model, {kind}"})
+    loops.append(_reward_end_loop(mode, kind, *shapes[0][:2]))
   found = record.in_turn([{"time": loop} for loop in loops], repeats=_REPEATS.value)
   for row, times in zip(rows, found, strict=True):
     row["time"] = [seconds / _LOOP.value for seconds in times["time"]]
@@ -144,6 +150,26 @@ def _kernel_loop(x, mode: str, *, fused: bool = True):
   loop = jax.jit(lambda x: jax.lax.fori_loop(0, _LOOP.value, lambda _, x: convolve(x), x))
   compiled = loop.lower(x).compile()
   return lambda: jax.block_until_ready(compiled(x))
+
+
+def _reward_end_loop(mode: str, kind: str, batch: int, size: int):
+  """Returns a compiled loop of steps of the paper's reward / end model on latents."""
+  compute = Compute(jnp.bfloat16, kernels="xla" if kind == "XLA" else mode, fused_convolution=True)
+  model = reward_end_model((size, size, 16), num_actions=4, compute=compute)
+  params = model.prepare(model.init(jax.random.key(0)))
+  if kind == "several kernels":
+    del params[chain.JOINED]
+  latents = jax.random.normal(jax.random.key(1), (batch, 1, size, size, 16))
+  actions = jnp.zeros((batch, 1), jnp.int32)
+
+  def step(_, state):
+    reward_logits, _, state = model.predict(params, latents, actions, latents, state)
+    return state._replace(cell=state.cell + 1e-6 * jnp.sum(reward_logits))  # Nothing is left out.
+
+  loop = jax.jit(lambda state: jax.lax.fori_loop(0, _LOOP.value, step, state))
+  state = model.initial_state(batch)
+  compiled = loop.lower(state).compile()
+  return lambda: jax.block_until_ready(compiled(state))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class ActorCriticNetwork(nn.Module):
       x = x.reshape(batch * time, *x.shape[2:])
       x = EncoderNetwork(self.channels, self.downsample, compute=self.compute, name="encoder")(x)
     x = x.reshape(batch, time, -1)
-    hidden, state = Lstm(self.lstm_width, dtype=self.compute.dtype, name="lstm")(x, state, keep, fallback)
+    hidden, state = Lstm(self.lstm_width, self.compute, name="lstm")(x, state, keep, fallback)
     zeros = nn.initializers.zeros_init()
     logits = nn.Dense(self.num_actions, kernel_init=zeros, name="actor")(hidden)
     values = nn.Dense(1, kernel_init=zeros, name="critic")(hidden)[..., 0]

@@ -13,7 +13,7 @@ from jedi_jax.types import Compute, Params
 
 Array = jax.Array
 
-_CHAIN = "chain"
+JOINED = "chain"
 """Name of the joined parameters among those that `join` adds to."""
 
 
@@ -56,12 +56,12 @@ def join(params: Params, chain: Sequence[Block], compute: Compute) -> Params:
     if attention
     else None,
   )
-  return {_CHAIN: joined}
+  return {JOINED: joined}
 
 
 def apply(network: nn.Module, chain: Sequence[Block], x: Array, condition: blocks.Condition) -> Array | None:
   """Applies the blocks of `network`, which this is called by, to `x`; None if they are not joined or do not fit."""
-  joined: Any = network.get_variable("params", _CHAIN)
+  joined: Any = network.get_variable("params", JOINED)
   if joined is None or condition.joint is None or not fused_blocks.fits(x):
     return None
   width, starts = x.shape[-1], dict(condition.starts)

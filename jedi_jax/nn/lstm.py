@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jedi_jax.nn import blocks
-from jedi_jax.types import LstmState
+from jedi_jax.types import Compute, LstmState
 
 Array = jax.Array
 
@@ -23,7 +23,7 @@ class Lstm(nn.Module):
   """
 
   width: int
-  dtype: Any = jnp.float32
+  compute: Compute = Compute()
 
   @nn.compact
   def __call__(
@@ -49,21 +49,27 @@ class Lstm(nn.Module):
     bias_hh = self.param("bias_hh", nn.initializers.zeros_init(), (gates,))
     if inputs.shape[1] == 1 and keep is None and self.has_variable("params", "joint_kernel"):
       return self._one_step(inputs[:, 0], state)
-    projected = jnp.dot(inputs.astype(self.dtype), kernel_ih.astype(self.dtype), preferred_element_type=jnp.float32) + (
-      bias_ih + bias_hh
-    )
+    dtype = self.compute.dtype
+    projected = jnp.dot(inputs.astype(dtype), kernel_ih.astype(dtype), preferred_element_type=jnp.float32)
+    projected += bias_ih + bias_hh
     keep = jnp.ones(inputs.shape[:2]) if keep is None else keep.astype(jnp.float32)
     fallback = zero_lstm_state(inputs.shape[0], self.width) if fallback is None else fallback
-    hidden, state = _recur(self.dtype, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
+    hidden, state = _recur(self.compute, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
     return jnp.moveaxis(hidden, 0, 1), state
 
   def _one_step(self, inputs: Array, state: LstmState) -> tuple[Array, LstmState]:
     """One step in one matrix product, with the joint kernel and bias of `blocks.prepare`."""
-    kernel, bias = (self.get_variable("params", name) for name in ("joint_kernel", "joint_bias"))
-    both = jnp.concatenate([inputs.astype(self.dtype), state.hidden.astype(self.dtype)], axis=-1)
-    gates = _gates(jnp.dot(both, kernel.astype(self.dtype), preferred_element_type=jnp.float32) + bias)
+    kernel: Array = self.get_variable("params", "joint_kernel")
+    bias: Array = self.get_variable("params", "joint_bias")
+    both = jnp.concatenate([x.astype(self.compute.dtype) for x in (inputs, state.hidden)], axis=-1)
+    gates = _gates(jnp.dot(both, kernel.astype(both.dtype), preferred_element_type=jnp.float32) + bias)
     state = _advance(gates, state.cell)
     return state.hidden[:, None], state
+
+
+def _unroll(compute: Compute) -> int:
+  """Returns how many steps a round of the compiled loop has; on a GPU rounds cost launches."""
+  return 1 if compute.kernels == "xla" else 4
 
 
 def _gates(total: Array) -> tuple[Array, ...]:
@@ -79,12 +85,12 @@ def _advance(gates: tuple[Array, ...], cell: Array) -> LstmState:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(
-  dtype: Any, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+  compute: Compute, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
 ) -> tuple[Array, LstmState]:
   """Runs the recurrence; its gradient is written out, so that a step saves two arrays and the kernel's is one product.
 
   Args:
-    dtype: of the products.
+    compute: how the products are computed.
     projected: [T, B, 4 D] what inputs and biases add to the gates.
     kernel: [D, 4 D], of the hidden state.
     state: before the first step.
@@ -94,12 +100,13 @@ def _recur(
   Returns:
     Hidden states [T, B, D], before `keep` applies, and the state after the last step.
   """
-  return _forward(dtype, projected, kernel, state, keep, fallback)[0]
+  return _forward(compute, projected, kernel, state, keep, fallback)[0]
 
 
 def _forward(
-  dtype: Any, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+  compute: Compute, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
 ) -> tuple[tuple[Array, LstmState], tuple[Any, ...]]:
+  dtype, unroll = compute.dtype, _unroll(compute)
   recurrent = kernel.astype(dtype)
 
   def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, tuple[Array, Array]]:
@@ -113,17 +120,18 @@ def _forward(
     after, one = step(state, (projected[0], keep[0]))
     hidden, saved = jax.tree.map(lambda x: x[None], one)
   else:
-    after, (hidden, saved) = lax.scan(step, state, (projected, keep))
+    after, (hidden, saved) = lax.scan(step, state, (projected, keep), unroll=unroll)
   return (hidden, after), (hidden, saved, kernel, state, keep, fallback)
 
 
 def _backward(
-  dtype: Any, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
+  compute: Compute, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
 ) -> tuple[Array, Array, LstmState, Array, LstmState]:
   hidden, saved, kernel, state, keep, fallback = residuals
   cell, i, f, g, o = jnp.split(saved, 5, axis=-1)
   before = _blend(LstmState(hidden[:-1], cell[:-1]), keep[:-1], fallback)
   before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, before)
+  dtype, unroll = compute.dtype, _unroll(compute)
   recurrent = kernel.astype(dtype)
   squashed = jnp.tanh(cell)
   # What each gate's gradient takes from the cell's and, last, from the hidden state's.
@@ -141,7 +149,7 @@ def _backward(
 
   of_hiddens, of_after = cotangents
   xs = (of_hiddens, keep, jnp.moveaxis(into_gates, 1, 0), into_cell, f)
-  of_state, (of_gates, lost) = lax.scan(step, of_after, xs, reverse=True)
+  of_state, (of_gates, lost) = lax.scan(step, of_after, xs, reverse=True, unroll=unroll)
   of_kernel = jnp.einsum(
     "tbi,tbj->ij", before.hidden.astype(dtype), of_gates.astype(dtype), preferred_element_type=jnp.float32
   )

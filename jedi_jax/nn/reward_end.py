@@ -72,7 +72,7 @@ class RewardEndNetwork(nn.Module, kw_only=True):
       for name, features, attention in own:
         x = blocks.ResidualBlock(features=features, attention=attention, compute=self.compute, name=name)(x, condition)
     x = x.reshape(batch, time, -1)
-    hidden, state = Lstm(self.lstm_width, dtype=self.compute.dtype, name="lstm")(x, state)
+    hidden, state = Lstm(self.lstm_width, self.compute, name="lstm")(x, state)
     h = nn.silu(blocks.dense(self.lstm_width, self.lstm_width, name="head_0", dtype=self.compute.dtype)(hidden))
     logits = blocks.dense(5, self.lstm_width, name="head_1", dtype=self.compute.dtype, use_bias=False)(h).astype(
       jnp.float32

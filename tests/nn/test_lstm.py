@@ -92,9 +92,11 @@ def test_a_step_with_joint_parameters_is_the_same(lstm_case):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
 
 
-def test_the_gradient_of_the_lstm_is_that_of_its_steps(lstm_case):
+@pytest.mark.parametrize("kernels", ["xla", "interpret"])
+def test_the_gradient_of_the_lstm_is_that_of_its_steps(lstm_case, kernels):
   """Automatic differentiation of a plain recurrence, for parameters, inputs, state and fallback."""
   module, params, inputs, state = lstm_case
+  module = module.clone(compute=Compute(kernels=kernels))
   keep = jnp.asarray([[1.0, 0.0, 1.0, 0.5], [0.0, 1.0, 1.0, 1.0]])
   fallback = LstmState(normal((2, 5), seed=3), normal((2, 5), seed=4))
 
@@ -135,7 +137,7 @@ def test_the_gradient_of_the_lstm_under_bfloat16_and_vmap(lstm_case, steps):
 
   def gradient(dtype):
     def loss(params):
-      outputs, after = Lstm(5, dtype=dtype).apply({"params": params}, inputs[:, :steps], state)
+      outputs, after = Lstm(5, Compute(dtype)).apply({"params": params}, inputs[:, :steps], state)
       return jnp.sum(jnp.sin(outputs)) + jnp.sum(after.cell)
 
     return jax.grad(loss)
@@ -158,7 +160,7 @@ def test_the_lstm_starts_with_open_forget_gates_and_an_orthogonal_recurrence():
 
 def test_the_lstm_keeps_a_float32_state_under_bfloat16(lstm_case):
   _, params, inputs, state = lstm_case
-  outputs, after = Lstm(5, dtype=jnp.bfloat16).apply({"params": params}, inputs, state)
+  outputs, after = Lstm(5, Compute(jnp.bfloat16)).apply({"params": params}, inputs, state)
   assert {x.dtype for x in (outputs, *after)} == {jnp.dtype(jnp.float32)}
   expected, _, _ = lstm(inputs, state, np.ones((2, 4)), params)
   np.testing.assert_allclose(outputs, expected, atol=3e-2)
