@@ -335,9 +335,10 @@ class PrecisionConfig:
   compute_dtype: str = setting("float32", "O", choices=("float32", "bfloat16"))
   """Format of activations and products; parameters, losses and group-norm statistics stay float32."""
   convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul", "pallas"))
-  """Lowering of 3 x 3 convolutions. 'pallas' convolves in imagination in one kernel with what follows, and elsewhere as
-  'lax' does. 'auto' is 'pallas' on GPUs with such kernels in bfloat16, 'matmul_gradient' on CPUs, and else 'lax'. What
-  that kernel does not convolve, packed runs convolve run by run in large batches, and as 'matmul' in small ones."""
+  """Lowering of 3 x 3 convolutions. With 'pallas', one kernel of imagination has a convolution and what follows, or all
+  residual blocks of a reward / end model of one width up to 63 channels; elsewhere it is 'lax'. 'auto' is 'pallas' on
+  GPUs with such kernels in bfloat16, 'matmul_gradient' on CPUs, and else 'lax'. What such a kernel does not convolve,
+  packed runs convolve run by run in large batches, and as 'matmul' in small ones."""
   kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
   """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs."""
 
