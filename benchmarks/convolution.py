@@ -109,8 +109,9 @@ def time_kernel(mode: str, shapes=((32, 8, 160), (32, 8, 320), (256, 8, 160))) -
       with _constants(at_a_time, stages):
         loops.append(_kernel_loop(x, mode))
   for kind in ("XLA", "several kernels", "one kernel"):
-    rows.append({"shape": f"reward / end model, {kind}"})
-    loops.append(_reward_end_loop(mode, kind, *shapes[0][:2]))
+    batch, size, _ = shapes[0]
+    rows.append({"shape": f"reward / end model, {batch} x {size} x {size} x 16: {kind}"})
+    loops.append(_reward_end_loop(mode, kind, batch, size))
   found = record.in_turn([{"time": loop} for loop in loops], repeats=_REPEATS.value)
   for row, times in zip(rows, found, strict=True):
     row["time"] = [seconds / _LOOP.value for seconds in times["time"]]
@@ -158,18 +159,22 @@ def _reward_end_loop(mode: str, kind: str, batch: int, size: int):
   model = reward_end_model((size, size, 16), num_actions=4, compute=compute)
   params = model.prepare(model.init(jax.random.key(0)))
   if kind == "several kernels":
-    del params[chain.JOINED]
+    del params[chain.PARAMS]
   latents = jax.random.normal(jax.random.key(1), (batch, 1, size, size, 16))
   actions = jnp.zeros((batch, 1), jnp.int32)
 
-  def step(_, state):
-    reward_logits, _, state = model.predict(params, latents, actions, latents, state)
-    return state._replace(cell=state.cell + 1e-6 * jnp.sum(reward_logits))  # Nothing is left out.
+  @jax.jit
+  def loop(params, latents, actions, state):
+    def step(_, carry):
+      latents, state = carry
+      reward_logits, _, state = model.predict(params, latents, actions, latents, state)
+      return latents + 1e-3 * jnp.mean(reward_logits), state  # The next step cannot begin before.
 
-  loop = jax.jit(lambda state: jax.lax.fori_loop(0, _LOOP.value, step, state))
-  state = model.initial_state(batch)
-  compiled = loop.lower(state).compile()
-  return lambda: jax.block_until_ready(compiled(state))
+    return jax.lax.fori_loop(0, _LOOP.value, step, (latents, state))
+
+  arguments = (params, latents, actions, model.initial_state(batch))
+  compiled = loop.lower(*arguments).compile()
+  return lambda: jax.block_until_ready(compiled(*arguments))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Counts the floating-point operations of matrix products and convolutions in a traced function.
 
 XLA's cost analysis counts the body of a loop once. The trace contains the length of each scan and the grid of each
-Pallas kernel, so this count includes all iterations and programs, and the padding of their blocks.
+Pallas kernel, so this count includes all iterations and programs, the padding of their blocks, and products that shift
+images.
 """
 
 import math

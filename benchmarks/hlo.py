@@ -216,11 +216,18 @@ def _flop(instruction: _Instruction, own: Mapping[str, _Instruction], computatio
   if "conv" in target or instruction.operation == "convolution":
     return _convolution_flop(instruction, own, target)
   if target.endswith("triton"):
-    # A kernel of ours multiplies an image [..., B, P, I] by matrices [..., rows, O] to [..., B, P, O].
+    # A kernel of ours multiplies images [..., B, P, I] by matrices [..., rows, O] to [..., B, P, O]. Those of queries,
+    # keys and values are [..., rows, 3 O], where rows is a multiple of O.
     result = _dims(instruction.shape)
     shapes = [_dims(own[name].shape) for name in instruction.operands]
-    rows = [shape[-2] for shape in shapes if len(shape) == len(result) - 1 and shape[-1:] == result[-1:]]
-    return 2 * math.prod(result) * sum(rows)
+    matrices = [shape[-2:] for shape in shapes if len(shape) == len(result) - 1]
+    outputs = result[-1]
+    factors = [
+      rows * columns // outputs
+      for rows, columns in matrices
+      if columns == outputs or (columns == 3 * outputs and rows % outputs == 0)
+    ]
+    return 2 * math.prod(result) * sum(factors)
   inside = _fused(instruction, computations)
   nested = (one for one in inside.values() if one.operation in ("dot", "convolution", "fusion"))
   return sum(_flop(one, inside, computations) for one in nested)

@@ -169,9 +169,10 @@ class Compute(NamedTuple):
   Attributes:
     dtype: of activations and products; parameters stay float32.
     lowering: of 3 x 3 convolutions; see `ops.images.conv3x3`.
-    kernels: of group norm and attention: 'xla', or see `ops.kernels`.
-    fused_convolution: whether `ops.fused_convolution` convolves where no gradient is needed and `kernels` is not
-      'xla'.
+    kernels: of group norm and attention: 'xla', or see `ops.kernels`. Other than 'xla', loops over time and joint
+      parameters also suit GPUs.
+    fused_convolution: whether larger kernels that contain convolutions are used where no gradient is needed and
+      `kernels` is not 'xla': `ops.fused_convolution`, `ops.fused_attention`, `ops.fused_blocks`.
   """
 
   dtype: Any = np.dtype("float32")

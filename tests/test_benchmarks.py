@@ -249,6 +249,20 @@ ENTRY %main (x: bf16[2,64,32], kernel: bf16[288,16], bias: f32[1,16]) -> bf16[2,
   assert kernel.flop == 2 * (2 * 64 * 16) * (288 + 1)
 
 
+def test_products_of_queries_keys_and_values_in_a_kernel_are_counted(benchmark_module):
+  text = """
+ENTRY %main (x: bf16[2,64,32], affine: bf16[2,96], qkv: bf16[32,96], bias: bf16[1,96]) -> bf16[2,64,32] {
+  %x = bf16[2,64,32]{2,1,0} parameter(0)
+  %affine = bf16[2,96]{1,0} parameter(1)
+  %qkv = bf16[32,96]{1,0} parameter(2)
+  %bias = bf16[1,96]{1,0} parameter(3)
+  ROOT %call.1 = bf16[2,64,32]{2,1,0} custom-call(%x, %affine, %qkv, %bias), custom_call_target="__gpu$xla.gpu.triton"
+}
+"""
+  [kernel] = benchmark_module("hlo").read(text)
+  assert kernel.flop == 2 * (2 * 64 * 32) * 96
+
+
 def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_module, gpu_program):
   hlo = benchmark_module("hlo")
   kernels = hlo.read(gpu_program)

@@ -335,12 +335,13 @@ class PrecisionConfig:
   compute_dtype: str = setting("float32", "O", choices=("float32", "bfloat16"))
   """Format of activations and products; parameters, losses and group-norm statistics stay float32."""
   convolution: str = setting("auto", "O", choices=("auto", "lax", "matmul_gradient", "matmul", "pallas"))
-  """Lowering of 3 x 3 convolutions. With 'pallas', one kernel of imagination has a convolution and what follows, or all
-  residual blocks of a reward / end model of one width up to 63 channels; elsewhere it is 'lax'. 'auto' is 'pallas' on
-  GPUs with such kernels in bfloat16, 'matmul_gradient' on CPUs, and else 'lax'. What such a kernel does not convolve,
-  packed runs convolve run by run in large batches, and as 'matmul' in small ones."""
+  """Lowering of 3 x 3 convolutions. With 'pallas', imagination has kernels of a convolution and what follows it, and
+  one of all residual blocks of a small reward / end model; elsewhere it is 'lax'. 'auto' is 'pallas' on GPUs with such
+  kernels in bfloat16, 'matmul_gradient' on CPUs, and else 'lax'. What such kernels do not convolve, packed runs
+  convolve run by run in large batches, and as 'matmul' in small ones."""
   kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
-  """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs."""
+  """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs. With
+  'pallas' the steps of LSTMs are also grouped as suits a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Initialisation of networks, and the layers and blocks that they share.
+"""Parameters of networks, and the layers and blocks that they share.
 
 Layout and initialisation follow DIAMOND (arXiv:2405.12399, appendix; PyTorch's defaults), so that its checkpoints can
 be loaded. Activations have the module's `dtype`; parameters and the statistics of group norm are float32.
@@ -7,20 +7,20 @@ be loaded. Activations have the module's `dtype`; parameters and the statistics 
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jedi_jax.nn import initializers
 from jedi_jax.ops import fused_attention, fused_convolution, images, kernels
 from jedi_jax.types import Compute, Params
 
 Array = jax.Array
-Initializer = Callable[..., Array]
 
 GROUP_SIZE = 32
 """Channels per group of group norm; narrower inputs have one group."""
@@ -49,7 +49,7 @@ def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
 
 
 def prepare(params: Params, compute: Compute) -> Params:
-  """Prepares the parameters of a network for a loop that evaluates it many times without a gradient.
+  """Prepares the parameters of a network for a loop that evaluates it many times; they cannot be differentiated.
 
   Kernels, and the biases beside them, are cast to the dtype in which layers use them. For `compute.kernels` other than
   'xla' what several layers can share is joined: see `Condition`, `FusedGroupNorm` and `Lstm`. With
@@ -69,7 +69,7 @@ def prepare(params: Params, compute: Compute) -> Params:
     joined = {"affine": jnp.concatenate([tree["scale"], tree["bias"]])} if "scale" in tree else {}
     if compute.fused_convolution and getattr(tree.get("kernel"), "ndim", 0) == 4:
       joined["fused"] = tree["kernel"].reshape(-1, tree["kernel"].shape[-1])
-    if "kernel_hh" in tree:
+    if {"kernel_ih", "kernel_hh", "bias_ih", "bias_hh"} <= tree.keys():  # Those of `Lstm`.
       joined["joint_kernel"] = jnp.concatenate([tree["kernel_ih"], tree["kernel_hh"]])
       joined["joint_bias"] = tree["bias_ih"] + tree["bias_hh"]
     return {**{name: join(value) for name, value in tree.items()}, **joined}
@@ -86,9 +86,9 @@ _JOINT = "adaptive_norms"
 
 
 def _adaptive_norms(params: Params) -> list[tuple[tuple[str, ...], Params]]:
-  """Returns path and linear layer of each adaptive group norm, in the order in which they are joined."""
+  """Returns path and linear layer of each adaptive group norm, by name and number, as they are joined."""
   found: list[tuple[tuple[str, ...], Params]] = []
-  for name, tree in sorted(params.items()):
+  for name, tree in sorted(params.items(), key=lambda item: re.sub(r"\d+", lambda number: number[0].zfill(9), item[0])):
     if isinstance(tree, Mapping):
       found += [((), tree)] if name == "linear" else [((name, *path), own) for path, own in _adaptive_norms(tree)]
   return found
@@ -129,43 +129,15 @@ class Condition:
     return cls(value, value.astype(compute.dtype) @ kernel + bias, tuple(starts))
 
 
-def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype: Any, scale: float = 1.0) -> Array:
-  """Draws scaled random numbers by programs whose size is a power of four, so that shapes share a few compilations.
-
-  The first n numbers of a key do not depend on how many are drawn (`jax_threefry_partitionable`, JAX's default).
-  """
-  size = math.prod(shape)
-  padded = 4 ** max(7, ((size - 1).bit_length() + 1) // 2)
-  return jax.lax.slice(sampler(key, (padded,), dtype) * scale, (0,), (size,)).reshape(shape)
-
-
-def normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-  """Initialises an embedding: standard normal."""
-  return _draw(jax.random.normal, key, shape, dtype)
-
-
-def scaled_uniform(scale: float, fan: float) -> Initializer:
-  """Returns a uniform initialiser of mean 0 and variance scale / fan."""
-  bound = np.sqrt(np.float32(3) * np.float32(scale / fan))
-  sampler = functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0)
-  return lambda key, shape, dtype=jnp.float32: _draw(sampler, key, shape, dtype, bound)
-
-
-def fan_in_uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-  """Initialises a kernel: uniform in +-1 / sqrt(fan_in)."""
-  return scaled_uniform(1 / 3, math.prod(shape[:-1]))(key, shape, dtype)
-
-
-def bias_uniform(fan_in: int) -> Initializer:
-  """Returns the initialiser of a bias: uniform in +-1 / sqrt(fan_in), where `fan_in` is that of its kernel."""
-  sampler = functools.partial(jax.random.uniform, minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
-  return lambda key, shape, dtype=jnp.float32: _draw(sampler, key, shape, dtype)
-
-
 def dense(features: int, fan_in: int, *, name: str, dtype: Any, use_bias: bool = True) -> nn.Dense:
   """Returns a linear layer; on [B, H, W, C] it is a 1 x 1 convolution."""
   return nn.Dense(
-    features, use_bias=use_bias, kernel_init=fan_in_uniform, bias_init=bias_uniform(fan_in), name=name, dtype=dtype
+    features,
+    use_bias=use_bias,
+    kernel_init=initializers.fan_in_uniform,
+    bias_init=initializers.bias_uniform(fan_in),
+    name=name,
+    dtype=dtype,
   )
 
 
@@ -174,14 +146,14 @@ class Conv3x3(nn.Module):
 
   features: int
   stride: int = 1
-  kernel_init: Initializer = fan_in_uniform
+  kernel_init: initializers.Initializer = initializers.fan_in_uniform
   compute: Compute = Compute()
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     fan_in = 9 * x.shape[-1]
     kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
-    bias = self.param("bias", bias_uniform(fan_in), (self.features,))
+    bias = self.param("bias", initializers.bias_uniform(fan_in), (self.features,))
     x, kernel, bias = (value.astype(self.compute.dtype) for value in (x, kernel, bias))
     fused = _fused_layer(self.variables["params"], x) if self.stride == 1 else None
     if fused is not None:
@@ -338,19 +310,20 @@ class SelfAttention(nn.Module):
   compute: Compute = Compute()
 
   @nn.compact
-  def __call__(self, x: Array, *, normalised: bool = False) -> Array:
-    """Attends; `normalised` says that `x` has gone through the group norm, and that no gradient is needed."""
+  def __call__(self, x: Array, *, fused: bool = False) -> Array:
+    """Attends; `fused` says that `x` has gone through the group norm, and that no gradient is needed."""
     batch, height, width, channels = x.shape
     dtype = self.compute.dtype
-    if not normalised:
+    if not fused:
       x = group_norm(x, compute=self.compute, name="norm")
-    own, mode = kernels.fits_attention(x) and self.compute.kernels != "xla", self.compute.kernels
-    if own and normalised:
+    mode = self.compute.kernels
+    own_kernel = mode != "xla" and kernels.fits_attention(x)
+    if own_kernel and fused:
       qkv = self.variables["params"]["qkv"]
       h = fused_attention.attention(x, qkv["kernel"], qkv["bias"], heads(channels), mode)
     else:
       h = dense(3 * channels, channels, name="qkv", dtype=dtype)(x).reshape(batch, height * width, 3 * channels)
-      h = kernels.attention(h, heads(channels), mode) if own else kernels.attention_reference(h, heads(channels))
+      h = kernels.attention(h, heads(channels), mode) if own_kernel else kernels.attention_reference(h, heads(channels))
     zeros = nn.initializers.zeros_init()
     out = nn.Dense(channels, kernel_init=zeros, bias_init=zeros, name="out", dtype=dtype)
     return x + out(h.reshape(batch, height, width, channels))
@@ -364,7 +337,7 @@ class FourierFeatures(nn.Module):
   @nn.compact
   def __call__(self, x: Array) -> Array:
     # The frequencies are never trained: no gradient reaches them, and no weight decay.
-    frequencies = jax.lax.stop_gradient(self.param("frequencies", normal, (1, self.width // 2)))
+    frequencies = jax.lax.stop_gradient(self.param("frequencies", initializers.normal, (1, self.width // 2)))
     angles = 2 * jnp.pi * x[:, None] * frequencies  # A matrix product would be rounded to TF32 on a GPU.
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -431,7 +404,7 @@ class ResidualBlock(nn.Module, kw_only=True):
       return convolve(h, second, skip=skip)
     plain, affine = adaptive._replace(offset=0.0, silu=False, start=0), params["attention"]["norm"]["affine"]
     x = convolve(h, second, skip=skip, norm=plain, affine=affine[None])
-    return SelfAttention(self.compute, name="attention")(x, normalised=True)
+    return SelfAttention(self.compute, name="attention")(x, fused=True)
 
 
 class Downsample(nn.Module):

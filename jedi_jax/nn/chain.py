@@ -13,8 +13,8 @@ from jedi_jax.types import Compute, Params
 
 Array = jax.Array
 
-JOINED = "chain"
-"""Name of the joined parameters among those that `join` adds to."""
+PARAMS = "residual_chain"
+"""Name of the joined parameters of the blocks among those that networks are given."""
 
 
 class Block(NamedTuple):
@@ -25,29 +25,29 @@ class Block(NamedTuple):
   attention: bool
 
 
-def join(params: Params, chain: Sequence[Block], compute: Compute) -> Params:
-  """Returns what the parameters of a network need in addition for `apply`; nothing if it does not take the blocks.
+def join(params: Params, plan: Sequence[Block], compute: Compute) -> Params:
+  """Returns what `apply` takes beside the parameters of a network; empty if one kernel cannot have all of its blocks.
 
   Args:
     params: those of the network, as `blocks.prepare` returns them.
-    chain: its successive residual blocks, all at one resolution.
+    plan: its successive residual blocks, all at one resolution.
     compute: how it computes.
   """
-  own = [params[block.name] for block in chain]
-  width = chain[0].features
-  same = all(block.features == width for block in chain) and not any("skip" in block for block in own)
+  layers = [params[block.name] for block in plan]
+  width = plan[0].features
+  same = all(block.features == width for block in plan) and "skip" not in layers[0]
   if compute.kernels == "xla" or not compute.fused_convolution or not same or blocks.group_size(width) != width:
     return {}
 
-  def rows(layers: Sequence[Params], name: str) -> Array:
-    return jnp.concatenate([layer[name].reshape(-1, layer[name].shape[-1]) for layer in layers])
+  def rows(parts: Sequence[Params], name: str) -> Array:
+    return jnp.concatenate([part[name].reshape(-1, part[name].shape[-1]) for part in parts])
 
-  def layer(layers: Sequence[Params]) -> tuple[Array, Array]:
-    return rows(layers, "kernel"), rows(layers, "bias")
+  def layer(parts: Sequence[Params]) -> tuple[Array, Array]:
+    return rows(parts, "kernel"), rows(parts, "bias")
 
-  attention = [block["attention"] for block in own if "attention" in block]
+  attention = [own["attention"] for own, block in zip(layers, plan, strict=True) if block.attention]
   joined = fused_blocks.Blocks(
-    *layer([block[name] for block in own for name in ("conv_1", "conv_2")]),
+    *layer([own[name] for own in layers for name in ("conv_1", "conv_2")]),
     fused_blocks.Attention(
       rows([part["norm"] for part in attention], "affine"),
       layer([part["qkv"] for part in attention]),
@@ -56,23 +56,23 @@ def join(params: Params, chain: Sequence[Block], compute: Compute) -> Params:
     if attention
     else None,
   )
-  return {JOINED: joined}
+  return {PARAMS: joined}
 
 
-def apply(network: nn.Module, chain: Sequence[Block], x: Array, condition: blocks.Condition) -> Array | None:
+def apply(network: nn.Module, plan: Sequence[Block], x: Array, condition: blocks.Condition) -> Array | None:
   """Applies the blocks of `network`, which this is called by, to `x`; None if they are not joined or do not fit."""
-  joined: Any = network.get_variable("params", JOINED)
+  joined: Any = network.get_variable("params", PARAMS)
   if joined is None or condition.joint is None or not fused_blocks.fits(x):
     return None
   width, starts = x.shape[-1], dict(condition.starts)
-  first, *others = (starts[*network.path, block.name, norm] for block in chain for norm in ("norm_1", "norm_2"))
-  if others != [first + 2 * width * i for i in range(1, 2 * len(chain))]:
-    return None
+  first, *others = (starts[*network.path, block.name, norm] for block in plan for norm in ("norm_1", "norm_2"))
+  if others != [first + 2 * width * i for i in range(1, 2 * len(plan))]:
+    raise ValueError(f"the norms of {[block.name for block in plan]} are not joined in this order")
   return fused_blocks.residual_blocks(
     x,
     joined,
     condition.joint,
-    [block.attention for block in chain],
+    [block.attention for block in plan],
     start=first,
     heads=blocks.heads(width),
     epsilon=blocks.GROUP_NORM_EPSILON,

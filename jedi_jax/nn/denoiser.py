@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.nn import blocks
+from jedi_jax.nn import blocks, initializers
 from jedi_jax.nn.unet import UNet
 from jedi_jax.types import Compute
 
@@ -54,7 +54,7 @@ class InnerNetwork(nn.Module):
     embed = nn.Embed(
       self.num_actions,
       self.conditioning_width // length,
-      embedding_init=blocks.normal,
+      embedding_init=initializers.normal,
       name="action_embedding",
     )
     condition = noise + embed(actions).reshape(batch, self.conditioning_width)

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jedi_jax.nn import blocks
+from jedi_jax.nn import initializers
 from jedi_jax.types import Compute, LstmState
 
 Array = jax.Array
+
+GPU_UNROLL = 4
+"""Steps in one round of the loop with kernels for GPUs. A round has launches of its own; more steps compile slowly."""
 
 
 class Lstm(nn.Module):
@@ -41,7 +44,7 @@ class Lstm(nn.Module):
       Hidden states [B, T, width] float32 (before `keep` applies), and the state after the last step.
     """
     gates = 4 * self.width
-    xavier = blocks.scaled_uniform(1.0, (inputs.shape[-1] + gates) / 2)
+    xavier = initializers.scaled_uniform(1.0, (inputs.shape[-1] + gates) / 2)
     kernel_ih = self.param("kernel_ih", xavier, (inputs.shape[-1], gates))
     # As in PyTorch, whose matrix is the transpose, [gates, width], and has orthogonal columns.
     kernel_hh = self.param("kernel_hh", nn.initializers.orthogonal(column_axis=0), (self.width, gates))
@@ -49,12 +52,12 @@ class Lstm(nn.Module):
     bias_hh = self.param("bias_hh", nn.initializers.zeros_init(), (gates,))
     if inputs.shape[1] == 1 and keep is None and self.has_variable("params", "joint_kernel"):
       return self._one_step(inputs[:, 0], state)
-    dtype = self.compute.dtype
+    dtype, unroll = self.compute.dtype, 1 if self.compute.kernels == "xla" else GPU_UNROLL
     projected = jnp.dot(inputs.astype(dtype), kernel_ih.astype(dtype), preferred_element_type=jnp.float32)
     projected += bias_ih + bias_hh
     keep = jnp.ones(inputs.shape[:2]) if keep is None else keep.astype(jnp.float32)
     fallback = zero_lstm_state(inputs.shape[0], self.width) if fallback is None else fallback
-    hidden, state = _recur(self.compute, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
+    hidden, state = _recur(dtype, unroll, jnp.moveaxis(projected, 1, 0), kernel_hh, state, keep.T, fallback)
     return jnp.moveaxis(hidden, 0, 1), state
 
   def _one_step(self, inputs: Array, state: LstmState) -> tuple[Array, LstmState]:
@@ -65,11 +68,6 @@ class Lstm(nn.Module):
     gates = _gates(jnp.dot(both, kernel.astype(both.dtype), preferred_element_type=jnp.float32) + bias)
     state = _advance(gates, state.cell)
     return state.hidden[:, None], state
-
-
-def _unroll(compute: Compute) -> int:
-  """Returns how many steps a round of the compiled loop has; on a GPU rounds cost launches."""
-  return 1 if compute.kernels == "xla" else 4
 
 
 def _gates(total: Array) -> tuple[Array, ...]:
@@ -83,14 +81,15 @@ def _advance(gates: tuple[Array, ...], cell: Array) -> LstmState:
   return LstmState(o * jnp.tanh(cell), cell)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _recur(
-  compute: Compute, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+  dtype: Any, unroll: int, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
 ) -> tuple[Array, LstmState]:
   """Runs the recurrence; its gradient is written out, so that a step saves two arrays and the kernel's is one product.
 
   Args:
-    compute: how the products are computed.
+    dtype: of the products.
+    unroll: steps in one round of the compiled loop.
     projected: [T, B, 4 D] what inputs and biases add to the gates.
     kernel: [D, 4 D], of the hidden state.
     state: before the first step.
@@ -100,13 +99,12 @@ def _recur(
   Returns:
     Hidden states [T, B, D], before `keep` applies, and the state after the last step.
   """
-  return _forward(compute, projected, kernel, state, keep, fallback)[0]
+  return _forward(dtype, unroll, projected, kernel, state, keep, fallback)[0]
 
 
 def _forward(
-  compute: Compute, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
+  dtype: Any, unroll: int, projected: Array, kernel: Array, state: LstmState, keep: Array, fallback: LstmState
 ) -> tuple[tuple[Array, LstmState], tuple[Any, ...]]:
-  dtype, unroll = compute.dtype, _unroll(compute)
   recurrent = kernel.astype(dtype)
 
   def step(carry: LstmState, xs: tuple[Array, Array]) -> tuple[LstmState, tuple[Array, Array]]:
@@ -125,13 +123,12 @@ def _forward(
 
 
 def _backward(
-  compute: Compute, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
+  dtype: Any, unroll: int, residuals: tuple[Any, ...], cotangents: tuple[Array, LstmState]
 ) -> tuple[Array, Array, LstmState, Array, LstmState]:
   hidden, saved, kernel, state, keep, fallback = residuals
   cell, i, f, g, o = jnp.split(saved, 5, axis=-1)
   before = _blend(LstmState(hidden[:-1], cell[:-1]), keep[:-1], fallback)
   before = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), state, before)
-  dtype, unroll = compute.dtype, _unroll(compute)
   recurrent = kernel.astype(dtype)
   squashed = jnp.tanh(cell)
   # What each gate's gradient takes from the cell's and, last, from the hidden state's.

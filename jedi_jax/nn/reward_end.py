@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.nn import blocks, chain
+from jedi_jax.nn import blocks, chain, initializers
 from jedi_jax.nn.lstm import Lstm
 from jedi_jax.types import Compute, LstmState, Params
 
@@ -59,18 +59,19 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     chex.assert_shape(actions, (batch, time))
 
     x = jnp.concatenate([frames, next_frames], axis=-1).reshape(batch * time, *frames.shape[2:4], -1)
-    embed = nn.Embed(self.num_actions, self.conditioning_width, embedding_init=blocks.normal, name="action_embedding")
+    embed = nn.Embed(
+      self.num_actions, self.conditioning_width, embedding_init=initializers.normal, name="action_embedding"
+    )
     condition = blocks.Condition.of(self, embed(actions.reshape(batch * time)))
     x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
     levels = self._levels()
-    chained = chain.apply(self, [block for own in levels for block in own], x, condition)
-    if chained is not None:
-      x, levels = chained, []
-    for level, own in enumerate(levels):
+    chained = chain.apply(self, self._plan(), x, condition)
+    for level, own in enumerate(levels if chained is None else ()):
       if self.downsample and level > 0:
         x = blocks.Downsample(compute=self.compute, name=f"downsample_{level}")(x)
       for name, features, attention in own:
         x = blocks.ResidualBlock(features=features, attention=attention, compute=self.compute, name=name)(x, condition)
+    x = x if chained is None else chained
     x = x.reshape(batch, time, -1)
     hidden, state = Lstm(self.lstm_width, self.compute, name="lstm")(x, state)
     h = nn.silu(blocks.dense(self.lstm_width, self.lstm_width, name="head_0", dtype=self.compute.dtype)(hidden))
@@ -80,11 +81,13 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     return logits[..., :3], logits[..., 3:], state
 
   def prepare(self, params: Params) -> Params:
-    """Prepares parameters for a loop without a gradient, as `blocks.prepare` does; see also `chain.join`."""
-    prepared, levels = blocks.prepare(params, self.compute), self._levels()
-    if self.downsample and len(levels) > 1:
-      return prepared
-    return {**prepared, **chain.join(prepared, [block for own in levels for block in own], self.compute)}
+    """Prepares parameters as `blocks.prepare` does; blocks of one resolution are also joined, see `chain.join`."""
+    prepared = blocks.prepare(params, self.compute)
+    one_resolution = not self.downsample or len(self.channels) == 1
+    return {**prepared, **chain.join(prepared, self._plan(), self.compute)} if one_resolution else prepared
+
+  def _plan(self) -> list[chain.Block]:
+    return [block for level in self._levels() for block in level]
 
   def _levels(self) -> list[list[chain.Block]]:
     """Returns the residual blocks of each level."""

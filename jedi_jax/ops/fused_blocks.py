@@ -15,6 +15,9 @@ from jedi_jax.ops import kernels
 
 Array = jax.Array
 
+MAX_BYTES = 32 * 2**10
+"""Bytes of the largest array of a program, of which some are in shared memory; a multiprocessor has 100 KiB or more."""
+
 
 class Attention(NamedTuple):
   """Parameters of the self-attention of M blocks of width C.
@@ -45,14 +48,14 @@ class Blocks(NamedTuple):
 
 
 def fits(x: Array) -> bool:
-  """Whether `residual_blocks` can hold an image [H, W, C] of `x` [B, H, W, C]."""
+  """Whether `residual_blocks` can hold an image [H, W, C] of `x` [B, H, W, C], and the matrix that shifts it."""
   positions = kernels.side(x.shape[1] * x.shape[2])
-  return positions * max(positions, kernels.side(x.shape[3])) <= kernels.MAX_ELEMENTS
+  return positions * max(positions, kernels.side(x.shape[3])) * x.dtype.itemsize <= MAX_BYTES
 
 
 def residual_blocks(
   x: Array,
-  blocks: Blocks,
+  params: Blocks,
   affine: Array,
   attention: Sequence[bool],
   *,
@@ -65,7 +68,7 @@ def residual_blocks(
 
   Args:
     x: [B, H, W, C].
-    blocks: their parameters.
+    params: their parameters.
     affine: [B, D >= start + 4 N C]: from column `start` on, for each block, gain and shift of its first norm and then
       of its second, C columns each.
     attention: whether each of the N blocks has self-attention.
@@ -82,18 +85,19 @@ def residual_blocks(
   """
   batch, height, width, channels = x.shape
   positions, count = height * width, len(attention)
-  if blocks.kernel.shape != (18 * count * channels, channels) or blocks.bias.shape != (2 * count, channels):
-    raise ValueError(f"parameters {blocks.kernel.shape} are not those of {count} blocks on {x.shape}")
-  if affine.shape[0] != batch or affine.shape[1] < start + 4 * count * channels:
+  if params.kernel.shape != (18 * count * channels, channels) or params.bias.shape != (2 * count, channels):
+    raise ValueError(f"parameters {params.kernel.shape} are not those of {count} blocks on {x.shape}")
+  if affine.shape[0] != batch or start < 0 or affine.shape[1] < start + 4 * count * channels:
     raise ValueError(f"affine {affine.shape} has no {count} x 4 x {channels} columns from {start} on for {x.shape}")
-  if (blocks.attention is None) == any(attention) or channels % heads:
-    raise ValueError(f"attention {tuple(attention)} of {heads} heads does not fit its parameters")
+  given, attends = params.attention, sum(attention)
+  rows = 0 if given is None else given.affine.shape[0]
+  if rows != attends or channels % heads:
+    raise ValueError(f"parameters of {rows} layers do not fit attention {tuple(attention)} with {heads} heads")
 
   image = pl.BlockSpec((None, positions, channels), lambda b: (b, 0, 0))
-  operands = {"x": kernels.flat(x), "affine": affine, "kernel": blocks.kernel.astype(x.dtype), "bias": blocks.bias}
+  operands = {"x": kernels.flat(x), "affine": affine, "kernel": params.kernel.astype(x.dtype), "bias": params.bias}
   specs = [image, pl.BlockSpec((1, affine.shape[1]), lambda b: (b, 0))]
-  if blocks.attention is not None:
-    given = blocks.attention
+  if given is not None:
     operands |= {"norm": given.affine, "qkv": given.qkv[0].astype(x.dtype), "qkv_bias": given.qkv[1]}
     operands |= {"out": given.out[0].astype(x.dtype), "out_bias": given.out[1]}
   whole = [pl.BlockSpec(value.shape, lambda b: (0, 0)) for value in list(operands.values())[2:]]

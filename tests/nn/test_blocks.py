@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from plain_layers import convolve, group_norm, normal, random_params, silu
 
-from jedi_jax.nn import blocks
+from jedi_jax.nn import blocks, initializers
 from jedi_jax.nn.lstm import Lstm, zero_lstm_state
 from jedi_jax.nn.unet import UNet
 from jedi_jax.types import Compute
@@ -24,7 +24,9 @@ class Everything(nn.Module):
 
   @nn.compact
   def __call__(self, x, state):
-    condition = blocks.FourierFeatures(6)(x[:, 0, 0, 0]) + nn.Embed(3, 6, embedding_init=blocks.normal)(jnp.arange(2))
+    condition = blocks.FourierFeatures(6)(x[:, 0, 0, 0]) + nn.Embed(3, 6, embedding_init=initializers.normal)(
+      jnp.arange(2)
+    )
     x = UNet(channels=(8, 8), depths=(1, 0), attention=(True, False))(x, blocks.Condition(condition))
     return Lstm(5)(x.reshape(2, 1, -1), state)
 
@@ -60,13 +62,13 @@ def test_numbers_are_those_of_flax_initialisers(shape):
   key, fan_in = jax.random.key(3), np.prod(shape[:-1])
   scaled = nn.initializers.variance_scaling
   for actual, expected in (
-    (blocks.fan_in_uniform, scaled(1 / 3, "fan_in", "uniform")),
+    (initializers.fan_in_uniform, scaled(1 / 3, "fan_in", "uniform")),
     (
-      blocks.scaled_uniform(1.0, (fan_in + shape[-1]) / 2),
+      initializers.scaled_uniform(1.0, (fan_in + shape[-1]) / 2),
       scaled(1.0, "fan_avg", "uniform", in_axis=range(len(shape) - 1)),
     ),
-    (blocks.bias_uniform(7), lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -(7**-0.5), 7**-0.5)),
-    (blocks.normal, nn.initializers.normal(1.0)),
+    (initializers.bias_uniform(7), lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -(7**-0.5), 7**-0.5)),
+    (initializers.normal, nn.initializers.normal(1.0)),
   ):
     np.testing.assert_array_equal(actual(key, shape), expected(key, shape))
 

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,9 +89,16 @@ def test_a_step_with_joint_parameters_is_the_same(lstm_case):
   module, params, inputs, state = lstm_case
   prepared = blocks.prepare(params, Compute(kernels="interpret"))
   assert prepared["joint_kernel"].shape == (8, 20)
-  expected, actual = (module.apply({"params": given}, inputs[:, :1], state) for given in (params, prepared))
+  step = functools.partial(module.apply, {"params": prepared}, inputs[:, :1])
+  expected, actual = module.apply({"params": params}, inputs[:, :1], state), step(state)
   for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+  assert str(jax.make_jaxpr(step)(state)).count("dot_general") == 1
+
+
+def test_parameters_of_another_recurrent_layer_are_not_joined():
+  params = {"kernel_ih": jnp.zeros((2, 3)), "kernel_hh": jnp.zeros((3, 3)), "bias": jnp.zeros(3)}
+  assert blocks.prepare(params, Compute(kernels="interpret")).keys() == params.keys()
 
 
 @pytest.mark.parametrize("kernels", ["xla", "interpret"])

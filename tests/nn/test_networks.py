@@ -255,30 +255,36 @@ def calls(function, *arguments):
   return str(jax.make_jaxpr(function)(*arguments)).count("pallas_call[")
 
 
-# Levels with and without attention, and two that are not joined: of other widths, and with down-sampling.
+# Levels with and without attention; one step, as in imagination; more than ten blocks, whose names sort otherwise than
+# their numbers. Not one kernel: other widths, down-sampling, images that are too large.
 @pytest.mark.parametrize(
-  ("changes", "joined"),
+  ("changes", "side", "time", "expected_calls"),
   [
-    ({"attention": (False, False)}, True),
-    ({"attention": (True, False)}, True),
-    ({"channels": (8, 16)}, False),
-    ({"downsample": True}, False),
+    ({}, 4, T, 2),
+    ({"attention": (True, False), "downsample": True, "channels": (8,), "depths": (1,)}, 4, 1, 2),
+    ({"depths": (11, 0)}, 4, 1, 2),
+    ({"channels": (8, 16)}, 4, T, 1 + 5 * 3 + 2),
+    ({"downsample": True}, 4, T, 1 + 5 * 3 + 2),
+    ({}, 16, 1, 1 + 5 * 3),
   ],
 )
-def test_residual_blocks_of_one_width_are_one_kernel_and_change_nothing(changes, joined):
-  network, arguments = reward_end()
-  network = network.clone(depths=(2, 1), **changes)
+def test_residual_blocks_of_one_width_are_one_kernel_and_change_nothing(changes, side, time, expected_calls):
+  network, (_, actions, _, state) = reward_end()
+  changes = {"depths": (2, 1), **changes}
+  network = network.clone(
+    **{**changes, "attention": changes.get("attention", (False, False))[: len(changes["depths"])]}
+  )
+  arguments = (normal(B, time, side, side, 2), actions[:, :time], normal(B, time, side, side, 2, seed=1), state)
   params = blocks.init_params(network, jax.random.key(0), *arguments)
   params = jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), params)  # Kernels that start as zeros, too.
   own = network.clone(compute=Compute(kernels="interpret", fused_convolution=True))
   prepared = own.prepare(params)
-  assert ("chain" in prepared) == joined
   actual, expected = (
     jit(each.apply)({"params": given}, *arguments) for each, given in ((own, prepared), (network, params))
   )
   for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
-  assert (calls(own.apply, {"params": prepared}, *arguments) == 2) == joined  # With that of the first convolution.
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4)
+  assert calls(own.apply, {"params": prepared}, *arguments) == expected_calls
 
 
 @pytest.mark.parametrize("name", ["inner", "reward_end"])

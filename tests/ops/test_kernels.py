@@ -164,7 +164,7 @@ def chain_of_blocks(shape, attention, dtype=jnp.float32):
     )
     for block, module, key in zip(plan, modules, keys, strict=True)
   }
-  joined = chain.join(blocks.prepare(params, compute), plan, compute)["chain"]
+  joined = chain.join(blocks.prepare(params, compute), plan, compute)[chain.PARAMS]
   expected = x.astype(jnp.float32)
   for i, (block, module) in enumerate(zip(plan, modules, strict=True)):
     starts = tuple(((norm,), start + 2 * channels * (2 * i + at)) for at, norm in enumerate(("norm_1", "norm_2")))
@@ -180,7 +180,7 @@ def chain_of_blocks(shape, attention, dtype=jnp.float32):
   [
     ((2, 5, 7, 24), (False, True, False, True)),
     ((1, 8, 8, 32), (False, True, True)),
-    ((3, 10, 10, 16), (True,)),
+    ((3, 6, 9, 16), (True,)),
     ((2, 4, 4, 8), (False, False)),
   ],
 )
@@ -216,6 +216,7 @@ def test_residual_blocks_that_do_not_fit_together_are_refused():
     ((x, joined, affine[:1], attention), "affine"),
     ((x, joined, affine[:, 1:], attention), "affine"),
     ((x, joined, affine, (False, False)), "attention"),
+    ((x, joined, affine, (True, True)), "attention"),
     ((x, joined._replace(attention=None), affine, attention), "attention"),
   ):
     with pytest.raises(ValueError, match=match):
@@ -238,11 +239,13 @@ def test_convolutions_of_packed_runs_are_those_of_each():
     np.testing.assert_allclose(together[i], convolve(*(value[i] for value in arguments)), rtol=1e-5, atol=1e-5)
 
 
-def test_both_can_be_mapped_over_packed_runs():
+def test_all_can_be_mapped_over_packed_runs():
   settings = GroupNormSettings(16, 1e-5, 1.0, True, MODE)
   x, affine, qkv = normal(3, 2, 4, 4, 16), normal(3, 2, 32), normal(3, 2, 16, 48)
   together = jax.vmap(lambda *args: kernels.group_norm(*args, settings))(x, affine)
   attended = jax.vmap(lambda qkv: kernels.attention(qkv, 2, MODE))(qkv)
+  layers = (x, normal(3, 16, 48), normal(3, 48))
+  first = jax.vmap(lambda *layer: fused_attention.attention(*layer, 2, MODE))(*layers)
   shared = jax.vmap(lambda x: kernels.group_norm(x, affine[0, :1], settings))(x)
   gradient = jax.grad(lambda x: jnp.sum(jnp.sin(kernels.group_norm(x, affine[0, :1], settings))))
   gradients = jax.vmap(gradient)(x)
@@ -251,6 +254,8 @@ def test_both_can_be_mapped_over_packed_runs():
     np.testing.assert_allclose(gradients[i], gradient(x[i]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(together[i], kernels.group_norm(x[i], affine[i], settings), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(attended[i], kernels.attention(qkv[i], 2, MODE), rtol=1e-6, atol=1e-6)
+    alone = fused_attention.attention(*(part[i] for part in layers), 2, MODE)
+    np.testing.assert_allclose(first[i], alone, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_fit():
@@ -258,8 +263,10 @@ def test_what_does_not_fit():
   assert not kernels.fits_group_norm(jnp.zeros((1, 64, 64, 32)), 32)
   assert fused_convolution.fits_convolution(jnp.zeros((1, 16, 16, 64)), 32)
   assert not fused_convolution.fits_convolution(jnp.zeros((1, 32, 32, 64)), 32)
-  assert fused_blocks.fits(jnp.zeros((1, 10, 10, 32)))
+  assert fused_blocks.fits(jnp.zeros((1, 8, 8, 63)))
+  assert not fused_blocks.fits(jnp.zeros((1, 10, 10, 32)))
   assert not fused_blocks.fits(jnp.zeros((1, 16, 16, 32)))
+  assert fused_blocks.fits(jnp.zeros((1, 10, 10, 32), jnp.bfloat16))
   assert kernels.fits_attention(jnp.zeros((1, 10, 10, 8)))
   assert not kernels.fits_attention(jnp.zeros((1, 16, 16, 8)))
 
