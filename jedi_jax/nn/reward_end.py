@@ -64,9 +64,8 @@ class RewardEndNetwork(nn.Module, kw_only=True):
     )
     condition = blocks.Condition.of(self, embed(actions.reshape(batch * time)))
     x = blocks.Conv3x3(self.channels[0], compute=self.compute, name="conv_in")(x)
-    levels = self._levels()
     chained = chain.apply(self, self._plan(), x, condition)
-    for level, own in enumerate(levels if chained is None else ()):
+    for level, own in enumerate(self._levels() if chained is None else ()):
       if self.downsample and level > 0:
         x = blocks.Downsample(compute=self.compute, name=f"downsample_{level}")(x)
       for name, features, attention in own:
