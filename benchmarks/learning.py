@@ -5,8 +5,8 @@
 Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
 run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
 else of the last evaluation during training. Errors are over those of copying. --random is an output file of
-experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games of their last
-`LAST_EPOCHS` epochs of training.
+experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games of evaluation.json or,
+without it, of their last `LAST_EPOCHS` epochs of training.
 """
 
 import glob
@@ -87,7 +87,10 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     result = workdir.read_json(run.result)
     games = _games(result)
   elif _UNFINISHED.value and records:
-    games = _training_games(records[-LAST_EPOCHS:])
+    if run.evaluation.exists():
+      games = _games(workdir.read_json(run.evaluation))
+    else:
+      games = _training_games(records[-LAST_EPOCHS:])
     updates = {name: records[-1].get(f"updates/{name}") for name in run_metrics.PHASES}
     result = {"env_steps": records[-1]["env_steps"], "seconds": records[-1]["time/total_seconds"], "updates": updates}
   else:
