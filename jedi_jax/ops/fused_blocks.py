@@ -89,9 +89,9 @@ def residual_blocks(
     raise ValueError(f"parameters {params.kernel.shape} are not those of {count} blocks on {x.shape}")
   if affine.shape[0] != batch or start < 0 or affine.shape[1] < start + 4 * count * channels:
     raise ValueError(f"affine {affine.shape} has no {count} x 4 x {channels} columns from {start} on for {x.shape}")
-  given, attends = params.attention, sum(attention)
+  given = params.attention
   rows = 0 if given is None else given.affine.shape[0]
-  if rows != attends or channels % heads:
+  if rows != sum(attention) or channels % heads:
     raise ValueError(f"parameters of {rows} layers do not fit attention {tuple(attention)} with {heads} heads")
 
   image = pl.BlockSpec((None, positions, channels), lambda b: (b, 0, 0))
@@ -138,7 +138,7 @@ class _Program:
     self._positions = self._height * self._width
     self.dtype = refs["x"].dtype
     self._rows, self._columns = jnp.arange(kernels.side(self._positions)), jnp.arange(kernels.side(self._channels))
-    self._above, self._left = kernels.divide(self._rows, self._width)
+    self._place = kernels.divide(self._rows, self._width)
     self._real, self._of_image = self._rows < self._positions, self._columns < self._channels
     self._mask = self._real[:, None] & self._of_image[None]
 
@@ -179,14 +179,14 @@ class _Program:
       out = kernels.load(self._refs["out"].at[own, self._columns[None]], real[:, None] & self._of_image[None])
       return total + kernels.product(h, out)
 
-    start = x.astype(jnp.float32) + self._row("out_bias", i, 0)
+    start = x.astype(jnp.float32) + self._row(self._refs["out_bias"], i)
     return jax.lax.fori_loop(0, self._heads, head, start).astype(self.dtype)
 
   def _norm(self, x: Array, ref: Any, row: Array | int, column: Array | int, *, offset: float, silu: bool) -> Array:
     """Normalises float32 `x`, with C gains from a column of `ref` on and then C shifts."""
     count = self._positions * self._channels
     x, _ = kernels.normalise(jnp.where(self._mask, x, 0.0), self._mask, count, self._epsilon)
-    gain, shift = (self._load_row(ref, row, column + at) for at in (0, self._channels))
+    gain, shift = (self._row(ref, row, column + at) for at in (0, self._channels))
     y = x * (offset + gain) + shift
     y = y * jax.nn.sigmoid(y) if silu else y
     return jnp.where(self._mask, y, 0.0).astype(self.dtype)
@@ -198,10 +198,9 @@ class _Program:
     """
 
     def add(tap: Array, total: Array) -> Array:
-      down, right = (side - 1 for side in kernels.divide(tap, 3))
-      row, column = self._above + down, self._left + right
-      inside = self._real & (row >= 0) & (row < self._height) & (column >= 0) & (column < self._width)
-      source = jnp.where(inside, row * self._width + column, -1)
+      down, right = kernels.divide(tap, 3)
+      source, inside = kernels.neighbour(self._place, (down - 1, right - 1), (self._height, self._width))
+      source = jnp.where(inside & self._real, source, -1)
       shift = (source[:, None] == self._rows[None]).astype(self.dtype)
       inputs = ((layer * 9 + tap) * self._channels + self._columns)[:, None]
       at = self._refs["kernel"].at[inputs, self._columns[None]]
@@ -209,10 +208,8 @@ class _Program:
       return total + kernels.product(kernels.product(shift, h).astype(self.dtype), weights)
 
     start = jnp.zeros((len(self._rows), len(self._columns)), jnp.float32)
-    return jax.lax.fori_loop(0, 9, add, start) + self._row("bias", layer, 0)
+    return jax.lax.fori_loop(0, 9, add, start) + self._row(self._refs["bias"], layer)
 
-  def _row(self, name: str, row: Array, column: int) -> Array:
-    return self._load_row(self._refs[name], row, column)
-
-  def _load_row(self, ref: Any, row: Array | int, column: Array | int) -> Array:
+  def _row(self, ref: Any, row: Array | int, column: Array | int = 0) -> Array:
+    """Loads C columns of a row as float32, [1, C]."""
     return kernels.load(ref.at[row, column + self._columns], self._of_image).astype(jnp.float32)[None]

@@ -137,7 +137,7 @@ def convolution(
     *in_refs, out_ref = all_refs
     refs = dict(zip(operands, in_refs, strict=True))
     rows, channels = jnp.arange(kernels.side(positions)), jnp.arange(kernels.side(group))
-    above, left = kernels.divide(rows, width)
+    place = kernels.divide(rows, width)
     of_group = channels < group
     mask = (rows < positions)[:, None] & of_group[None]
 
@@ -154,9 +154,9 @@ def convolution(
         tap, part = kernels.divide(i, parts)
         feature = part * depth + jnp.arange(depth)
         down, right = (side - taps // 9 for side in kernels.divide(tap, 3))  # Of a single tap they are 0.
-        row, column = above + down, left + right
-        inside = (rows < positions) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-        source, real = jnp.where(inside, row * width + column, 0), feature < features
+        source, inside = kernels.neighbour(place, (down, right), (height, width))
+        inside &= rows < positions
+        source, real = jnp.where(inside, source, 0), feature < features
         a = kernels.load(x_ref.at[source[:, None], feature[None]], inside[:, None] & real[None])
         at = jnp.where(real, tap * features + feature, 0)
         b = kernels.load(kernel_ref.at[at[:, None], channels[None]], real[:, None] & of_group[None])

@@ -394,6 +394,18 @@ def divide(x: Array, divisor: int) -> tuple[Array, Array]:
   return jax.lax.div(x, jnp.broadcast_to(by, x.shape)), jax.lax.rem(x, jnp.broadcast_to(by, x.shape))
 
 
+def neighbour(place: tuple[Array, Array], offset: tuple[Array, Array], shape: tuple[int, int]) -> tuple[Array, Array]:
+  """Returns the positions that lie at an offset from others, and whether they are inside of an image.
+
+  Args:
+    place: rows and columns [P] of the others.
+    offset: rows down and columns to the right.
+    shape: height and width of the image.
+  """
+  (height, width), (row, column) = shape, (at + by for at, by in zip(place, offset, strict=True))
+  return row * width + column, (row >= 0) & (row < height) & (column >= 0) & (column < width)
+
+
 def side(size: int) -> int:
   """Returns the side of a matrix that holds `size` rows or columns and that the matrix units take."""
   return max(_padded(size), _MIN_PRODUCT)
