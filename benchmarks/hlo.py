@@ -194,19 +194,37 @@ def _moved(instruction: _Instruction, own: Mapping[str, _Instruction], computati
   if any('custom_call_target="__cu' in one.rest for one in (instruction, *inside.values())):
     # The last of several results of cuBLAS and cuDNN is scratch memory.
     written -= sum(map(_size, re.findall(r"[su]8\[\d+\](?=[^,]*\)$)", instruction.shape)))
+  needed = _needed(inside)
   for one in inside.values():
     if one.operation == "parameter":
       users = [user for user in inside.values() if one.name in user.operands]
       number = int(one.arguments)
-      if users and all(user.operation in _READ_IN_PART and user.operands[0] == one.name for user in users):
-        sizes[number] = sum(_size(user.shape) for user in users)
-      elif users and all(user.operation == "dynamic-update-slice" and user.operands[0] == one.name for user in users):
+      if users and all(user.operation == "dynamic-update-slice" and user.operands[0] == one.name for user in users):
         # Written in place: only the update is read and written.
         written -= sizes[number] - sum(_size(inside[user.operands[1]].shape) for user in users)
         sizes[number] = 0
+      else:
+        sizes[number] = round(sizes[number] * needed[one.name])
   if instruction.operation in _READ_IN_PART:
     sizes[:1] = [written]
   return max(written, 0) + sum(sizes)
+
+
+def _needed(inside: Mapping[str, _Instruction]) -> dict[str, float]:
+  """Returns the part of each array in a fusion that its results depend on: a slice needs no more of what it slices."""
+  slices, others = dict.fromkeys(inside, 0.0), dict.fromkeys(inside, 0.0)
+  used = {name for one in inside.values() for name in one.operands}
+  needed = {}
+  for one in reversed(inside.values()):  # Users come after what they use.
+    part = needed[one.name] = min(slices[one.name] + others[one.name], 1.0) if one.name in used else 1.0
+    for index, name in enumerate(one.operands):
+      if name in inside:
+        ratio = part * _size(one.shape) / max(_size(inside[name].shape), 1)
+        if one.operation in _READ_IN_PART and index == 0:
+          slices[name] += ratio
+        else:
+          others[name] = max(others[name], min(ratio, 1.0) if one.operation == "broadcast" else part)
+  return needed
 
 
 def _flop(instruction: _Instruction, own: Mapping[str, _Instruction], computations: _Computations) -> int:

@@ -263,6 +263,39 @@ ENTRY %main (x: bf16[2,64,32], affine: bf16[2,96], qkv: bf16[32,96], bias: bf16[
   assert kernel.flop == 2 * (2 * 64 * 32) * 96
 
 
+def test_a_kernel_reads_only_what_its_results_depend_on(benchmark_module):
+  text = """
+%fused (moments: f32[1000], scale: f32[], table: f32[10], whole: f32[8]) -> (f32[8], f32[4]) {
+  %moments = f32[1000]{0} parameter(0)
+  %scale = f32[] parameter(1)
+  %table = f32[10]{0} parameter(2)
+  %whole = f32[8]{0} parameter(3)
+  %scales = f32[1000]{0} broadcast(%scale), dimensions={}
+  %scaled = f32[1000]{0} multiply(%moments, %scales)
+  %square = f32[1000]{0} multiply(%scaled, %moments)
+  %first = f32[8]{0} slice(%square), slice={[0:8]}
+  %second = f32[4]{0} slice(%square), slice={[8:12]}
+  %rows = f32[100,10]{1,0} broadcast(%table), dimensions={1}
+  %row = f32[1,4]{1,0} slice(%rows), slice={[0:1], [0:4]}
+  %four = f32[4]{0} bitcast(%row)
+  %sum.1 = f32[8]{0} add(%first, %whole)
+  %sum.2 = f32[4]{0} add(%second, %four)
+  ROOT %both = (f32[8]{0}, f32[4]{0}) tuple(%sum.1, %sum.2)
+}
+
+ENTRY %main (moments: f32[1000], scale: f32[], table: f32[10], whole: f32[8]) -> (f32[8], f32[4]) {
+  %moments.1 = f32[1000]{0} parameter(0)
+  %scale.1 = f32[] parameter(1)
+  %table.1 = f32[10]{0} parameter(2)
+  %whole.1 = f32[8]{0} parameter(3)
+  ROOT %fusion = (f32[8]{0}, f32[4]{0}) fusion(%moments.1, %scale.1, %table.1, %whole.1), kind=kLoop, calls=%fused
+}
+"""
+  [kernel] = benchmark_module("hlo").read(text)
+  read = 12 + 1 + 4 + 8  # Of the 1,000 moments the twelve that are sliced, of the table four.
+  assert kernel.bytes == 4 * (read + 8 + 4)
+
+
 def test_launches_are_summed_by_kind_and_source_and_bound_the_time(benchmark_module, gpu_program):
   hlo = benchmark_module("hlo")
   kernels = hlo.read(gpu_program)
