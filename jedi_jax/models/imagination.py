@@ -119,14 +119,23 @@ def step_world(
   reward_logits, end_logits, reward_end_state = reward_end.predict(
     params["reward_end"], current, action[:, None], next_latents[:, None], state.reward_end_state
   )
-  reward = jnp.argmax(reward_logits[:, 0] + noise.rewards, axis=-1).astype(jnp.float32) - 1.0
-  end = jnp.argmax(end_logits[:, 0] + noise.ends, axis=-1) == 1
+  reward = _argmax(reward_logits[:, 0] + noise.rewards).astype(jnp.float32) - 1.0
+  end = _argmax(end_logits[:, 0] + noise.ends) == 1
   next_state = WorldState(
     past=jnp.concatenate([state.past[:, 1:], next_latents[:, None]], axis=1),
     past_actions=actions[:, 1:],
     reward_end_state=reward_end_state,
   )
   return next_state, Outcome(reward, end, reward_logits[:, 0], end_logits[:, 0])
+
+
+def _argmax(x: Array) -> Array:
+  """Returns `jnp.argmax(x, axis=-1)` for two or three classes by comparisons, which need no kernel of their own."""
+  first, *others = jnp.unstack(x, axis=-1)
+  best, index = first, jnp.zeros(first.shape, jnp.int32)
+  for i, other in enumerate(others, start=1):
+    index, best = jnp.where(other > best, i, index), jnp.maximum(best, other)
+  return index
 
 
 class _State(NamedTuple):
@@ -211,30 +220,21 @@ def imagine(
         return jnp.where(restarts_now.reshape(-1, *(1,) * (x.ndim - 1)), other, x)
 
       next_state = jax.tree.map(choose, restart, next_state)
-    outputs = (
-      next_state.world.past[:, -1],
-      action,
-      outcome.reward,
-      end,
-      carry.alive,
-      restarts_now.astype(jnp.float32),
-      outcome.reward_logits,
-      outcome.end_logits,
-      values[:, 0],
-    )
+    # What training reads is one array, which is stored at once.
+    taken = jnp.stack([x.astype(jnp.float32) for x in (action, outcome.reward, end, carry.alive, restarts_now)], axis=1)
+    outputs = next_state.world.past[:, -1], taken, outcome.reward_logits, outcome.end_logits, values[:, 0]
     return _Carry(next_state, carry.alive * (1.0 - (end & ~restarts_now)), carry.can_restart & ~restarts_now), outputs
 
   given = None if actions is None else jnp.moveaxis(actions, 1, 0)
   carry = _Carry(start, jnp.ones((batch,)), jnp.full((batch,), restart is not None))
   _, outputs = jax.lax.scan(step, carry, (noise, given), unroll=unroll)
-  latents, taken, rewards, ends, alive, restarts, reward_logits, end_logits, values = (
-    jnp.moveaxis(x, 0, 1) for x in outputs
-  )
+  latents, taken, reward_logits, end_logits, values = (jnp.moveaxis(x, 0, 1) for x in outputs)
+  chosen, rewards, ends, alive, restarts = jnp.moveaxis(taken, 2, 0)
   return Trajectory(
     latents=jnp.concatenate([start.world.past[:, -1:], latents], axis=1),
-    actions=taken,
+    actions=chosen.astype(jnp.int32),
     rewards=rewards,
-    ends=ends,
+    ends=ends == 1.0,
     alive=alive,
     restarts=restarts,
     reward_logits=reward_logits,

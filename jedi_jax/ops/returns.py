@@ -6,6 +6,9 @@ import jax.numpy as jnp
 
 Array = jax.Array
 
+_UNROLL = 16
+"""Steps in one round of the loop. A GPU launches three kernels a round, however small its work."""
+
 
 def lambda_returns(r_t: Array, end_t: Array, bootstrap_t: Array, *, gamma: float, lambda_: float) -> Array:
   """Computes G_t = r_t + gamma (1 - end_t) ((1 - lambda) v_t + lambda G_{t+1}).
@@ -33,5 +36,5 @@ def lambda_returns(r_t: Array, end_t: Array, bootstrap_t: Array, *, gamma: float
     return current, current
 
   inputs = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (r_t, discount, bootstrap_t))
-  _, returns = jax.lax.scan(step, bootstrap_t[:, -1], inputs, reverse=True)
+  _, returns = jax.lax.scan(step, bootstrap_t[:, -1], inputs, reverse=True, unroll=_UNROLL)
   return jnp.moveaxis(returns, 0, 1)
