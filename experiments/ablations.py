@@ -119,7 +119,7 @@ def main() -> None:
     if arm not in known:
       raise jedi_jax.UserError(f"unknown arm {arm!r}{nearest(arm, known)}")
   program.enable_compilation_cache()
-  out = pathlib.Path(_OUT.value)
+  out = workdir.locate(_OUT.value)
   shared = dict(config_lib.split_override(text) for text in _SET.value)
   report: dict[str, dict[str, list[Measured]]] = {}
   for figure in _FIGURE.value:

@@ -18,7 +18,7 @@ from absl import flags
 import jedi_jax
 from jedi_jax.inspection import diagnosis
 from jedi_jax.runs import figures as figures_lib
-from jedi_jax.runs import program
+from jedi_jax.runs import program, workdir
 from jedi_jax.tables import markdown_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -47,7 +47,7 @@ def main() -> None:
     data=_DATA.value,
   )
   print(_summary(figures))
-  _draw(figures, f"{figures['env']}, {figures['variant']}", pathlib.Path(_WORKDIR.value) / "diagnosis.png")
+  _draw(figures, f"{figures['env']}, {figures['variant']}", workdir.locate(_WORKDIR.value) / "diagnosis.png")
 
 
 def _summary(figures: Mapping[str, Any]) -> str:

@@ -8,8 +8,6 @@ frames are imagined. For a run without a probe decoder, a
 probe is fitted to the recorded games; the run is not changed.
 """
 
-import pathlib
-
 import jax
 import numpy as np
 from absl import flags
@@ -42,7 +40,7 @@ def main() -> None:
   """Records games, imagines, and writes the film."""
   if not _WORKDIR.value:
     raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
-  out = pathlib.Path(_OUT.value)
+  out = workdir.locate(_OUT.value)
   if out.suffix not in (".gif", ".mp4"):
     raise jedi_jax.UserError(f"--out={out} is neither .gif nor .mp4")
   program.enable_compilation_cache()

@@ -8,7 +8,6 @@ environment plays a fixed number of games. A run that was trained on recorded ep
 The result is printed and written to evaluation.json in the workdir, or to --out.
 """
 
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -52,7 +51,7 @@ def main() -> None:
     if _WORKDIR.value or not _ENV.value or not _OUT.value:
       raise jedi_jax.UserError("--random needs --env and --out, and no --workdir")
     envs.validate(_ENV.value)
-    about, out = {"env": _ENV.value, "policy": "random"}, pathlib.Path(_OUT.value)
+    about, out = {"env": _ENV.value, "policy": "random"}, workdir.locate(_OUT.value)
   else:
     if not _WORKDIR.value:
       raise jedi_jax.UserError("--workdir is missing: name the directory of a run")
@@ -64,7 +63,7 @@ def main() -> None:
     if (spec := envs.spec(name)) != run.spec:
       raise jedi_jax.UserError(f"{run.path} was trained with {run.spec}, but {name} has {spec}: name another --env")
     about = {"env": name, "variant": run.config.variant, "checkpoint": _CHECKPOINT.value}
-    out = pathlib.Path(_OUT.value) if _OUT.value else run.evaluation
+    out = workdir.locate(_OUT.value) if _OUT.value else run.evaluation
   console = Console()
   results = jedi_jax.evaluate(
     agent,

@@ -10,6 +10,7 @@ docs/evaluation.md describes the conventions.
 """
 
 import glob
+import os
 import pathlib
 
 from absl import flags
@@ -37,7 +38,8 @@ def main() -> None:
     raise jedi_jax.UserError("nothing to report: name --results, or --methods for the published ones")
   if (_RESULTS.value or _LATEX.value) and not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
-  paths = sorted({pathlib.Path(path) for pattern in _RESULTS.value for path in glob.glob(pattern, recursive=True)})
+  patterns = [os.path.expanduser(pattern) for pattern in _RESULTS.value]
+  paths = sorted({pathlib.Path(path) for pattern in patterns for path in glob.glob(pattern, recursive=True)})
   if _RESULTS.value and not paths:
     raise jedi_jax.UserError(f"no file matches {', '.join(_RESULTS.value)}")
   runs, skipped = report.read_runs(paths)
@@ -71,7 +73,7 @@ def main() -> None:
     print(_minatar_text(runs, boards))
   if not _OUT.value:
     return
-  out, parts, tables = pathlib.Path(_OUT.value), [], []
+  out, parts, tables = workdir.locate(_OUT.value), [], []
   if methods:
     parts += _write_atari(out, methods, ours, aggregates, notes)
     tables += [report.aggregate_table(methods, aggregates), report.game_table(methods)]

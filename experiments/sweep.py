@@ -19,7 +19,7 @@ from absl import flags
 import jedi_jax
 from jedi_jax import config as config_lib
 from jedi_jax import slurm, sweep
-from jedi_jax.runs import program
+from jedi_jax.runs import program, workdir
 from jedi_jax.runs.console import Console
 from jedi_jax.runs.interruption import on_signals
 
@@ -55,8 +55,9 @@ def main() -> None:
   """Plans the sweep and trains the unfinished runs."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
+  out = workdir.locate(_OUT.value)
   plan = sweep.plan(
-    pathlib.Path(_OUT.value),
+    out,
     games=_GAMES.value,
     seeds=_SEEDS.value,
     variants=_VARIANTS.value,
@@ -70,7 +71,7 @@ def main() -> None:
   console.log(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
-  jobs = pathlib.Path(_OUT.value) / "slurm"
+  jobs = out / "slurm"
   if _LAUNCHER.value == "slurm" and (queued := slurm.queued(jobs)):
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
@@ -95,8 +96,9 @@ def main() -> None:
   statuses = [sweep.run_status(run) for run in plan]
   console.log(sweep.table(statuses))
   failed = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
+  logs = {run.workdir: pack[0].log for pack in packs for run in pack}
   for run in failed:
-    Console(sys.stderr).log(f"not finished: {run.workdir}; see {run.log}")
+    Console(sys.stderr).log(f"not finished: {run.workdir}; see {logs.get(run.workdir, run.log)}")
   if failed:
     raise jedi_jax.UserError(f"{len(failed)} of {len(plan)} runs did not finish; the same command continues them")
 

@@ -143,7 +143,8 @@ class Agent:
         f"the state has {np.shape(state.hidden)[0]} environments, but observations have {len(observations)}: "
         "make it with initial_state(batch), or the player with their number"
       )
-    restart = np.zeros(len(observations), bool) if restart is None else restart
+    if not hasattr(restart, "dtype"):
+      restart = np.zeros(len(observations), bool) if restart is None else np.asarray(restart)
     if np.shape(restart) != (len(observations),):
       raise UserError(f"restart has shape {np.shape(restart)}; the agent expects ({len(observations)},), one a game")
     return self._act(
@@ -247,9 +248,10 @@ def load_agent(directory: str | os.PathLike[str], which: str = "latest", *, buil
     return Agent(model, params, saved.config, saved.result, saved.data)
   run = workdir.read(path)
   model = build(run.config, run.spec)
-  params = checkpoint.load_params(run.checkpoints / which, _shapes(model))
+  checkpoints = run.checkpoints / which
+  params, number = checkpoint.load_params(checkpoints, _shapes(model))
   result = None
-  if which == "latest" and run.result.exists():
+  if which == "latest" and number == checkpoint.newest(checkpoints) and run.result.exists():
     with contextlib.suppress(UserError):  # The parameters are whole, even if the result is not.
       result = workdir.read_json(run.result)
   return Agent(model, params, run.config, result if isinstance(result, dict) else None, run.data)

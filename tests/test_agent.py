@@ -72,6 +72,8 @@ def test_restart_clears_the_state_where_it_is_true(agent):
   _, used = agent.act(frames(1), fresh, jax.random.key(0))
   restart = np.array([True, False, True, False])
   _, cleared = agent.act(frames(2), used, jax.random.key(1), restart=restart)
+  _, same = agent.act(frames(2), used, jax.random.key(1), restart=restart.tolist())
+  jax.tree.map(np.testing.assert_array_equal, same, cleared)
   _, from_fresh = agent.act(frames(2), fresh, jax.random.key(1))
   _, from_used = agent.act(frames(2), used, jax.random.key(1))
   for got, new, old in zip(cleared, from_fresh, from_used, strict=True):

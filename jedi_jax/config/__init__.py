@@ -54,8 +54,8 @@ def make_config(
       raise UserError(f"{name} determines other settings and cannot be overridden: use the argument or flag {name}")
   values: dict[str, Any] = {**PRESETS[preset], **VARIANTS[variant], **VARIANT_PRESETS.get((variant, preset), {})}
   values |= {"variant": variant, "preset": preset, "seed": seed}
-  values["env.name"] = env = env or values.get("env.name", EnvConfig.name)
-  if envs.is_stochastic(env):
+  values["env.name"] = env or values.get("env.name", EnvConfig.name)
+  if envs.is_stochastic(overrides.get("env.name", values["env.name"])):
     values["sampler.churn"] = 1.0  # As in the paper's stochastic-Atari experiment.
   return override(Config(), {**values, **overrides})
 

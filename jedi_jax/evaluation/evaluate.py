@@ -32,7 +32,7 @@ def evaluate(
     episodes: number of games, at least 1.
     num_envs: environments that play side by side; at most `episodes` are made.
     seed: seed of the environments and of the actions, in [0, 2**31 - num_envs]. Training runs play games with seeds
-      below 2**30, so this range and the default give games that no run was trained on.
+      below 2**30, so those from 2**30 on, such as the default, give games that no run was trained on.
     max_episode_steps: time limit of a game in environment steps; 27,000 steps are 108,000 Atari frames.
     console: shows progress; None for no output.
     on_step: called before every step of the environments.

@@ -378,7 +378,8 @@ def draw_curves(runs: Sequence[Run], path: pathlib.Path) -> None:
     if ratio > 1:
       above = ax.secondary_xaxis("top", functions=(lambda x, r=ratio: x * r, lambda x, r=ratio: x / r))
       above.tick_params(labelsize=6)
-  axes.flat[0].legend(fontsize=7)
+  lines = {label: line for ax in axes.flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+  axes.flat[0].legend([lines[label] for label in sorted(lines)], sorted(lines), fontsize=7)
   figure.supxlabel("environment steps (above: frames)", fontsize=9)
   figure.supylabel("mean return", fontsize=9)
   figures.save(figure, path, path.with_suffix(".svg"))

@@ -79,7 +79,7 @@ class Aggregate:
   """Aggregated scores of a method.
 
   Attributes:
-    metrics: maps names of `METRICS` to estimates; metrics that need missing games are absent.
+    metrics: maps names of `METRICS` to estimates; metrics that need missing games, or are not defined, are absent.
     games: games with scores, in the benchmark's order.
     missing: games of the benchmark without a score.
     runs: number of runs counted for every game; 1 for published means.
@@ -218,7 +218,8 @@ def aggregate(scores: Scores, *, reps: int = 2_000, seed: int = 0) -> Aggregate:
       np.random.set_state(before)
     # Har-HNS is undefined where a resampled game is far below random play; then it has no interval.
     low, high = ([x if math.isfinite(x) else None for x in row.tolist()] for row in intervals[scores.name])
-  metrics = {name: Estimate(float(v), a, b) for name, v, a, b in zip(names, values, low, high, strict=True)}
+  rows = zip(names, values, low, high, strict=True)
+  metrics = {name: Estimate(float(value), *bounds) for name, value, *bounds in rows if math.isfinite(value)}
   return dataclasses.replace(about, metrics=metrics)
 
 

@@ -111,14 +111,19 @@ def windows(episodes: list[Episode], *, before: int, after: int, stride: int) ->
   """Cuts episodes into segments of `before + after` frames.
 
   Args:
-    episodes: at least one episode.
+    episodes: the episodes.
     before: L, number of frames up to and including the start of a segment.
     after: number of frames after the start.
     stride: number of steps between starts; the first start is the first frame of the episode.
 
   Returns:
     `Segment` with one row per start, ordered by episode; frames outside the episode are masked.
+
+  Raises:
+    UserError: if there is no episode.
   """
+  if not episodes:
+    raise UserError("nothing was recorded: record more steps")
   rows = []
   for episode in episodes:
     steps = len(episode.actions)

@@ -193,17 +193,20 @@ def _numbers(path: pathlib.Path) -> list[int]:
   return sorted(int(entry.name) for entry in path.iterdir() if entry.name.isdecimal()) if path.is_dir() else []
 
 
-def load_params(directory: str | os.PathLike[str], target: Any) -> Any:
+def load_params(directory: str | os.PathLike[str], target: Any) -> tuple[Any, int]:
   """Restores the parameters of the newest valid checkpoint in a directory, and warns of newer ones.
 
   Args:
     directory: as given to `Checkpoints`.
     target: pytree of `jax.ShapeDtypeStruct` with the expected shapes and dtypes.
 
+  Returns:
+    The parameters, and the number of the checkpoint.
+
   Raises:
     UserError: if there is no checkpoint, or none that is valid.
   """
-  return _newest_valid(directory, lambda path, number: _restore(path, number, _PARAMS, target))
+  return _newest_valid(directory, lambda path, number: (_restore(path, number, _PARAMS, target), number))
 
 
 def load_state(directory: str | os.PathLike[str], part: str) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -121,6 +122,8 @@ class Trainer:
     for run in self.runs:
       if run.progress.epoch:
         run.best.delete_after(run.progress.epoch)
+        if run.best.latest() is None:  # A later one had replaced it.
+          run.progress = run.progress._replace(best=-math.inf)
       run.open_metrics(self._loggers)
     self.learner.start(states, replays)
 
@@ -391,7 +394,8 @@ def plan_calls(
     limit: updates of one call at most, over all phases; a call has at least one round of its group.
     split: whether every group is a call of its own, however few its updates.
   """
-  if sum(counts.values()) <= limit and not split:
+  total = sum(counts.values())
+  if not total or (total <= limit and not split):
     yield dict(counts)
     return
   nothing = dict.fromkeys(counts, 0)

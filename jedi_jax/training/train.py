@@ -164,8 +164,11 @@ def train_packed(
     failures: list[str] = []
     while left:
       group = _least_advanced(left)
+      if len(group) > devices.count:  # The others follow as a group of their own.
+        group = group[: len(group) // devices.count * devices.count]
       if len(group) != learner.devices.runs:
-        learner = Learner(configs[0], specs[0], devices.with_runs(len(group)), build=build, leader=leader)
+        own = Devices(devices.devices[:1]) if len(group) == 1 else devices.with_runs(len(group))
+        learner = Learner(configs[0], specs[0], own, build=build, leader=leader)
       try:
         with Trainer(
           group,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jedi_jax import envs
+from jedi_jax.config import make_config
 from jedi_jax.envs import atari, skipping
 from jedi_jax.envs.atari import AtariEnv
 from jedi_jax.errors import UserError
@@ -337,3 +338,12 @@ def test_invalid_numbers():
     envs.make("atari/Pong?skip=2-6", num_envs=0, seed=0, life_loss_ends=True)
   with pytest.raises(UserError, match="skip is 5-4;"):
     AtariEnv("Pong", num_envs=1, seed=0, life_loss_ends=True, skip=(5, 4))
+
+
+def test_a_random_frame_skip_is_known_from_an_override_too():
+  for config in (
+    make_config(env="atari/Breakout?skip=2-6"),
+    make_config(overrides={"env.name": "atari/Breakout?skip=2-6"}),
+  ):
+    assert config.sampler.churn == 1.0
+  assert make_config(env="atari/Breakout?skip=2-6", overrides=["env.name=atari/Pong"]).sampler.churn == 0.0

@@ -150,6 +150,20 @@ def test_figures_are_drawn(tmp_path):
     assert "<svg" in (tmp_path / f"{name}.svg").read_text()
 
 
+def test_the_legend_of_the_curves_has_every_method(tmp_path, monkeypatch):
+  drawn = []
+  monkeypatch.setattr(report.figures, "save", lambda figure, *_: drawn.append(figure))
+  runs = []
+  for name, changes in (("a", {"env": "atari/Alien"}), ("b", {"env": "atari/Pong", "variant": "diamond"})):
+    (tmp_path / name).mkdir()
+    line = {"epoch": 2, "env_steps": 20, "frames": 80, "evaluation/return": 1.5}
+    (tmp_path / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    runs.append(write(tmp_path / name, **changes))
+  report.draw_curves(runs, tmp_path / "curves.png")
+  [legend] = [ax.get_legend() for ax in drawn[0].axes if ax.get_legend()]
+  assert [text.get_text() for text in legend.get_texts()] == sorted(run.method for run in runs)
+
+
 @pytest.mark.parametrize("changes", [
   {"seed": float("inf")}, {"mean_return": 10**400}, {"variant": "a\nb"}, {"env": "\ud800"}, {"preset": ""},
   {"mean_return": 1e300}, {"env_steps": float("-inf")},

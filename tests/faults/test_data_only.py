@@ -148,7 +148,7 @@ def test_pickles_put_into_a_checkpoint_are_refused_or_not_looked_at(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(pickle.dumps(Malice(canary)))
     try:
-      loaded = checkpoint.load_params(tmp_path / "checkpoints", PARAMS)
+      loaded, _ = checkpoint.load_params(tmp_path / "checkpoints", PARAMS)
       np.testing.assert_array_equal(loaded["encoder"]["kernel"], PARAMS["encoder"]["kernel"])
     except UserError as error:
       refused += 1

@@ -48,6 +48,8 @@ def numbered(steps, first):
 
 
 def test_windows_by_hand():
+  with pytest.raises(UserError, match="record more steps"):
+    recording.windows([], before=2, after=3, stride=3)
   segment = recording.windows([numbered(5, 10), numbered(1, 50)], before=2, after=3, stride=3)
   frames, mask = np.asarray(segment.observations)[..., 0, 0, 0], np.asarray(segment.mask)
   # Starts 0 and 3 of five steps (six frames), and 0 of one step (two frames); the start is in second place.

@@ -195,6 +195,10 @@ def test_the_agent_of_a_run_carries_its_result(agent, tiny, tmp_path):
   workdir.write_json(run.result, RESULT)
   assert jedi_jax.load_agent(run.path).result == RESULT
   assert jedi_jax.load_agent(run.path, "best").result is None  # The result is of other parameters.
+  shutil.copytree(run.checkpoints / "latest" / "5", run.checkpoints / "latest" / "6")
+  shutil.rmtree(run.checkpoints / "latest" / "6" / "params")
+  assert jedi_jax.load_agent(run.path).result is None  # The last checkpoint is damaged, and an older one is used.
+  shutil.rmtree(run.checkpoints / "latest" / "6")
   run.result.write_text("{")
   assert jedi_jax.load_agent(run.path).result is None
   refused(lambda: agent.save(run.path, overwrite=True), "holds a run", str(run.path))

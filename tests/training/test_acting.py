@@ -1,6 +1,7 @@
 """Real steps taken side by side, and beside training."""
 
 import json
+import math
 import shutil
 import threading
 import time
@@ -290,3 +291,25 @@ def test_a_refused_resume_keeps_the_best_checkpoint(finished_run, train_tiny, tm
   with pytest.raises(UserError, match="not repeated"):
     train_tiny(directory)
   assert [p.name for p in best.iterdir()] == ["9"]
+
+
+def test_a_best_checkpoint_that_the_resumed_run_has_not_reached_is_no_bar(
+  finished_run, train_tiny, tmp_path, monkeypatch
+):
+  directory = tmp_path / "run"
+  shutil.copytree(finished_run, directory)
+  (directory / "result.json").unlink()
+  best = directory / "checkpoints" / "best"
+  [number] = best.iterdir()
+  number.rename(best / "9")
+  seen = []
+
+  def stop(trainer):
+    seen.extend(run.progress.best for run in trainer.runs)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(Trainer, "run_to_end", stop)
+  with pytest.raises(KeyboardInterrupt):
+    train_tiny(directory)
+  assert seen == [-math.inf]
+  assert not any(best.iterdir())

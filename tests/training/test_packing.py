@@ -186,22 +186,15 @@ def test_a_run_that_fails_leaves_the_others_be(tiny, quiet, poisoned, tmp_path):
   assert checkpoint.newest(places[1] / "checkpoints" / "latest") == 2
 
 
-def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path, quiet, monkeypatch):
-  configs = [override(tiny.config, {"seed": seed}) for seed in range(3)]
-  places = [tmp_path / str(config.seed) for config in configs]
-  for config, place in zip(configs, places, strict=True):
-    workdir.prepare(place, config, SPEC)
-    for number in ("2", "4"):
-      (place / "checkpoints" / "latest" / number).mkdir(parents=True)
+@pytest.fixture
+def groups(monkeypatch):
+  """Groups of runs and their numbers of devices, as they would train; they end at once."""
   groups = []
 
   class Trainer:
-    def __init__(self, group, **_):
+    def __init__(self, group, *, learner, **_):
       self.group = [run.path for run in group]
-      groups.append([path.name for path in self.group])
-      if len(groups) == 1:
-        (places[1] / "checkpoints" / "latest" / "4").rmdir()  # As if it had been set aside.
-        raise UnevenError
+      groups.append(([path.name for path in self.group], learner.devices.count))
 
     def run_to_end(self):
       for path in self.group:
@@ -214,5 +207,42 @@ def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path
       pass
 
   monkeypatch.setattr(train_lib, "Trainer", Trainer)
+  return groups
+
+
+@pytest.mark.parametrize(
+  ("finished", "expected"),
+  [
+    (0, [(["0", "1", "2", "3"], 2)]),
+    (1, [(["1", "2"], 2), (["3"], 1)]),
+    (2, [(["2", "3"], 2)]),
+    (3, [(["3"], 1)]),
+  ],
+)
+def test_what_is_left_of_a_pack_is_spread_over_the_devices(tiny, tmp_path, quiet, groups, finished, expected):
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(4)]
+  places = [tmp_path / str(config.seed) for config in configs]
+  for config, place in zip(configs[:finished], places, strict=False):
+    workdir.prepare(place, config, SPEC)
+    workdir.write_json(place / "result.json", {})
+  jedi_jax.train_packed(configs, places, devices=tiny.devices(2), console=quiet)
+  assert groups == expected
+
+
+def test_runs_whose_newest_checkpoint_is_damaged_are_grouped_anew(tiny, tmp_path, quiet, groups, monkeypatch):
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(3)]
+  places = [tmp_path / str(config.seed) for config in configs]
+  for config, place in zip(configs, places, strict=True):
+    workdir.prepare(place, config, SPEC)
+    for number in ("2", "4"):
+      (place / "checkpoints" / "latest" / number).mkdir(parents=True)
+  end = train_lib.Trainer.run_to_end
+
+  def damaged(trainer):
+    monkeypatch.setattr(train_lib.Trainer, "run_to_end", end)
+    (places[1] / "checkpoints" / "latest" / "4").rmdir()  # As if it had been set aside.
+    raise UnevenError
+
+  monkeypatch.setattr(train_lib.Trainer, "run_to_end", damaged)
   jedi_jax.train_packed(configs, places, devices=tiny.devices(1), console=quiet)
-  assert groups == [["0", "1", "2"], ["1"], ["0", "2"]]
+  assert [group for group, _ in groups] == [["0", "1", "2"], ["1"], ["0", "2"]]
