@@ -1,6 +1,6 @@
 """A sweep that is killed, stopped and starved many times ends as an undisturbed one; see soak.py.
 
-SOAK_HARMS (200) and SOAK_SEED (0) choose the long form.
+SOAK_HARMS (12) and SOAK_SEED (0) choose the long form.
 """
 
 import json
@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-HARMS, SEED = os.environ.get("SOAK_HARMS", "200"), os.environ.get("SOAK_SEED", "0")
+HARMS, SEED = os.environ.get("SOAK_HARMS", "12"), os.environ.get("SOAK_SEED", "0")
 MANY_EPOCHS = {
   "training.first_updates.probe": 0,  # Its program takes long to trace, at each start.
   "training.updates.probe": 0,
