@@ -134,7 +134,7 @@ def mutate_zip(pick, data, inner):
   with warnings.catch_warnings(), zipfile.ZipFile(file, "w", pick.choice((0, 0, 8))) as archive:
     warnings.simplefilter("ignore")  # Names that appear twice.
     for name, content in members:
-      archive.writestr(name or "x", content)
+      archive.writestr(name.partition("\0")[0] or "x", content)  # zipfile ends a name there.
   return file.getvalue()
 
 
