@@ -128,7 +128,7 @@ class Tiny:
     learner = Learner(self.config, SPEC, self.devices())
     self.model, self.optimizers = learner.model, learner.optimizers
     self.init = make_init(self.model, self.optimizers)
-    self._epochs = {}
+    self._epochs, self._watches = {}, {}
 
   def learner(self, devices=1):
     """A learner with the state and the replay of `state` and `replay`."""
@@ -164,6 +164,19 @@ class Tiny:
     if "packed" not in self._epochs:
       self._epochs["packed"] = self.lowered_epoch(self.packed_devices()).compile()
     return self._epochs["packed"]
+
+  @contextlib.contextmanager
+  def shared(self):
+    """A context in which only the first learner on such devices traces and compiles its programs."""
+
+    def use(learner):
+      devices = learner.devices
+      learner.epoch = self.packed_epoch() if devices.packed else self.epoch(devices.count)
+      learner._watch = self._watches.setdefault((devices.count, devices.runs), learner._watch)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Learner, "compile", use)
+      yield
 
   def state(self, seed=0, devices=1):
     return self.devices(devices).to_devices([self.init(jax.random.key(seed))])
@@ -225,16 +238,11 @@ class Quiet(Console):
 def train_tiny(tiny):
   """Trains the tiny configuration: (directory, devices=1, config=None) -> what `train` returns.
 
-  The epoch is the shared one, so that only the first run traces and compiles it; a run by the command line (see
-  test_programs) and the one on Atari compile theirs.
+  Its programs are shared; a run by the command line (see test_programs) and the one on Atari compile theirs.
   """
 
   def run(directory, devices=1, config=None, console=None, **options):
-    def shared(learner):
-      learner.epoch = tiny.epoch(devices)
-
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(Learner, "compile", shared)
+    with tiny.shared():
       options |= {"devices": tiny.devices(devices), "console": console or Quiet()}
       return jedi_jax.train(config or tiny.config, directory, **options)
 

@@ -39,14 +39,14 @@ def home(tmp_path_factory):
 
 
 def shared_compile():
-  """`Learner.compile` whose learners share one program."""
-  original, compiled = Learner.compile, []
+  """`Learner.compile` whose learners share their programs."""
+  original, programs = Learner.compile, []
 
   def compile_once(learner):
-    if not compiled:
+    if not programs:
       original(learner)
-      compiled.append(learner.epoch)
-    learner.epoch = compiled[0]
+      programs.extend((learner.epoch, learner._watch))
+    learner.epoch, learner._watch = programs
 
   return compile_once
 

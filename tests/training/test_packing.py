@@ -12,7 +12,6 @@ from jedi_jax.errors import TrainingError, UserError
 from jedi_jax.models.build import build, with_num_actions
 from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.training import train as train_lib
-from jedi_jax.training.learner import Learner
 from jedi_jax.training.loop import UnevenError
 from jedi_jax.types import EnvSpec
 
@@ -50,12 +49,7 @@ def packed(tiny, tmp_path_factory):
 
 
 def _train(tiny, configs, places, console=None):
-  def shared(learner):
-    assert learner.devices.runs == RUNS
-    learner.epoch = tiny.packed_epoch()
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Learner, "compile", shared)
+  with tiny.shared():
     return jedi_jax.train_packed(configs, places, devices=tiny.devices(2), console=console)
 
 
