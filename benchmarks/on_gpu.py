@@ -10,7 +10,7 @@ in turn, once all have compiled or --wait seconds have passed, and the learning 
   kernel: convolution.py --kernel.
   jedi, diamond: throughput.py, one run, bfloat16, with peak memory, launches and the busy time of each update.
   lax: jedi with XLA's convolutions in imagination.
-  chunk: jedi with encoder.chunk=64.
+  chunk: jedi with encoder.chunk=208.
   packed: jedi with 8 packed runs.
   float32: jedi in float32.
   torch: against_torch.py, where --diamond_repo names a clone.
@@ -95,7 +95,7 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
     benchmark("jedi", *jedi, narrow, "--launches"),
     benchmark("diamond", "throughput", "--variants=diamond", "--updates=10", narrow, "--launches"),
     benchmark("lax", *jedi, narrow, "--set=precision.convolution=lax", "--launches"),
-    benchmark("chunk", *jedi, narrow, "--set=encoder.chunk=64", "--launches"),
+    benchmark("chunk", *jedi, narrow, "--set=encoder.chunk=208", "--launches"),
     benchmark("packed", *jedi, narrow, "--runs=8"),
     benchmark("float32", *jedi),
   ]

@@ -57,7 +57,7 @@ class EncoderConfig:
   chunk: int = setting(-1, "O", low=-1, high=10**6)
   """Frames encoded at a time; their activations are recomputed for the gradient, which takes less memory and more
   operations. 0 for all frames at once. -1 for 0 on GPUs that give JAX 8 GiB, or 48 GiB for packed runs, since launches
-  cost most there; and for 64 elsewhere."""
+  cost most there; for 208 on other GPUs; and for 64 elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,7 +130,7 @@ def _chunk(*, packed: bool) -> int:
   if device.platform != "gpu":
     return 64
   least = (48 if packed else 8) * 2**30
-  return 0 if ((device.memory_stats() or {}).get("bytes_limit") or least) >= least else 64
+  return 0 if ((device.memory_stats() or {}).get("bytes_limit") or least) >= least else 208
 
 
 def _check_codec(codec: codecs.Codec, spec: EnvSpec) -> None:

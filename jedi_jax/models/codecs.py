@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 
 from jedi_jax.nn import blocks
@@ -122,12 +123,14 @@ def learned(
   def extract_in_chunks(params: Params, images: Array) -> Array:
     if not 0 < chunk < len(images):
       return extract(params, images)
-    checkpointed = jax.checkpoint(extract)
+    # As one vector the gradients of a chunk are added to those of the others at once.
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+    checkpointed = jax.checkpoint(lambda vector, some: extract(unravel(vector), some))
     rest = len(images) % chunk
     chunks = images[: len(images) - rest].reshape(-1, chunk, *observation_shape)
-    features = jax.lax.map(lambda some: checkpointed(params, some), chunks)
+    features = jax.lax.map(lambda some: checkpointed(vector, some), chunks)
     features = features.reshape(-1, *features.shape[2:])
-    return jnp.concatenate([features, checkpointed(params, images[-rest:])]) if rest else features
+    return jnp.concatenate([features, checkpointed(vector, images[-rest:])]) if rest else features
 
   def encode(params: Params, images: Array, mask: Array | None = None) -> Array:
     features = extract_in_chunks({name: value for name, value in params.items() if name != "running"}, images)

@@ -20,7 +20,7 @@ def test_convolutions_are_fused_in_bfloat16(convolution, dtype, fused):
 
 @pytest.mark.parametrize(
   ("platform", "gigabytes", "packed", "chunk"),
-  [("cpu", 128, False, 64), ("gpu", 8, False, 0), ("gpu", 6, False, 64), ("gpu", 24, True, 64), ("gpu", 60, True, 0)],
+  [("cpu", 128, False, 64), ("gpu", 8, False, 0), ("gpu", 6, False, 208), ("gpu", 24, True, 208), ("gpu", 60, True, 0)],
 )
 def test_frames_are_encoded_at_once_where_memory_allows(platform, gigabytes, packed, chunk, monkeypatch):
   stats = {"bytes_limit": gigabytes * 2**30}
