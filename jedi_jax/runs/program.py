@@ -135,19 +135,14 @@ class Processes:
     return items[index * share : (index + 1) * share]
 
 
-_GONE = (
-  f"{pathlib.Path(sys.argv[0]).name}: another process of the run is gone, or JAX failed: the lines above tell; the "
-  "same command continues the run\n"
-).encode()
+_GONE = "another process of the run is gone, or JAX failed: the lines above tell; the same command continues the run"
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_disconnected(number: int) -> None:
   """Ends the process; called within a call of `abort`, in any thread."""
   del number
-  with contextlib.suppress(OSError):
-    os.write(2, _GONE)
-  os._exit(DISCONNECTED_STATUS)
+  _end(DISCONNECTED_STATUS, _GONE)
 
 
 def _catch_abort() -> None:
@@ -237,18 +232,33 @@ def _flush() -> None:
       os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _leave(status: int) -> NoReturn:
-  """Ends one of several connected processes without waiting for the others."""
+def _leave(status: int, message: str = "") -> NoReturn:
+  """Ends one of several connected processes without waiting for the others; a message is its last line."""
   _flush()
   if jax.process_index() == 0:
     time.sleep(1.0)  # JAX aborts the others when this process ends; before, they end by themselves if it told them.
+  _end(status, message)
+
+
+def _end(status: int, message: str) -> NoReturn:
+  """Ends the process at once. No other thread, such as JAX's that watches the connection, prints after the message."""
+  with contextlib.suppress(OSError):  # A full disk must not change the status.
+    out = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if message:
+      os.write(out, _line(message).encode())
   os._exit(status)
 
 
-def _exit(message: str, status: int = USAGE_STATUS) -> None:
+def _exit(message: str, status: int = USAGE_STATUS) -> NoReturn:
   """Prints one line to stderr and exits; one of several connected processes without waiting for the others."""
-  with contextlib.suppress(OSError):  # A full disk must not change the status.
-    print(f"{pathlib.Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
   if jax.distributed.is_initialized():
-    _leave(status)
+    _leave(status, message)
+  with contextlib.suppress(OSError):
+    sys.stderr.write(_line(message))
+    sys.stderr.flush()
   sys.exit(status)
+
+
+def _line(message: str) -> str:
+  return f"{pathlib.Path(sys.argv[0]).name}: {message}\n"

@@ -8,6 +8,8 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
+import textwrap
 import threading
 import time
 
@@ -149,6 +151,32 @@ def test_the_others_end_at_once_when_one_is_killed(victim):
     assert all(process.until("<connected>") for process in processes), [process.lines for process in processes]
     processes[victim].running.kill()
     assert_others_end(processes, gone=victim, limit=30)
+
+
+def test_nothing_is_printed_after_the_last_line():
+  code = """
+    import os, threading, time
+    import jax
+    from jedi_jax.errors import DisconnectedError
+    from jedi_jax.runs import program
+
+    def report():
+      while True:
+        os.write(2, b"a report of JAX's threads\\n")
+        time.sleep(1e-4)
+
+    def main():
+      jax.distributed.is_initialized = lambda: True
+      threading.Thread(target=report, daemon=True).start()
+      raise DisconnectedError("another process of the run is gone")
+
+    program.run(main, "")
+  """
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+  assert done.returncode == DISCONNECTED_STATUS
+  *before, last = done.stderr.splitlines()
+  assert "another process of the run is gone" in last
+  assert "a report of JAX's threads" in before
 
 
 @pytest.fixture(scope="module")
