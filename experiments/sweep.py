@@ -47,7 +47,11 @@ _HOURS = flags.DEFINE_float(
 )
 _DRY = flags.DEFINE_bool("dry_run", False, "Prints the plan and its projected hours, and exits.")
 _LAUNCHER = flags.DEFINE_enum("launcher", "local", ["local", "slurm"], "Where the runs go.")
-_SLURM = flags.DEFINE_multi_string("slurm", [], "Parameter of the array job, as in --slurm=slurm_partition=gpu.")
+_SLURM = flags.DEFINE_multi_string(
+  "slurm",
+  [],
+  "Parameter of the array job, as in --slurm=slurm_partition=gpu; timeout_min, minutes of a job, is required.",
+)
 _INTERVAL = flags.DEFINE_float("interval", 30.0, "Seconds between tables.", lower_bound=0.1)
 
 
@@ -55,6 +59,8 @@ def main() -> None:
   """Plans the sweep and trains the unfinished runs."""
   if not _OUT.value:
     raise jedi_jax.UserError("--out is missing: name a directory")
+  if _LAUNCHER.value == "slurm" and not _PACK.value:
+    raise jedi_jax.UserError("--pack=0 measures on this machine, not on the nodes of SLURM: give a number")
   out = workdir.locate(_OUT.value)
   plan = sweep.plan(
     out,
@@ -75,11 +81,11 @@ def main() -> None:
   if _LAUNCHER.value == "slurm" and (queued := slurm.queued(jobs)):
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
-  size = _PACK.value or (sweep.runs_that_fit(left[0], train) if left else 1)
+  packs = sweep.packs(left, (lambda run: sweep.runs_that_fit(run, train)) if not _PACK.value else _PACK.value)
+  size = len(left) / max(len(packs), 1)
   console.log(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
-  packs = sweep.packs(left, size)
   if _LAUNCHER.value == "slurm":
     parameters = dict(config_lib.split_override(text) for text in _SLURM.value)
     job = slurm.submit(packs, train, jobs, workers=_WORKERS.value, parameters=parameters)

@@ -158,19 +158,21 @@ def submit(
     train: the training program.
     folder: directory of the scheduler's logs.
     workers: number of the array's jobs that run at a time.
-    parameters: submitit's parameters, such as 'slurm_partition'.
+    parameters: submitit's parameters, such as 'slurm_partition'; SLURM needs 'timeout_min' or 'slurm_time'.
     cluster: submitit's name of the cluster; 'local' and 'debug' need no scheduler.
 
   Returns:
     The identifiers of the jobs, separated by commas; `queued` finds their runs.
 
   Raises:
-    UserError: if submitit is not installed, or the scheduler refuses.
+    UserError: if submitit is not installed, a parameter is missing or wrong, or the scheduler refuses.
   """
   try:
     import submitit
   except ImportError:
     raise UserError("--launcher=slurm needs submitit: pip install submitit") from None
+  if cluster == "slurm" and not {"timeout_min", "slurm_time"} & set(parameters):
+    raise UserError("a job of submitit ends after 5 minutes: give its limit, as in --slurm=timeout_min=1440")
   try:
     given = {"slurm_signal_delay_s": _SIGNAL_DELAY, **{name: _number(text) for name, text in parameters.items()}}
     own = {name: given.pop(name) for name in ("slurm_max_num_timeout",) if name in given}
@@ -181,13 +183,18 @@ def submit(
     functions = [ArrayJob([*sweep.command(pack, train), grace], [run.workdir for run in pack]) for pack in packs]
     with executor.batch():
       jobs = [executor.submit(function) for function in functions]
-  except (OSError, RuntimeError, NameError, ValueError, TypeError) as error:
-    raise UserError(f"the array job could not be submitted ({error})") from None
+  except (OSError, RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:
+    raise UserError(f"the array job could not be submitted ({' '.join(str(error).split())})") from None
   places = {job.job_id: list(map(str, function.places)) for job, function in zip(jobs, functions, strict=True)}
   workdir.write_json(folder / f"{jobs[0].job_id}{_JOBS}", places)
   return ", ".join(job.job_id for job in jobs)
 
 
-def _number(text: str) -> int | str:
-  """Returns a whole number as such: submitit checks types."""
-  return int(text) if text.isdecimal() else text
+def _number(text: str) -> float | str:
+  """Returns a number as such: submitit checks types."""
+  if text.isdecimal():
+    return int(text)
+  try:
+    return float(text)
+  except ValueError:
+    return text

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, NamedTuple
 
 from jedi_jax import config as config_lib
@@ -55,13 +55,24 @@ def command(runs: Sequence[PlannedRun], train: pathlib.Path) -> list[str]:
   ]
 
 
-def packs(runs: Sequence[PlannedRun], size: int) -> list[list[PlannedRun]]:
-  """Groups runs of one variant, seed and observation shape, which can share a program, into packs of at most `size`."""
+def packs(runs: Sequence[PlannedRun], size: int | Callable[[PlannedRun], int]) -> list[list[PlannedRun]]:
+  """Groups runs of one variant, seed and observation shape, which can share a program, into packs.
+
+  Args:
+    runs: the runs.
+    size: number of runs of a pack at most; a function, called once for each variant and observation shape, gives it for
+      a run.
+  """
   groups: dict[Any, list[PlannedRun]] = {}
+  sizes: dict[Any, int] = {}
   for run in runs:
-    shape = envs.spec(run.config.env.name).observation_shape
-    groups.setdefault((run.config.variant, run.config.seed, shape), []).append(run)
-  return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    kind = (run.config.variant, envs.spec(run.config.env.name).observation_shape)
+    groups.setdefault((*kind, run.config.seed), []).append(run)
+    if kind not in sizes:
+      sizes[kind] = size(run) if callable(size) else size
+  return [
+    group[i : i + sizes[kind[:2]]] for kind, group in groups.items() for i in range(0, len(group), sizes[kind[:2]])
+  ]
 
 
 class RunStatus(NamedTuple):

@@ -1,4 +1,5 @@
 import json
+import os
 import pathlib
 import sys
 import textwrap
@@ -113,6 +114,19 @@ def test_packs_hold_games_that_can_share_a_program(tmp_path):
   ]
 
 
+def test_packs_of_each_variant_and_shape_have_their_own_size(tmp_path):
+  games = ["Pong", "catch", "Breakout", "Boxing"]
+  plan = make_plan(tmp_path, games=games, variants=["jedi", "diamond"], seeds=1, packed=True)
+  asked = []
+
+  def fit(run):
+    asked.append((run.config.variant, run.config.env.name))
+    return 3 if run.config.variant == "jedi" else 1
+
+  assert [len(pack) for pack in sweep.packs(plan, fit)] == [3, 1, 1, 1, 1, 1]
+  assert asked == [(variant, name) for variant in ("jedi", "diamond") for name in ("atari/Pong", "catch")]
+
+
 def test_the_program_reports_how_many_runs_fit(tmp_path):
   [run] = make_plan(tmp_path, seeds=1)
   program = tmp_path / "train.py"
@@ -203,10 +217,24 @@ def test_an_array_job(tmp_path, train):
     time.sleep(0.2)
 
 
-def test_a_missing_scheduler_is_one_line(tmp_path, train):
+def test_what_slurm_refuses_is_one_line(tmp_path, train, monkeypatch):
   pytest.importorskip("submitit")
-  with pytest.raises(UserError, match="could not be submitted"):
-    slurm.submit(sweep.packs(make_plan(tmp_path / "out"), 1), train(), tmp_path / "slurm", workers=1, parameters={})
+
+  def refused(match, **parameters):
+    packs = sweep.packs(make_plan(tmp_path / "out"), 1)
+    with pytest.raises(UserError, match=match) as error:
+      slurm.submit(packs, train(), tmp_path / "slurm", workers=1, parameters=parameters)
+    assert len(str(error.value).splitlines()) == 1
+
+  refused("could not be submitted", timeout_min="5")
+  refused("--slurm=timeout_min=")
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  for name in ("srun", "sbatch"):  # With them submitit takes SLURM for installed.
+    (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\necho more >&2\nexit 1\n")
+    (tmp_path / name).chmod(0o755)
+  refused("could not be submitted.*timeout_min", timeout_min="24:00:00")
+  refused("could not be submitted.*nodes", nodes="1.5", timeout_min="5")
+  refused("could not be submitted.*invalid partition", timeout_min="5")
 
 
 def test_a_damaged_result_is_one_line(tmp_path, train):

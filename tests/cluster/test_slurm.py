@@ -55,7 +55,8 @@ class Sweep:
     """Submits what is left; returns the program's output and the jobs that it submitted."""
     done = subprocess.run(
       [sys.executable, SWEEP, "--launcher=slurm", "--games=catch", f"--seeds={RUNS}", "--preset=debug", "--workers=8",
-       "--import=toy_epoch", "--slurm=slurm_cpus_per_task=2", f"--out={self.out}", *self._flags, *more],
+       "--import=toy_epoch", "--slurm=slurm_cpus_per_task=2",
+       "--slurm=timeout_min=30", f"--out={self.out}", *self._flags, *more],
       env=self.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
