@@ -165,7 +165,7 @@ def read(directory: str | os.PathLike[str]) -> Dataset:
 
 
 def _read_info(file: pathlib.Path) -> tuple[EnvSpec, str]:
-  if not file.is_file():
+  if not os.path.isfile(file):  # Unlike pathlib's, False for names that no file can have.
     raise UserError(f"{file.parent} holds no data set: there is no {_INFO}; docs/data.md describes the format")
   try:
     info = json.loads(file.read_text())
@@ -294,7 +294,7 @@ def held_out(run: Workdir, directory: str | os.PathLike[str] | None = None) -> t
   if run.data is None:
     raise UserError(f"{run.path} was not trained on recorded episodes: it has no --data")
   path = workdir.locate(run.data["directory"] if directory is None else directory)
-  if not path.exists():
+  if not os.path.exists(path):
     raise UserError(f"{path}, the data of {run.path}, is missing: name its new place with --data")
   data = read(path)
   if data.record()["fingerprint"] != run.data["fingerprint"]:

@@ -11,15 +11,12 @@ import textwrap
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TRAIN, EVALUATE, DIAGNOSE, DREAM, EXPORT, PLAY, ABLATIONS, REPORT = (
-  str(ROOT / "experiments" / f"{name}.py")
-  for name in ("train", "evaluate", "diagnose", "dream", "export", "play", "ablations", "report")
-)
-SCALING, AGAINST_TORCH, TPU_COMPILE, GPU_COMPILE, ON_GPU = (
-  str(ROOT / "benchmarks" / f"{name}.py")
-  for name in ("scaling", "against_torch", "tpu_compile", "gpu_compile", "on_gpu")
-)
-OFFLINE, MAKE = (str(ROOT / "experiments" / f"{name}.py") for name in ("train_offline", "make_dataset"))
+EXPERIMENTS, BENCHMARKS = f"{ROOT}/experiments/{{}}.py".format, f"{ROOT}/benchmarks/{{}}.py".format
+TRAIN, EVALUATE, DIAGNOSE, DREAM, EXPORT = map(EXPERIMENTS, ("train", "evaluate", "diagnose", "dream", "export"))
+PLAY, ABLATIONS, REPORT, SWEEP = map(EXPERIMENTS, ("play", "ablations", "report", "sweep"))
+OFFLINE, MAKE = map(EXPERIMENTS, ("train_offline", "make_dataset"))
+SCALING, AGAINST_TORCH, ON_GPU = map(BENCHMARKS, ("scaling", "against_torch", "on_gpu"))
+TPU_COMPILE, GPU_COMPILE = map(BENCHMARKS, ("tpu_compile", "gpu_compile"))
 CUDA = importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin")
 FINE = ["--env=catch", "--preset=debug", "--devices=1", "--workdir=new"]
 
@@ -338,6 +335,14 @@ MISTAKES = {
   "unknown program for a GPU": ([GPU_COMPILE, "--programs=draw,epoc"], ["epoc", "epoch"]),
   "unknown GPU": ([GPU_COMPILE, "--cards=H10"], ["--cards", "H10", "H100"]),
   "unknown item for a GPU": ([ON_GPU, "--items=pack"], ["--items", "pack", "packed"]),
+  "workdir of no possible name": ([TRAIN, *FINE[:-1], f"--workdir={'x' * 300}"], ["cannot make", "too long"]),
+  "folder of no possible name": (
+    [EXPORT, "--workdir=jedi://catch", f"--out={'x' * 300}"],
+    ["cannot write", "too long"],
+  ),
+  "no possible source": ([MAKE, f"--diamond={'x' * 300}", "--num_actions=3", "--out=new"], ["x cannot be read"]),
+  "seed beyond 32 bits": ([DREAM, "--workdir=jedi://catch", f"--seed={2**63}"], ["--seed", str(2**63)]),
+  "packs measured for SLURM": ([SWEEP, "--pack=0", "--launcher=slurm", "--out=new"], ["--pack=0", "SLURM"]),
   "unknown data type": ([GPU_COMPILE, "--dtypes=float8"], ["--dtypes", "float8", "bfloat16"]),
 }
 if importlib.util.find_spec("libtpu") is None:

@@ -27,7 +27,10 @@ def read_diamond(directory: str | os.PathLike[str]) -> Iterator[Episode]:
     UserError: if there are no episodes, or a file is damaged or has other arrays.
   """
   path = pathlib.Path(directory)
-  files = [file for file in path.rglob("*.pt") if file.stem.isdecimal()]
+  try:
+    files = [file for file in path.rglob("*.pt") if file.stem.isdecimal()]
+  except OSError as error:
+    raise UserError(f"{path} cannot be read: {error.strerror}") from None
   if not files:
     raise UserError(f"{path} holds no episodes of DIAMOND: name a folder with files such as 000/00/0/0.pt")
   if len({int(file.stem) for file in files}) < len(files):

@@ -88,7 +88,7 @@ def _download(name: str) -> pathlib.Path:
 
 def is_saved_agent(path: pathlib.Path) -> bool:
   """Returns whether a folder holds a saved agent, which may not be whole."""
-  if (path / MODEL).exists():
+  if os.path.exists(path / MODEL):  # Unlike pathlib's, False for names that no file can have.
     return True
   try:
     data = json.loads((path / CONFIG).read_text())
@@ -126,9 +126,9 @@ def write(
     UserError: if the folder holds a run, or an agent and `overwrite` is false, or cannot be written.
   """
   path = workdir.locate(folder)
-  if (path / "checkpoints").exists():
+  if os.path.exists(path / "checkpoints"):
     raise UserError(f"{path} holds a run: name another folder")
-  found = [name for name in (MODEL, CONFIG, CARD) if (path / name).exists()]
+  found = [name for name in (MODEL, CONFIG, CARD) if os.path.exists(path / name)]
   if found and not is_saved_agent(path):
     raise UserError(f"{path} has {found[0]}, which is not a saved agent's: name another folder")
   if found and not overwrite:
@@ -150,13 +150,7 @@ def write(
   }
   versions = {"jedi_jax": __version__, "JAX": jax.__version__}
   text = card.write(config, spec, sizes=sizes, result=result, data=data, versions=versions)
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    for name, content in ((MODEL, model), (CARD, text.encode())):
-      _replace(path / name, content)
-  except OSError as error:
-    raise UserError(f"cannot write the agent in {path}: {error.strerror}") from None
-  workdir.write_json(path / CONFIG, about)
+  _write_together(path, {MODEL: model, CARD: text.encode(), CONFIG: (json.dumps(about, indent=2) + "\n").encode()})
   return path
 
 
@@ -168,16 +162,21 @@ def _halved(name: str, value: np.ndarray) -> np.ndarray:
   return half
 
 
-def _replace(path: pathlib.Path, data: bytes) -> None:
-  """Writes a file atomically."""
-  temporary = path.with_name(f".{path.name}.tmp")
+def _write_together(path: pathlib.Path, files: Mapping[str, bytes]) -> None:
+  """Writes files to a folder. None is replaced before all are written."""
+  temporary = {name: path / f".{name}.tmp" for name in files}
   try:
-    temporary.write_bytes(data)
-    temporary.replace(path)
-  except OSError:
-    with contextlib.suppress(OSError):
-      temporary.unlink(missing_ok=True)
-    raise
+    path.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+      temporary[name].write_bytes(data)
+    for name in files:
+      temporary[name].replace(path / name)
+  except OSError as error:
+    raise UserError(f"cannot write the agent in {path}: {error.strerror}") from None
+  finally:
+    for file in temporary.values():
+      with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
 
 
 def read(path: pathlib.Path) -> Saved:

@@ -163,7 +163,7 @@ def check(
   """
   path = locate(directory)
   _refuse_saved_agent(path)
-  if (path / "config.json").exists():
+  if os.path.exists(path / "config.json"):  # Unlike pathlib's, False for names that no file can have.
     old = read(path)
     if data is not None and old.data is not None and data["fingerprint"] != old.data["fingerprint"]:
       raise UserError(
@@ -182,13 +182,13 @@ def check(
         "use the version of the environment that it was started with, or restart with --overwrite"
       )
     return old
-  if (path / "checkpoints").exists():
+  if os.path.exists(path / "checkpoints"):
     raise UserError(f"{path} has checkpoints but no config.json: take another --workdir, or restart with --overwrite")
   return None
 
 
 def _refuse_saved_agent(path: pathlib.Path) -> None:
-  if (path / "model.safetensors").exists():
+  if os.path.exists(path / "model.safetensors"):
     raise UserError(f"{path} holds a saved agent, which cannot be trained: take another --workdir")
 
 

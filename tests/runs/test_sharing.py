@@ -231,13 +231,18 @@ def test_an_agent_without_a_configuration_is_not_saved(agent, tmp_path):
 def test_a_full_disk_is_one_line(agent, folder, snapshot, monkeypatch):
   before = snapshot(folder)
 
-  def full(path, data):
-    raise OSError(errno.ENOSPC, "No space left on device")
+  write = pathlib.Path.write_bytes
 
-  monkeypatch.setattr(pathlib.Path, "write_bytes", full)
-  refused(lambda: agent.save(folder, overwrite=True), "No space left on device", str(folder))
-  monkeypatch.undo()
-  assert snapshot(folder) == before
+  def full(path, data):
+    if name in path.name:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    return write(path, data)
+
+  for name in ("", "config.json"):
+    with monkeypatch.context() as patch:
+      patch.setattr(pathlib.Path, "write_bytes", full)
+      refused(lambda: agent.save(folder, overwrite=True), "No space left on device", str(folder))
+    assert snapshot(folder) == before
 
 
 def test_a_saved_agent_is_no_run(folder, tiny, snapshot):
