@@ -28,7 +28,7 @@ _NUM_ENVS = flags.DEFINE_integer("num_envs", 4, "Environments in parallel.", low
 _DATA = flags.DEFINE_string("data", None, "Directory of the data set of a run on recorded episodes, if it has moved.")
 _SEGMENTS = flags.DEFINE_integer("segments", 128, "Segments to imagine, at most.", lower_bound=1, upper_bound=10**5)
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Seed of games, actions and noise; independent of training seeds.", lower_bound=0
+  "seed", 0, "Seed of games, actions and noise; independent of training seeds.", lower_bound=0, upper_bound=2**32 - 1
 )
 
 

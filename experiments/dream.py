@@ -33,7 +33,9 @@ _PROBE_UPDATES = flags.DEFINE_integer(
 )
 _FPS = flags.DEFINE_float("fps", 8.0, "Environment steps per second of the film.", lower_bound=0.1, upper_bound=60.0)
 _SIZE = flags.DEFINE_integer("size", 192, "Minimum height of a pane in pixels.", lower_bound=16, upper_bound=2048)
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of games and dreams; independent of training seeds.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of games and dreams; independent of training seeds.", lower_bound=0, upper_bound=2**32 - 1
+)
 
 
 def main() -> None:

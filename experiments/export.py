@@ -41,10 +41,9 @@ def main() -> None:
     raise jedi_jax.UserError("--env is for the games (--episodes) of a run on recorded episodes: leave it out")
   if _EPISODES.value:
     name = _ENV.value or agent.config.env.name
-    results = jedi_jax.evaluate(
-      agent, name, episodes=_EPISODES.value, seed=seeds.evaluation_seed(_SEED.value), console=Console()
-    )
-    agent.result = {**(agent.result or {}), "env": name, **describe_results(name, results)}
+    seed, limit = seeds.evaluation_seed(_SEED.value), {"max_episode_steps": 27_000}
+    results = jedi_jax.evaluate(agent, name, episodes=_EPISODES.value, seed=seed, console=Console(), **limit)
+    agent.result = {**(agent.result or {}), "env": name, **limit, **describe_results(name, results)}
   folder = agent.save(_OUT.value, half=_HALF.value, overwrite=_OVERWRITE.value)
   size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
   print(f"{agent.config.variant} on {agent.config.env.name}, {size / 2**20:.2f} MiB: {folder}")

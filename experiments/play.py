@@ -22,6 +22,7 @@ from jedi_jax.training import seeds
 
 _WORKDIR = flags.DEFINE_string("workdir", "jedi://catch", "Directory of the run, or a saved agent.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which checkpoint of the run.")
+_DATA = flags.DEFINE_string("data", None, "Directory of the data set of a run on recorded episodes, if it has moved.")
 _PORT = flags.DEFINE_integer("port", 8000, "Port on 127.0.0.1; 0 for a free one.", lower_bound=0, upper_bound=65535)
 _SPEED = flags.DEFINE_float(
   "speed",
@@ -36,7 +37,9 @@ _PROBE_UPDATES = flags.DEFINE_integer(
 _PROBE_STEPS = flags.DEFINE_integer(
   "probe_steps", 1_000, "Environment steps to record for the probe.", lower_bound=1, upper_bound=10**6
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of games and dreams; independent of training seeds.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of games and dreams; independent of training seeds.", lower_bound=0, upper_bound=2**32 - 1
+)
 
 
 def main() -> None:
@@ -44,16 +47,20 @@ def main() -> None:
   server.check_installed()
   program.enable_compilation_cache()
   place = sharing.resolve(_WORKDIR.value)
-  workdir.read(place)  # Before the port is taken.
+  run = workdir.read(place)  # Before the port is taken.
   with server.listen(_PORT.value) as listener:
     agent = jedi_jax.load_agent(place, _CHECKPOINT.value)
     seed = seeds.evaluation_seed(_SEED.value)
+    recorded = run.data is not None  # There is no game to play: dreams start from episodes that are held out.
+    if recorded or _DATA.value or agent.model.decode is None:
+      episodes = recording.real_episodes(run, agent, steps=_PROBE_STEPS.value, num_envs=1, seed=seed, data=_DATA.value)
     if agent.model.decode is None:
       print(f"the run has no probe decoder: fitting one in {_PROBE_UPDATES.value:,} updates ...", flush=True)
-      episodes = recording.record(agent, steps=_PROBE_STEPS.value, num_envs=1, seed=seed)
       agent = probe.fit(agent, episodes, updates=_PROBE_UPDATES.value, seed=_SEED.value)
+    before = agent.model.conditioning_frames
+    starts = recording.windows(episodes, before=before, after=0, stride=before) if recorded else None
     print("compiling the dream ...", flush=True)
-    session = Session(agent, seed=seed, speed=_SPEED.value)
+    session = Session(agent, seed=seed, speed=_SPEED.value, starts=starts)
     token = secrets.token_urlsafe()
     print(f"play at {server.address(listener, token)} (Ctrl-C stops)", flush=True)
     server.serve(session, listener, token)

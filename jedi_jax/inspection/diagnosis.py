@@ -126,7 +126,7 @@ def diagnose(
   figures |= _imagination(agent, segment, jax.random.fold_in(key, 1), jax.random.fold_in(key, 2))
   if value:
     figures["value"] = _value(agent, episodes)
-  figures["weakest"] = weakest(figures)
+  figures["weakest"] = weakest(figures, encoder=config.encoder.kind == "learned")
   return figures
 
 
@@ -256,7 +256,7 @@ def _value(agent: Agent, episodes: list[Episode]) -> Figures:
   }
 
 
-def weakest(figures: Mapping[str, Any]) -> str:
+def weakest(figures: Mapping[str, Any], *, encoder: bool = True) -> str:
   """Returns a sentence that names the weakest part.
 
   It is the part with the highest fault, from 0 (none) to 1 (no better than no model):
@@ -270,9 +270,10 @@ def weakest(figures: Mapping[str, Any]) -> str:
 
   Args:
     figures: figures of `diagnose`.
+    encoder: whether the model learns one; frames that are their own latents cannot collapse.
   """
   deviation, rank = (figures["latents"].get(f"latent_{name}", 0.0) for name in ("deviation", "rank"))
-  if not deviation > 1e-2 or not rank > 1.5:
+  if encoder and (not deviation > 1e-2 or not rank > 1.5):
     return (
       f"the encoder: its latents have collapsed (deviation over time {deviation:.3g}, effective rank {rank:.2g}); "
       "first check the gradients that reach it"

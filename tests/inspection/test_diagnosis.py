@@ -125,3 +125,5 @@ def test_the_weakest_part_is_named(changes, words):
   sentence = diagnosis.weakest(figures)
   for word in words:
     assert word in sentence
+  if "collapsed" in words:
+    assert "critic" in diagnosis.weakest(figures, encoder=False)
