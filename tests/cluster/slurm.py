@@ -76,6 +76,7 @@ class Slurm:
     }
     self._daemons: dict[str, subprocess.Popen] = {}
     self._up = False
+    self._pending: dict[str, float] = {}
 
   def __enter__(self):
     host = socket.gethostname().split(".")[0]
@@ -156,9 +157,14 @@ class Slurm:
     return dict(line.split() for line in lines)
 
   def hurry(self):
-    """Starts jobs that were queued again at once; SLURM lets them wait for two minutes."""
-    for job, state in self.jobs().items():
-      if state == "PENDING":
+    """Starts jobs that were queued again two seconds later; SLURM lets them wait for two minutes.
+
+    A job that starts within the second of its end is killed: its new credential has the time of the revoked one.
+    """
+    now = time.monotonic()
+    self._pending = {job: self._pending.get(job, now) for job, state in self.jobs().items() if state == "PENDING"}
+    for job, since in self._pending.items():
+      if now > since + 2:
         self.call("scontrol", "update", f"jobid={job}", "starttime=now", check=False)
 
   def until(self, condition, message, *, seconds=60, fail=True):

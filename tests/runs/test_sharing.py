@@ -1,6 +1,7 @@
 """Saved agents: `Agent.save`, `load_agent` and what they refuse."""
 
 import errno
+import functools
 import hashlib
 import json
 import pathlib
@@ -233,14 +234,14 @@ def test_a_full_disk_is_one_line(agent, folder, snapshot, monkeypatch):
 
   write = pathlib.Path.write_bytes
 
-  def full(path, data):
+  def full(path, data, *, name):
     if name in path.name:
       raise OSError(errno.ENOSPC, "No space left on device")
     return write(path, data)
 
   for name in ("", "config.json"):
     with monkeypatch.context() as patch:
-      patch.setattr(pathlib.Path, "write_bytes", full)
+      patch.setattr(pathlib.Path, "write_bytes", functools.partialmethod(full, name=name))
       refused(lambda: agent.save(folder, overwrite=True), "No space left on device", str(folder))
     assert snapshot(folder) == before
 
