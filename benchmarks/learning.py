@@ -143,7 +143,8 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   plt = figures.pyplot(path)
   if plt is None:
     return
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+  figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
+  left.set_prop_cycle(color=plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors)
   for row in rows:
     if "curve" not in row:
       left.axhline(row["mean_return"], linestyle="--", color="gray", label="random policy")
@@ -157,7 +158,7 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     right.plot(*zip(*imagined, strict=True), color=line.get_color())
   left.set(title="whole games (the last point: final evaluation)", xlabel="environment steps", ylabel="mean return")
   right.set(title="imagined, within the horizon", xlabel="environment steps", ylabel="sum of reward signs")
-  left.legend(fontsize=8)
+  figure.legend(fontsize=8, loc="outside right upper")
   figure.suptitle(_NAME.value)
   figures.save(figure, path)
 
