@@ -81,8 +81,8 @@ def main() -> None:
   if _LAUNCHER.value == "slurm" and (queued := slurm.queued(jobs)):
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
-  packs = sweep.packs(left, (lambda run: sweep.runs_that_fit(run, train)) if not _PACK.value else _PACK.value)
-  size = len(left) / max(len(packs), 1)
+  packs = sweep.packs(left, _PACK.value or (lambda run: sweep.runs_that_fit(run, train)))
+  size = max(map(len, packs), default=1)
   console.log(sweep.projection(statuses, workers=_WORKERS.value * size, hours_per_run=_HOURS.value))
   if _DRY.value or not left:
     return
