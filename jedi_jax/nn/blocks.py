@@ -15,6 +15,8 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jedi_jax.nn import initializers
 from jedi_jax.ops import fused_attention, fused_convolution, images, kernels
@@ -38,14 +40,18 @@ def init_params(network: nn.Module, key: Array, *args: Any) -> Params:
   """Initialises a network without evaluating it.
 
   Called outside of `jit` it runs small programs that many parameters share, which compile several times faster than one
-  program of all.
+  program of all. Flax's `lazy_init` also compiles an empty program for each call in the network.
 
   Args:
     network: the network.
     key: random key, consumed.
     *args: example arguments; only shapes and dtypes matter.
   """
-  return network.lazy_init(key, *jax.eval_shape(lambda: args))["params"]
+  init, shapes = jax.make_jaxpr(lambda *args: network.init(*args)["params"], return_shape=True)(key, *args)
+  leaves, tree = jax.tree.flatten(shapes)
+  needed, used = partial_eval.dce_jaxpr(init.jaxpr, [True] * len(leaves))
+  evaluate = core.jaxpr_as_fun(core.ClosedJaxpr(needed, init.consts))
+  return jax.tree.unflatten(tree, evaluate(*itertools.compress(jax.tree.leaves((key, *args)), used)))
 
 
 def prepare(params: Params, compute: Compute) -> Params:

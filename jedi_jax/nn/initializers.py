@@ -20,7 +20,12 @@ def _draw(sampler: Callable[..., Array], key: Array, shape: Sequence[int], dtype
   """
   size = math.prod(shape)
   padded = 4 ** max(7, ((size - 1).bit_length() + 1) // 2)
-  return jax.lax.slice(sampler(key, (padded,), dtype) * scale, (0,), (size,)).reshape(shape)
+  return _cut(sampler(key, (padded,), dtype), scale, tuple(shape))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cut(numbers: Array, scale: float | Array, shape: tuple[int, ...]) -> Array:
+  return (numbers[: math.prod(shape)] * scale).reshape(shape)
 
 
 def normal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:

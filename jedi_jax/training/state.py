@@ -38,14 +38,16 @@ def make_init(
   updates = [phases for turns in group_phases(model.phases, order).values() for phases in turns]
   owned = {name: components for phases in updates for name, components in owned_components(phases).items()}
 
+  @jax.jit
+  def init_optimizers(params: dict[str, Params]) -> dict[str, optax.OptState]:
+    return {phase: optimizers[phase].init({name: params[name] for name in names}) for phase, names in owned.items()}
+
   def init(key: Array) -> TrainState:
     params_key, run_key = jax.random.split(key)
     params = model.init(params_key)
     return TrainState(
       params=params,
-      optimizers={
-        phase: optimizers[phase].init({name: params[name] for name in names}) for phase, names in owned.items()
-      },
+      optimizers=init_optimizers(params),
       updates={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
       skipped={phase.name: jnp.zeros((), jnp.int32) for phase in model.phases},
       key=jax.random.key_data(run_key),

@@ -32,7 +32,12 @@ def assert_same_games(plain, skipping_env, seed, steps):
 
 
 @pytest.mark.parametrize(
-  ("game", "num_envs", "steps"), [("Breakout", 4, 450), ("Pong", 2, 300), ("Boxing", 2, 300), ("MsPacman", 2, 300)]
+  ("game", "num_envs", "steps"),
+  [
+    ("Breakout", 4, 450),
+    ("Boxing", 2, 300),
+    *(pytest.param(game, 2, 300, marks=pytest.mark.slow) for game in ("Pong", "MsPacman")),
+  ],
 )
 def test_fixed_range_equals_the_plain_game(game, num_envs, steps):
   made = [
@@ -53,7 +58,9 @@ def test_fixed_range_equals_the_plain_game(game, num_envs, steps):
     assert np.any(stale)
 
 
-@pytest.mark.parametrize("skip", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+  "skip", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 5]
+)
 def test_fixed_range_equals_envpool_with_that_frame_skip(monkeypatch, skip):
   env = AtariEnv("Breakout", num_envs=2, seed=skip, life_loss_ends=True, skip=(skip, skip))
   monkeypatch.setattr(atari, "_CONFIG", {**atari._CONFIG, "frame_skip": skip})
