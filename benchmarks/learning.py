@@ -4,8 +4,9 @@
 
 Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <name>.png. The JSON file contains each
 run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
-else of the last evaluation during training. Errors are over those of copying. --random is an output file of
-experiments/evaluate.py --random. With --unfinished, runs that were stopped count with the games of evaluation.json or,
+else of the last evaluation during training. Errors are over those of copying. Runs in several directories, such as the
+arms of experiments/ablations.py, are also printed by directory. --random is an output file of experiments/evaluate.py
+--random. With --unfinished, runs that were stopped count with the games of evaluation.json or,
 without it, of their last `LAST_EPOCHS` epochs of training.
 """
 
@@ -14,6 +15,7 @@ import itertools
 import math
 import pathlib
 import statistics
+from collections.abc import Iterable
 from typing import Any
 
 import record
@@ -46,6 +48,8 @@ def main() -> None:
   if any("error_last" in row for row in rows):
     columns += ["latent_deviation", "error_1", "error_last", "f1_real", "f1_imagined", "calibration"]
   print(record.table(rows, columns))
+  if by_directory := _by_directory(rows):
+    print(record.table(by_directory, list(by_directory[0])))
   print(f"written to {written}")
   _draw(rows, written.with_suffix(".png"))
 
@@ -103,7 +107,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
   command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
   names = ("env_steps", "evaluation/return", "collect/return", "collect/rewards_positive")
-  names += ("actor_critic/imagined_return", "time/total_seconds")
+  names += ("actor_critic/imagined_return", "denoiser/encoder_movement", "time/total_seconds")
   return {
     "run": path.relative_to(_fixed(_RUNS.value)).as_posix(),
     "command": " ".join(command),
@@ -137,6 +141,34 @@ def _world_model(diagnosis: pathlib.Path, records: list[dict[str, Any]]) -> dict
   names = ("error_1", "error_last", "f1_real", "f1_imagined", "calibration")
   figures = {name: watched[-1].get(f"world_model/{name}") for name in names}
   return {"latent_deviation": watched[-1].get("denoiser/latent_deviation"), **figures}
+
+
+def _by_directory(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns means over the runs of each directory; empty if there is one alone."""
+  groups: dict[str, list[dict[str, Any]]] = {}
+  for row in rows:
+    if "curve" in row:
+      groups.setdefault(str(pathlib.PurePath(row["run"]).parent), []).append(row)
+  return [_means(name, group) for name, group in groups.items()] if len(groups) > 1 else []
+
+
+def _means(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
+  def mean(values: Iterable[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{statistics.mean(known):.3g}" if known else "-"
+
+  def late(curve: str) -> str:
+    return mean(value for row in group for value in row["curve"][curve][-LAST_EPOCHS // 2 :])
+
+  return {
+    "directory": name,
+    "mean return": mean(row["mean_return"] for row in group),
+    "by run": ", ".join(f"{row['mean_return']:.2f}" for row in group),
+    f"training games, last {LAST_EPOCHS // 2} epochs": late("collect/return"),
+    "encoder's movement": late("denoiser/encoder_movement"),
+    **{name: mean(row.get(name) for row in group) for name in ("error_1", "error_last", "f1_real", "f1_imagined")},
+    "seconds": mean(row["seconds"] for row in group),
+  }
 
 
 def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -361,6 +361,27 @@ def test_an_item_on_a_gpu_ends_by_itself_or_is_stopped(benchmark_module, tmp_pat
   assert outcome["seconds"] < 30
 
 
+def test_runs_of_several_directories_are_summarised_by_directory():
+  code = """
+    import learning
+
+    def row(run, mean_return, error, movement):
+      curve = {"collect/return": [9.0, None, 1.0, 1.0, 2.0, 2.0], "denoiser/encoder_movement": [movement] * 6}
+      return {"run": run, "mean_return": mean_return, "error_last": error, "seconds": 10, "curve": curve}
+
+    rows = [row("a/seed_0", 1.0, 0.5, 0.1), row("b/seed_0", 4.0, None, None), row("a/seed_1", 2.0, 0.7, 0.3)]
+    assert learning._by_directory([rows[0], rows[2], {"run": "random policy", "mean_return": 0.0}]) == []
+    first, second = learning._by_directory(rows)
+    print(*first.values(), sep="|")
+    print(*second.values(), sep="|")
+  """
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)], cwd=BENCHMARKS, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == ["a|1.5|1.00, 2.00|1.5|0.2|-|0.6|-|-|10", "b|4|4.00|1.5|-|-|-|-|-|10"]
+
+
 def test_a_learning_run_stands_still_while_a_benchmark_is_timed(benchmark_module, tmp_path):
   on_gpu, ticks = benchmark_module("on_gpu"), tmp_path / "ticks"
   code = f"import time\nwhile True:\n  open({str(ticks)!r}, 'a').write('.')\n  time.sleep(0.05)"
