@@ -38,12 +38,17 @@ _HEARTBEAT_SECONDS = 30
 
 
 def enable_compilation_cache() -> str:
-  """Enables JAX's compilation cache on disk, unless it is configured already, and returns its directory."""
+  """Enables JAX's compilation cache on disk, also of small programs, and returns its directory.
+
+  What is configured already stays.
+  """
   directory = jax.config.values["jax_compilation_cache_dir"]
   if not directory:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     directory = str(pathlib.Path(root) / "jedi_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", directory)
+  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # Initialisation compiles many small programs.
   return directory
 
 
