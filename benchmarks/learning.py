@@ -176,19 +176,23 @@ def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
   if plt is None:
     return
   figure, (left, right) = plt.subplots(1, 2, figsize=(13, 3.6), layout="constrained")
+  drawn = [row["curve"] for row in rows if "curve" in row]
+  evaluated = any(sum(value is not None for value in curve["evaluation/return"]) > 1 for curve in drawn)
   left.set_prop_cycle(color=plt.get_cmap("tab10" if len(rows) <= 10 else "tab20").colors)
   for row in rows:
     if "curve" not in row:
       left.axhline(row["mean_return"], linestyle="--", color="gray", label="random policy")
       continue
     curve = row["curve"]
-    points = [(x, y) for x, y in zip(curve["env_steps"], curve["evaluation/return"], strict=True) if y is not None]
+    games = curve["evaluation/return" if evaluated else "collect/return"]
+    points = [(x, y) for x, y in zip(curve["env_steps"], games, strict=True) if y is not None]
     points.append((row["env_steps"], row["mean_return"]))
     (line,) = left.plot(*zip(*points, strict=True), marker=".", label=row["run"])
     pairs = zip(curve["env_steps"], curve["actor_critic/imagined_return"], strict=True)
     imagined = [(x, y) for x, y in pairs if y is not None]
     right.plot(*zip(*imagined, strict=True), color=line.get_color())
-  left.set(title="whole games (the last point: final evaluation)", xlabel="environment steps", ylabel="mean return")
+  kind = "whole games" if evaluated else "games of training"
+  left.set(title=f"{kind} (the last point: final evaluation)", xlabel="environment steps", ylabel="mean return")
   right.set(title="imagined, within the horizon", xlabel="environment steps", ylabel="sum of reward signs")
   figure.legend(fontsize=8, loc="outside right upper")
   figure.suptitle(_NAME.value)
