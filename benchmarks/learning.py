@@ -6,8 +6,8 @@ Prints a Markdown table and writes benchmarks/results/learning/<name>.json and <
 run's command, final games, curve and seconds, and the figures of its world model: of diagnosis.json if there is one,
 else of the last evaluation during training. Errors are over those of copying. Runs in several directories, such as the
 arms of experiments/ablations.py, are also printed by directory. --random is an output file of experiments/evaluate.py
---random. With --unfinished, runs that were stopped count with the games of evaluation.json or,
-without it, of their last `LAST_EPOCHS` epochs of training.
+--random. With --unfinished, runs that were stopped count with the games of evaluation.json or, without it, of their
+last `LAST_EPOCHS` epochs of training.
 """
 
 import glob

@@ -47,7 +47,7 @@ def enable_compilation_cache() -> str:
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     directory = str(pathlib.Path(root) / "jedi_jax" / "xla")
     jax.config.update("jax_compilation_cache_dir", directory)
-  if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+  if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # JAX's default.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # Initialisation compiles many small programs.
   return directory
 
