@@ -1,11 +1,11 @@
 """A replay in plain Python, to compare with: scripted episodes, played into lists and into the real one."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from hypothesis import strategies as st
+from unoptimised import jit
 
 from jedi_jax import replay
 
@@ -13,8 +13,6 @@ SLOTS = 32
 SHAPE = (1, 1, 3)  # A frame is its own name: (stream, episode of the stream, time in the episode).
 GO_ON, END, TRUNCATE = 0, 1, 2
 
-# Compiling is most of what these tests take, so LLVM's optimisations are left out.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 add = jit(replay.add)
 sample = jit(replay.sample, static_argnames=("length", "age_weights", "age_groups", "beyond_end", "final_frames"))
 WEIGHTS = (0.1, 0.1, 0.1, 0.7)

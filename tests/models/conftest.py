@@ -1,10 +1,10 @@
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import unoptimised
 
 from jedi_jax.models import actor_critic as actor_critic_lib
 from jedi_jax.models import codecs
@@ -33,8 +33,7 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="session")
 def jit():
-  """Compiles without LLVM's optimisations: compiling is nearly all that these tests take."""
-  return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+  return unoptimised.jit
 
 
 @pytest.fixture(scope="session")

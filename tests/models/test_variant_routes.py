@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unoptimised import jit
 
 from jedi_jax import config as config_lib
 from jedi_jax import envs
@@ -42,8 +43,10 @@ def make_model(variant: str, **overrides):
 
 def make(variant: str, **overrides):
   model, rng = make_model(variant, **overrides), np.random.default_rng(1)
-  # Zero-initialised layers would hide a route.
-  noisy = lambda leaf: jnp.asarray(leaf + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)  # noqa: E731
+
+  def noisy(leaf):  # Zero-initialised layers would hide a route.
+    return jnp.asarray(leaf + 0.1 * rng.standard_normal(leaf.shape), jnp.float32)
+
   return model, jax.tree.map(noisy, jax.device_get(model.init(jax.random.key(0))))
 
 
@@ -62,11 +65,6 @@ def summed_loss(phase: Phase, params, only: str | None = None):
   keys = jax.random.split(jax.random.key(2), 3)
   terms = phase.losses(params, segment(phase.length), keys, jax.random.key(3), jnp.int32(0)).terms
   return sum(jnp.sum(t.values * t.weights) for name, t in terms.items() if only is None or name.startswith(only))
-
-
-def jit(function):
-  """Compiles without LLVM's optimisations: compiling is nearly all that these tests take."""
-  return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def gradients(phase: Phase, params, only: str | None = None):

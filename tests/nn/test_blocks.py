@@ -1,20 +1,15 @@
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_layers import convolve, group_norm, normal, random_params, silu
+from unoptimised import jit
 
 from jedi_jax.nn import blocks, initializers
 from jedi_jax.nn.lstm import Lstm, zero_lstm_state
 from jedi_jax.nn.unet import UNet
 from jedi_jax.types import Compute
-
-# Compiling is nearly all that these tests take, and the tiny networks gain nothing from LLVM's optimisations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 # ---- Initialisation ----
 

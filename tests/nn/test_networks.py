@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from unoptimised import jit
 
 from jedi_jax.nn import blocks
 from jedi_jax.nn.actor_critic import ActorCriticNetwork
@@ -16,9 +17,6 @@ from jedi_jax.types import Compute, LstmState
 B, T, L, A = 2, 3, 2, 4
 SHAPE = (4, 4, 2)
 LSTM = 6
-
-# Compiling is nearly all that these tests take, and the tiny networks gain nothing from LLVM's optimisations.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(*shape, seed=0):
