@@ -27,6 +27,7 @@ _set_xla_flag("--xla_force_host_platform_device_count", 4)
 import jax
 import numpy as np
 import pytest
+import toy_model
 from torch_writer import Writer
 
 import jedi_jax
@@ -116,23 +117,29 @@ def pytest_unconfigure():
 
 
 class Tiny:
-  """The tiny configuration on Catch, built once; its epoch is traced and compiled once for each number of devices."""
+  """The tiny configuration on Catch, built once; its epoch is traced and compiled once for each number of devices.
+
+  Args:
+    build: builds the model.
+    **changes: further settings.
+  """
 
   networks = _TINY_NETWORKS
   overrides = _TINY
   epochs = 5
   first_steps = 40
 
-  def __init__(self, **changes):
+  def __init__(self, *, build=jedi_jax.build, **changes):
+    self.build = build
     self.config = config_lib.make_config(env="catch", preset="debug", overrides={**_TINY, **changes})
-    learner = Learner(self.config, SPEC, self.devices())
+    learner = Learner(self.config, SPEC, self.devices(), build=build)
     self.model, self.optimizers = learner.model, learner.optimizers
     self.init = make_init(self.model, self.optimizers)
     self._epochs, self._watches = {}, {}
 
   def learner(self, devices=1):
     """A learner with the state and the replay of `state` and `replay`."""
-    learner = Learner(self.config, SPEC, self.devices(devices))
+    learner = Learner(self.config, SPEC, self.devices(devices), build=self.build)
     learner.start([self.init(jax.random.key(0))], [noise_replay(self.config)])
     return learner
 
@@ -147,7 +154,7 @@ class Tiny:
 
   def lowered_epoch(self, devices):
     """The epoch for one run or, packed, several; traced and lowered, but not compiled."""
-    return Learner(self.config, SPEC, devices).lower()
+    return Learner(self.config, SPEC, devices, build=self.build).lower()
 
   def epoch(self, count=1):
     """(distributed state, distributed replay, counts) -> the same and sums; compiled: nothing traces it again."""
@@ -216,9 +223,22 @@ def tiny():
   return Tiny()
 
 
+_WITHOUT_PROBE = {"training.first_updates.probe": 0, "training.updates.probe": 0}
+
+
 @pytest.fixture(scope="session")
 def tiny_without_probe():
-  return Tiny(**{"training.first_updates.probe": 0, "training.updates.probe": 0})
+  return Tiny(**_WITHOUT_PROBE)
+
+
+@pytest.fixture(scope="session")
+def toy():
+  return Tiny(build=toy_model.build)
+
+
+@pytest.fixture(scope="session")
+def toy_without_probe():
+  return Tiny(build=toy_model.build, **_WITHOUT_PROBE)
 
 
 class Quiet(Console):

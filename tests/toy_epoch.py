@@ -1,6 +1,7 @@
 """Importing this replaces the epoch by one that compiles in no time and needs all devices and the replay.
 
-With the environment variable TOY_SECONDS each epoch takes that long; with TOY_LOG it adds a line to that file.
+Imagination is not watched; its figures are ones. With the environment variable TOY_SECONDS each epoch takes that long;
+with TOY_LOG it adds a line to that file.
 """
 
 import os
@@ -9,7 +10,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from jedi_jax.training import learner, loop, parallel
+from jedi_jax.training import dreams, learner, loop, parallel
 
 
 def make_epoch(model, optimizers, *, batch_size, **_):
@@ -24,6 +25,13 @@ def make_epoch(model, optimizers, *, batch_size, **_):
   return run
 
 
+def make_watch(model, *, steps, strips):
+  shapes = {"error": (steps,), "copying": (steps,), "calibration": ()}
+  for name in ("real", "imagined"):
+    shapes |= {f"reward_{name}": (3, 3), f"end_{name}": (2, 2)}
+  return lambda params, replay, key: {name: jnp.ones(shape) for name, shape in shapes.items()}
+
+
 def update(trainer, counts, number, *, split, plain=loop.Trainer.update):
   time.sleep(float(os.environ.get("TOY_SECONDS", "0")))
   if path := os.environ.get("TOY_LOG"):
@@ -33,4 +41,5 @@ def update(trainer, counts, number, *, split, plain=loop.Trainer.update):
 
 
 learner.make_epoch = make_epoch
+dreams.make_watch = make_watch
 loop.Trainer.update = update

@@ -125,17 +125,19 @@ def test_a_phase_changes_its_own_components_alone(tiny, start):
       chex.assert_trees_all_equal(state.optimizers[name], start.optimizers[name])
 
 
-def test_the_probe_changes_nothing_of_the_agent(tiny, tiny_without_probe, one):
+def test_the_probe_changes_nothing_of_the_agent(toy, toy_without_probe):
   # Between the other phases too: the probe's updates of one epoch stand before the next one's.
-  state, sums = run(tiny, (2, 2, 1, 2), (2, 2, 2, 1))
-  other, other_sums = run(tiny_without_probe, (2, 2, 1), (2, 2, 2))
+  state, sums = run(toy, (2, 2, 1, 2), (2, 2, 2, 1))
+  other, other_sums = run(toy_without_probe, (2, 2, 1), (2, 2, 2))
   assert set(state.params) - set(other.params) == {"probe"}
   chex.assert_trees_all_equal({name: state.params[name] for name in other.params}, other.params)
   chex.assert_trees_all_equal({name: state.optimizers[name] for name in other.optimizers}, other.optimizers)
   for mine, theirs in zip(sums, other_sums, strict=True):
     chex.assert_trees_all_equal({name: mine[name] for name in theirs}, theirs)
   # Nor does the number of its updates.
-  chex.assert_trees_all_equal(run(tiny, (4, 4, 3, 0))[0].params | {"probe": 0}, one[0].params | {"probe": 0})
+  chex.assert_trees_all_equal(
+    run(toy, (4, 4, 3, 0))[0].params | {"probe": 0}, run(toy, COUNTS)[0].params | {"probe": 0}
+  )
 
 
 def test_the_movement_is_that_of_the_latents_of_replay(tiny, one, start):

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import toy_model
 from refusals import refused
 
 from jedi_jax.config import make_config, override
@@ -23,16 +24,16 @@ from jedi_jax.training.updates import make_update
 PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
 
 
-def learner(tiny, order):
-  made = Learner(override(tiny.config, {"training.order": order}), SPEC, tiny.devices())
-  made.start([made.init(seed=0)], [tiny.devices().to_host(tiny.replay())])
+def learner(toy, order):
+  made = Learner(override(toy.config, {"training.order": order}), SPEC, toy.devices(), build=toy.build)
+  made.start([made.init(seed=0)], [toy.devices().to_host(toy.replay())])
   return made
 
 
 @pytest.fixture(scope="module")
-def joint(tiny):
+def joint(toy):
   """A joint learner before and after one update of the world model, and the sums."""
-  made = learner(tiny, "joint")
+  made = learner(toy, "joint")
   before, _ = made.snapshot()
   [sums] = made.update({"denoiser": 3, "reward_end": 3, "actor_critic": 3})
   return before, made.snapshot()[0], sums, made
@@ -60,11 +61,9 @@ def test_the_first_phase_of_an_update_moves_what_both_train():
   assert owned_components(late) == {"denoiser": ("denoiser",), "reward_end": ("encoder", "reward_end")}
 
 
-def test_turns_are_updates_of_one_phase_after_the_other(tiny):
-  turns = learner(tiny, "alternating")
-  single = learner(tiny, "sequential")
-  single.epoch = tiny.epoch()
-  single.start([turns.init(seed=0)], [tiny.devices().to_host(tiny.replay())])
+def test_turns_are_updates_of_one_phase_after_the_other(toy):
+  turns = learner(toy, "alternating")
+  single = learner(toy, "sequential")
   for rounds, each in ((3, {"denoiser": 1, "reward_end": 1}), (2, {"denoiser": 3, "reward_end": 1})):
     [sums] = turns.update({name: rounds * count for name, count in each.items()})
     parts = [single.update(each)[0] for _ in range(rounds)]
@@ -94,76 +93,64 @@ def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state
     assert np.isfinite(sums[phase]["loss"])
 
 
-def test_the_gradient_of_a_joint_update_is_the_sum_of_those_of_its_phases(tiny):
+def one_update(tiny, phases, optimizer):
+  """Parameters -> parameters and metrics after one update of these phases, which are given by number; compiled."""
+  optimizers = dict.fromkeys(PHASES, optimizer)
+  update = make_update(phases, optimizers, batch_size=4, age_weights=(0.5, 0.5))
+  alone = jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1)
+  zeros = {name: np.int32(0) for name in PHASES}
+  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+
+  @jax.jit
+  def run(params):
+    owned = owned_components(phases.values())
+    states = {name: optimizer.init({n: params[n] for n in names}) for name, names in owned.items()}
+    state, metrics = alone(TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2))), replay)
+    return jax.tree.map(lambda x: x[0], (state.params, metrics))
+
+  return run
+
+
+def test_the_gradient_of_a_joint_update_is_the_sum_of_those_of_its_phases(toy):
   """The encoder's step with a plain optimiser equals the sum of the phases' gradients on the phases' own batches."""
-  phases = dict(enumerate(tiny.model.phases[:2]))
-  plain = dict.fromkeys(PHASES, optax.sgd(1.0))
-  params = tiny.model.init(jax.random.key(1))
-  zeros = {name: np.int32(0) for name in PHASES}
-  replay = jax.tree.map(lambda x: x[0], tiny.replay())
-
-  def step(chosen):
-    states = {
-      name: plain[name].init({n: params[n] for n in names}) for name, names in owned_components(chosen.values()).items()
-    }
-    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
-    update = make_update(chosen, plain, batch_size=4, age_weights=(0.5, 0.5))
-    after, _ = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)
-    return jax.tree.map(lambda x, y: np.asarray(x[0] - y), after.params["encoder"], params["encoder"])
-
-  both, first, second = step(phases), step({0: phases[0]}), step({1: phases[1]})
-  chex.assert_trees_all_close(both, jax.tree.map(np.add, first, second), rtol=1e-3, atol=1e-5)
-  assert max(np.abs(x).max() for x in jax.tree.leaves(second)) > 1e-4
-
-
-def test_a_joint_update_keeps_a_loss_from_components_that_its_phase_does_not_train(tiny):
-  """The encoder of `learns_from=prediction` gets the gradient of the denoiser's loss alone."""
-  config = override(tiny.config, {"encoder.learns_from": ("prediction",)})
-  model = build(config, SPEC)
-  plain = dict.fromkeys(PHASES, optax.sgd(1.0))
-  params = model.init(jax.random.key(1))
-  zeros = {name: np.int32(0) for name in PHASES}
-  replay = jax.tree.map(lambda x: x[0], tiny.replay())
-
-  def encoder(chosen):
-    owned = owned_components(chosen.values())
-    states = {name: plain[name].init({n: params[n] for n in names}) for name, names in owned.items()}
-    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
-    update = make_update(chosen, plain, batch_size=4, age_weights=(0.5, 0.5))
-    return jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)[0].params
-
-  both, alone = encoder(dict(enumerate(model.phases[:2]))), encoder({0: model.phases[0]})
-  chex.assert_trees_all_close(both["encoder"], alone["encoder"], rtol=1e-4, atol=1e-6)
-  assert any(
-    np.any(x[0] != y) for x, y in zip(*map(jax.tree.leaves, (both["reward_end"], params["reward_end"])), strict=True)
+  params = toy_model.init(jax.random.key(1))
+  denoiser, reward_end, *_ = toy_model.phases()
+  both, first, second = (
+    one_update(toy, phases, optax.sgd(1.0))(params)[0]["encoder"]["kernel"] - params["encoder"]["kernel"]
+    for phases in ({0: denoiser, 1: reward_end}, {0: denoiser}, {1: reward_end})
   )
+  np.testing.assert_allclose(both, first + second, rtol=1e-3, atol=1e-5)
+  for alone in (first, second):
+    assert np.abs(alone).max() > 1e-3
+
+
+def test_a_joint_update_keeps_a_loss_from_components_that_its_phase_does_not_train(toy):
+  """The encoder gets the gradient of the denoiser's loss alone, as with `learns_from=prediction`."""
+  params = toy_model.init(jax.random.key(1))
+  denoiser, reward_end, *_ = toy_model.phases(reward_end=("reward_end",))
+  both, alone = (
+    one_update(toy, phases, optax.sgd(1.0))(params)[0] for phases in ({0: denoiser, 1: reward_end}, {0: denoiser})
+  )
+  chex.assert_trees_all_close(both["encoder"], alone["encoder"], rtol=1e-4, atol=1e-6)
+  assert np.any(both["reward_end"]["kernel"] != params["reward_end"]["kernel"])
 
 
 def test_an_update_moves_the_running_statistics_and_a_skipped_one_does_not(tiny):
   model = build(override(tiny.config, {"encoder.norm": "running"}), SPEC)
-  plain = dict.fromkeys(PHASES, optax.adamw(1e-3))
   params = model.init(jax.random.key(1))
-  zeros = {name: np.int32(0) for name in PHASES}
-  replay = jax.tree.map(lambda x: x[0], tiny.replay())
-
-  def running(phase, params):
-    states = {phase.name: plain[phase.name].init({n: params[n] for n in phase.components})}
-    state = TrainState(params, states, zeros, zeros, jax.random.key_data(jax.random.key(2)))
-    update = make_update({0: phase}, plain, batch_size=4, age_weights=(0.5, 0.5))
-    after, metrics = jax.jit(jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1))(state, replay)
-    return jax.tree.map(lambda x: np.asarray(x[0]), after.params["encoder"]["running"]), metrics[phase.name]
-
+  before = params["encoder"]["running"]
   for phase in model.phases[:2]:
-    before = params["encoder"]["running"]
-    after, metrics = running(phase, params)
-    assert np.abs(after["mean"] - before["mean"]).max() > 1e-4
+    update = one_update(tiny, {0: phase}, optax.adamw(1e-3))
+    after, metrics = update(params)
+    moved = after["encoder"]["running"]
+    assert np.abs(moved["mean"] - before["mean"]).max() > 1e-4
     # One step of the tracking rate, and no optimiser's step besides.
-    assert 0 < abs(np.log(after["std"] / before["std"])) <= 0.01 / 2 * np.log(1e2) + 1e-6
-    assert metrics["skipped"] == 0
+    assert 0 < abs(np.log(moved["std"] / before["std"])) <= 0.01 / 2 * np.log(1e2) + 1e-6
+    assert metrics[phase.name]["skipped"] == 0
     broken = {**params, phase.name: jax.tree.map(lambda x: x * np.nan, params[phase.name])}
-    after, metrics = running(phase, broken)
-    chex.assert_trees_all_equal(after, jax.tree.map(np.asarray, before))
-    assert metrics["skipped"] == 1
+    after, metrics = update(broken)
+    chex.assert_trees_all_equal(after["encoder"]["running"], before)
+    assert metrics[phase.name]["skipped"] == 1
 
 
 def test_calls_keep_the_phases_of_a_group_together():
