@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - the environment must be set before JAX is first imported; subprocesses inherit it.
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -84,6 +85,7 @@ _UNOPTIMISED = ("not slow and not faults and not cluster", "not slow", "faults",
 
 
 def pytest_configure(config):
+  gc.set_threshold(100_000, 10, 10)  # Tracing makes millions of objects that live on; 700 is Python's first number.
   # Compiling is nearly all that these tests cost. A learning test, run by hand, gets the optimised programs.
   if config.option.markexpr in _UNOPTIMISED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.
@@ -96,6 +98,7 @@ def pytest_configure(config):
 
 
 SLOW = (
+  "test_preemption",
   "test_programs",
   "test_packing",
   "test_hosts",

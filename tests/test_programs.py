@@ -231,7 +231,7 @@ def test_diagnose_and_dream(run, snapshot):
 
 DRIVER = """
 import io, json, os, runpy, sys, traceback
-import jedi_jax.training.loop
+import envpool, jedi_jax.training.loop  # Once for all cases.
 cases = json.load(sys.stdin)
 results = []
 for i, (program, *argv) in enumerate(cases):

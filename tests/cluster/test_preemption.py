@@ -1,6 +1,6 @@
 """A sweep that is killed, stopped and starved many times ends as an undisturbed one; see soak.py.
 
-SOAK_HARMS (12) and SOAK_SEED (0) choose the long form.
+SOAK_HARMS (12), SOAK_SEEDS (1, of each game) and SOAK_SEED (0, of the harms) choose the long form.
 """
 
 import json
@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-HARMS, SEED = os.environ.get("SOAK_HARMS", "12"), os.environ.get("SOAK_SEED", "0")
+HARMS, SEEDS = os.environ.get("SOAK_HARMS", "12"), os.environ.get("SOAK_SEEDS", "1")
+SEED = os.environ.get("SOAK_SEED", "0")
 MANY_EPOCHS = {
   "training.first_updates.probe": 0,  # Its program takes long to trace, at each start.
   "training.updates.probe": 0,
@@ -48,6 +49,6 @@ def test_a_sweep_survives_a_kill(tmp_path, one_device):
 @pytest.mark.cluster
 def test_a_sweep_of_three_games_survives_many_harms(tmp_path, one_device):
   pytest.importorskip("gymnax")
-  about = soak(tmp_path, one_device, HARMS, SEED, "catch,atari/Breakout,minatar/Breakout", 2, MANY_EPOCHS)
+  about = soak(tmp_path, one_device, HARMS, SEED, "catch,atari/Breakout,minatar/Breakout", SEEDS, MANY_EPOCHS)
   assert about["harms"] >= int(HARMS)
-  assert about["runs of a sweep"] == 6
+  assert about["runs of a sweep"] == 3 * int(SEEDS)

@@ -46,7 +46,6 @@ def test_initialisation_is_a_pure_function_of_the_key(everything):
 
   shapes = jax.eval_shape(init, jax.random.key(1))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), everything)
-  jax.tree.map(np.testing.assert_array_equal, jit(init)(jax.random.key(1)), everything)
   mapped = jit(jax.vmap(init))(jnp.stack([jax.random.key(1), jax.random.key(2)]))
   jax.tree.map(lambda x, alone: np.testing.assert_allclose(x[0], alone, atol=1e-6), mapped, everything)
 
