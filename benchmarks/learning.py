@@ -106,7 +106,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
   changed = [f"--set={name}={flat[name]}" for name in flat if flat[name] != default[name]]
   command = ["python experiments/train.py", f"--env={config.env.name}", f"--variant={config.variant}"]
   command += [f"--preset={config.preset}", f"--seed={config.seed}", *changed]
-  names = ("env_steps", "evaluation/return", "collect/return", "collect/rewards_positive")
+  names = ("env_steps", "evaluation/return", "collect/return", "collect/episodes", "collect/rewards_positive")
   names += ("actor_critic/imagined_return", "denoiser/encoder_movement", "time/total_seconds")
   return {
     "run": path.relative_to(_fixed(_RUNS.value)).as_posix(),

@@ -85,7 +85,7 @@ _UNOPTIMISED = ("not slow and not faults and not cluster", "not slow", "faults",
 
 
 def pytest_configure(config):
-  gc.set_threshold(100_000, 10, 10)  # Tracing makes millions of objects that live on; 700 is Python's first number.
+  gc.set_threshold(100_000, 10, 10)  # With Python's 700 it collects all the time while tracing.
   # Compiling is nearly all that these tests cost. A learning test, run by hand, gets the optimised programs.
   if config.option.markexpr in _UNOPTIMISED:
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # For subprocesses.

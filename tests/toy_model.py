@@ -58,11 +58,11 @@ def _reward_end(params, segment, latents, noise):
 
 
 def _actor_critic(params, segment, latents, noise):
-  return (jax.lax.stop_gradient(latents) + 0.1 * noise) @ params["actor_critic"]["kernel"] - 1.0
+  return (latents + 0.1 * noise) @ params["actor_critic"]["kernel"] - 1.0
 
 
 def _probe(params, segment, latents, noise):
-  return jax.lax.stop_gradient(latents) @ params["probe"]["kernel"] - _colours(segment.observations)
+  return latents @ params["probe"]["kernel"] - _colours(segment.observations)
 
 
 def phases(*, reward_end=("encoder", "reward_end")):
@@ -76,10 +76,15 @@ def phases(*, reward_end=("encoder", "reward_end")):
 
 
 def build(config, spec, *, packed=False):
-  """A model with these phases and this encoder, without a probe where the configuration has none."""
+  """A model with these phases and this encoder, without a probe where the configuration has none.
+
+  It trains and encodes; it neither acts nor imagines.
+  """
   model = jedi_jax.build(config, spec, packed=packed)
   own = phases()[: len(model.phases)]
   kept = ("encoder", *(phase.name for phase in own))
-  return dataclasses.replace(
-    model, init=lambda key: {name: init(key)[name] for name in kept}, phases=own, encode=encode
-  )
+
+  def init_kept(key):
+    return {name: params for name, params in init(key).items() if name in kept}
+
+  return dataclasses.replace(model, init=init_kept, phases=own, encode=encode)

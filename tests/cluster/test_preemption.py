@@ -41,7 +41,7 @@ def soak(folder, environment, harms, seed, games, seeds, settings):
 
 @pytest.mark.cluster
 def test_a_sweep_survives_a_kill(tmp_path, one_device):
-  """The program of the tiny configuration is in the cache of the other tests; the seed's first harm kills all."""
+  """The seed's first harm kills all."""
   about = soak(tmp_path, one_device, 1, 26, "catch", 1, {})
   assert about["done"]["kill all"] == 1
 

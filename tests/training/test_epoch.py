@@ -140,6 +140,12 @@ def test_the_probe_changes_nothing_of_the_agent(toy, toy_without_probe):
   )
 
 
+def test_the_probe_has_parameters_of_its_own_and_changes_no_others(tiny, tiny_without_probe):
+  params, others = (model.init(jax.random.key(1)) for model in (tiny.model, tiny_without_probe.model))
+  assert set(params) - set(others) == {"probe"}
+  chex.assert_trees_all_equal({name: params[name] for name in others}, others)
+
+
 def test_the_movement_is_that_of_the_latents_of_replay(tiny, one, start):
   """On all frames of the replay, of which the epoch takes some."""
   replay = tiny.devices().to_host(tiny.replay())

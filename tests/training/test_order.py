@@ -68,8 +68,8 @@ def test_turns_are_updates_of_one_phase_after_the_other(toy):
     [sums] = turns.update({name: rounds * count for name, count in each.items()})
     parts = [single.update(each)[0] for _ in range(rounds)]
     for name in each:
-      np.testing.assert_allclose(sums[name]["loss"], sum(part[name]["loss"] for part in parts), rtol=1e-3)
-  chex.assert_trees_all_close(turns.snapshot()[0], single.snapshot()[0], rtol=1e-3, atol=1e-5)
+      np.testing.assert_allclose(sums[name]["loss"], sum(part[name]["loss"] for part in parts), rtol=1e-5)
+  chex.assert_trees_all_close(turns.snapshot()[0], single.snapshot()[0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state_for_the_encoder(joint):
@@ -79,7 +79,7 @@ def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state
       np.max(np.abs(x - y))
       for x, y in zip(*map(jax.tree.leaves, (before.params[name], after.params[name])), strict=True)
     ]
-    assert max(moved) > 1e-4, name
+    assert max(moved) > 1e-3, name  # Weight decay alone moves them by less.
   chex.assert_trees_all_equal(before.params["probe"], after.params["probe"])
   count = lambda *names: sum(x.size for name in names for x in jax.tree.leaves(after.params[name]))  # noqa: E731
   vectors = {
@@ -93,13 +93,13 @@ def test_a_joint_update_trains_every_component_of_the_world_model_with_one_state
     assert np.isfinite(sums[phase]["loss"])
 
 
-def one_update(tiny, phases, optimizer):
+def one_update(replay, phases, optimizer):
   """Parameters -> parameters and metrics after one update of these phases, which are given by number; compiled."""
   optimizers = dict.fromkeys(PHASES, optimizer)
   update = make_update(phases, optimizers, batch_size=4, age_weights=(0.5, 0.5))
   alone = jax.vmap(update, in_axes=None, axis_name=parallel.AXIS, axis_size=1)
   zeros = {name: np.int32(0) for name in PHASES}
-  replay = jax.tree.map(lambda x: x[0], tiny.replay())
+  replay = jax.tree.map(lambda x: x[0], replay)
 
   @jax.jit
   def run(params):
@@ -116,7 +116,7 @@ def test_the_gradient_of_a_joint_update_is_the_sum_of_those_of_its_phases(toy):
   params = toy_model.init(jax.random.key(1))
   denoiser, reward_end, *_ = toy_model.phases()
   both, first, second = (
-    one_update(toy, phases, optax.sgd(1.0))(params)[0]["encoder"]["kernel"] - params["encoder"]["kernel"]
+    one_update(toy.replay(), phases, optax.sgd(1.0))(params)[0]["encoder"]["kernel"] - params["encoder"]["kernel"]
     for phases in ({0: denoiser, 1: reward_end}, {0: denoiser}, {1: reward_end})
   )
   np.testing.assert_allclose(both, first + second, rtol=1e-3, atol=1e-5)
@@ -129,7 +129,8 @@ def test_a_joint_update_keeps_a_loss_from_components_that_its_phase_does_not_tra
   params = toy_model.init(jax.random.key(1))
   denoiser, reward_end, *_ = toy_model.phases(reward_end=("reward_end",))
   both, alone = (
-    one_update(toy, phases, optax.sgd(1.0))(params)[0] for phases in ({0: denoiser, 1: reward_end}, {0: denoiser})
+    one_update(toy.replay(), phases, optax.sgd(1.0))(params)[0]
+    for phases in ({0: denoiser, 1: reward_end}, {0: denoiser})
   )
   chex.assert_trees_all_close(both["encoder"], alone["encoder"], rtol=1e-4, atol=1e-6)
   assert np.any(both["reward_end"]["kernel"] != params["reward_end"]["kernel"])
@@ -140,7 +141,7 @@ def test_an_update_moves_the_running_statistics_and_a_skipped_one_does_not(tiny)
   params = model.init(jax.random.key(1))
   before = params["encoder"]["running"]
   for phase in model.phases[:2]:
-    update = one_update(tiny, {0: phase}, optax.adamw(1e-3))
+    update = one_update(tiny.replay(), {0: phase}, optax.adamw(1e-3))
     after, metrics = update(params)
     moved = after["encoder"]["running"]
     assert np.abs(moved["mean"] - before["mean"]).max() > 1e-4
