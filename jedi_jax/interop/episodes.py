@@ -46,9 +46,9 @@ def read_diamond(directory: str | os.PathLike[str]) -> Iterator[Episode]:
     final = arrays.get("info.final_observation")
     if final is None:
       steps -= 1
-      if steps < 1:
-        continue
-    else:
+    if steps < 1:
+      continue
+    if final is not None:
       final = final[None] if final.ndim == 3 else final
       if final.shape != (1, *frames.shape[1:]):
         raise UserError(f"{file} is not an episode of DIAMOND: its final frame is of {final.shape}")

@@ -229,6 +229,31 @@ class Dataset(Reader):
       (path / name).write_bytes(whole)
 
 
+class Recorded(Diamond):
+  """Episodes of DIAMOND, as make_dataset.py reads and writes them."""
+
+  def valid(self):
+    import pytest
+    import torch_writer
+
+    from jedi_jax.interop import torch_file
+
+    self.patches = pytest.MonkeyPatch()
+    self.patches.setattr(torch_file, "_torch_is_safe", lambda: False)  # Not torch is tested.
+    with pytest.MonkeyPatch.context() as patch:
+      writer = torch_writer.Writer(self.folder, patch)
+      files = [torch_writer.diamond_episode(writer, **how) for how in ({}, {"ends": False}, {"final": False})]
+      return [file.rename(self.folder / "episode").read_bytes() for file in files]
+
+  def read(self, data):
+    from jedi_jax import datasets
+    from jedi_jax.interop.episodes import read_diamond
+
+    self.put("recorded/0.pt", data)
+    shutil.rmtree(self.folder / "data", ignore_errors=True)
+    datasets.write(self.folder / "data", read_diamond(self.folder / "recorded"), num_actions=5, source="DIAMOND")
+
+
 class Agent(Reader):
   """A saved agent: model.safetensors with a checksum that fits (M), or config.json (C)."""
 
@@ -277,7 +302,7 @@ class Agent(Reader):
 
 READERS = {
   "diamond": Diamond, "shapes": Shapes, "checkpoint": Checkpoint, "packed": Packed, "replay": Replay, "result": Result,
-  "metrics": Metrics, "config": Configuration, "dataset": Dataset, "agent": Agent,
+  "metrics": Metrics, "config": Configuration, "dataset": Dataset, "recorded": Recorded, "agent": Agent,
 }  # fmt: skip
 
 

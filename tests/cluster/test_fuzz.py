@@ -20,7 +20,7 @@ from jedi_jax import datasets
 
 SECONDS, SEED = os.environ.get("FUZZ_SECONDS", "30"), os.environ.get("FUZZ_SEED", "0")
 COUNTS = {"diamond": 10, "shapes": 10, "checkpoint": 5, "packed": 300, "replay": 100, "result": 25, "metrics": 25,
-          "config": 50, "dataset": 50, "agent": 25}  # fmt: skip
+          "config": 50, "dataset": 50, "recorded": 10, "agent": 25}  # fmt: skip
 """Executions of the short form."""
 
 

@@ -5,25 +5,10 @@ import types
 import numpy as np
 import pytest
 from refusals import refused
+from torch_writer import STEPS, diamond_episode
 
 from jedi_jax import datasets
 from jedi_jax.interop import episodes
-
-STEPS = 5
-
-
-def diamond_episode(pt, *, final=True, ends=True, **changes):
-  """An episode as DIAMOND saves it, whose frame t is t everywhere."""
-  frames = np.broadcast_to(np.arange(STEPS + 1, dtype=np.uint8)[:, None, None, None], (STEPS + 1, 3, 8, 7))
-  flags = np.zeros(STEPS, np.uint8)
-  last = flags.copy()
-  last[-1] = 1
-  arrays = {
-    "obs": frames[:-1], "act": np.arange(STEPS), "rew": np.arange(STEPS, dtype=np.float32),
-    "end": last if ends else flags, "trunc": flags if ends else last, **changes,
-  }  # fmt: skip
-  info = {"final_observation": pt.tensor((frames[-1] / 255 * 2 - 1).astype(np.float32))} if final else {}
-  return pt.write({**{name: pt.tensor(x) for name, x in arrays.items()}, "info": info})
 
 
 def place(files, folder):
