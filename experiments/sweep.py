@@ -72,13 +72,14 @@ def main() -> None:
     packed=_PACK.value != 1,
     imports=flags.FLAGS["import"].value,
   )
+  jobs = out / "slurm"
+  queued = slurm.queued(jobs) if _LAUNCHER.value == "slurm" else set()  # First: a run may end in between.
   statuses = [sweep.run_status(run) for run in plan]
   console = Console()  # Which a full disk does not end.
   console.log(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
-  jobs = out / "slurm"
-  if _LAUNCHER.value == "slurm" and (queued := slurm.queued(jobs)):
+  if queued:
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")
     left = [run for run in left if run.workdir not in queued]
   packs = sweep.packs(left, _PACK.value or (lambda run: sweep.runs_that_fit(run, train)))
@@ -98,7 +99,10 @@ def main() -> None:
         raise interruption.begin_exit("with its runs")
       time.sleep(min(_INTERVAL.value, 1.0))
       if pool.due(_INTERVAL.value):
-        console.log(sweep.table([sweep.run_status(run) for run in plan]))
+        try:
+          console.log(sweep.table([sweep.run_status(run) for run in plan]))
+        except jedi_jax.UserError as error:  # Not the end of the other runs.
+          console.log(f"no table: {error}")
   statuses = [sweep.run_status(run) for run in plan]
   console.log(sweep.table(statuses))
   failed = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]

@@ -9,20 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jedi_jax import sweep
 from jedi_jax.errors import UserError
 from jedi_jax.runs import workdir
+from jedi_jax.runs.console import Console  # Which a full disk does not end.
 from jedi_jax.runs.interruption import INTERRUPTED_STATUS
 from jedi_jax.runs.program import USAGE_STATUS
 
 _JOBS = "_runs.json"
-"""End of the name of a file with the directories of the runs of each job."""
+"""End of the name of a file with the directories of the runs of each job of an array; its start is the array's name."""
 _POLL = 10.0  # Seconds between two looks at a directory that is taken.
+_RETRIES, _RETRY_SECONDS = 5, 2.0  # Of a scheduler that does not answer a job.
 _SIGNAL_DELAY = 90  # Seconds from submitit's signal to the end of a job.
-_SAVING = 30.0  # Seconds of these that are left for the last save.
+_SAVING = 30.0  # Seconds of these that are left for the last save, and
+_QUEUING = 10.0  # of those, for the queue.
 
 
 @dataclasses.dataclass
@@ -35,10 +39,12 @@ class ArrayJob:
   Attributes:
     command: that trains the pack.
     places: directories of the runs.
+    patience: seconds after submitit's signal until the process is killed.
   """
 
   command: list[str]
   places: list[pathlib.Path]
+  patience: float = _SIGNAL_DELAY - _QUEUING
   _process: subprocess.Popen[bytes] | None = dataclasses.field(default=None, init=False)
 
   def __call__(self) -> None:
@@ -51,7 +57,7 @@ class ArrayJob:
     while status == USAGE_STATUS:
       # After a node was lost to the scheduler, its processes may go on.
       while taken := [place for place in self.places if _is_taken(place)]:
-        print(f"{taken[0]} is still being trained by another process: waiting for it", flush=True)
+        Console().log(f"{taken[0]} is still being trained by another process: waiting for it")
         time.sleep(_POLL)
       self._process = subprocess.Popen(self.command, preexec_fn=_ignore_user_signals)  # noqa: PLW1509 - one thread.
       # Without a lock of the process, which `checkpoint` would need in the same thread.
@@ -59,8 +65,9 @@ class ArrayJob:
       status = self._process.wait()
       if not any(_is_taken(place) for place in self.places):
         break
-    if status == INTERRUPTED_STATUS and _queue_again():
-      sys.exit(status)
+    # -SIGTERM: the program had not yet begun to listen.
+    if status in (INTERRUPTED_STATUS, -signal.SIGTERM) and _queue_again():
+      sys.exit(INTERRUPTED_STATUS)
     if status:
       raise RuntimeError(f"{shlex.join(self.command)} ended with status {status}")
 
@@ -71,7 +78,12 @@ class ArrayJob:
     if self._process is not None:
       with contextlib.suppress(ProcessLookupError, ChildProcessError):
         self._process.send_signal(signal.SIGTERM)
-        os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        end = time.monotonic() + self.patience
+        while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+          if time.monotonic() > end:  # Else SLURM ends the job, which then is not queued. The last checkpoint is whole.
+            self._process.kill()
+            break
+          time.sleep(0.1)
     return submitit.helpers.DelayedSubmission(dataclasses.replace(self))
 
 
@@ -91,18 +103,26 @@ def _ignore_user_signals() -> None:
 
 
 def _queue_again() -> bool:
-  """Puts this job of SLURM into the queue again if it still runs there; a cancelled one does not."""
+  """Puts this job of SLURM into the queue again if this start of it still runs there.
+
+  A cancelled job does not run, and of a job that was started again after its node was lost this may be the first start.
+  """
   job = os.environ.get("SLURM_JOB_ID")
   if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # The last one's number is that of the whole array.
     job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-  try:
-    if job is None or _slurm("squeue", "--noheader", f"--jobs={job}", "--format=%T").strip() != "RUNNING":
-      return False
-    _slurm("scontrol", "requeue", job)
-  except UserError as error:
-    print(f"the job is not queued again: {error}", file=sys.stderr)
+  if job is None:
     return False
-  return True
+  this_start = ["RUNNING", os.environ.get("SLURM_RESTART_COUNT", "0")]
+  for _ in range(_RETRIES):
+    try:
+      if _slurm("squeue", "--noheader", f"--jobs={job}", "--Format=State,RestartCnt").split() != this_start:
+        return False
+      _slurm("scontrol", "requeue", job)
+      return True
+    except UserError as error:
+      Console().log(f"the job cannot be queued again: {error}")
+      time.sleep(_RETRY_SECONDS)
+  return False
 
 
 def _slurm(*argv: str) -> str:
@@ -111,8 +131,9 @@ def _slurm(*argv: str) -> str:
   Raises:
     UserError: if it fails.
   """
+  own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # The user's filters.
   try:
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, env=own, capture_output=True, text=True, check=False)
   except OSError as error:
     raise UserError(f"{argv[0]} cannot be called ({error.strerror}): submit where SLURM is") from None
   if done.returncode:
@@ -126,20 +147,23 @@ def queued(folder: pathlib.Path) -> set[pathlib.Path]:
   Raises:
     UserError: if SLURM does not answer, or the files of the folder are damaged.
   """
-  files = list(folder.glob(f"*{_JOBS}"))
-  if not files:
+  arrays = {file.name.removesuffix(_JOBS): _packs(file) for file in folder.glob(f"*{_JOBS}")}
+  if not arrays:
     return set()
-  there = set(_slurm("squeue", "--me", "--noheader", "--array", "--format=%i").split())
-  return {
-    pathlib.Path(place) for file in files for job, places in _jobs(file).items() if job in there for place in places
-  }
+  found: set[pathlib.Path] = set()
+  for line in _slurm("squeue", "--me", "--noheader", "--array", "--format=%i %j").splitlines():
+    job, _, name = line.strip().partition(" ")
+    task = job.partition("_")[2] or "0"  # A single job is no array.
+    if name in arrays and task.isdecimal():
+      found.update(*arrays[name][int(task) :][:1])
+  return {pathlib.Path(place) for place in found}
 
 
-def _jobs(file: pathlib.Path) -> dict[str, list[str]]:
-  jobs = workdir.read_json(file)
-  if not isinstance(jobs, dict) or not all(isinstance(places, list) for places in jobs.values()):
-    raise UserError(f"{file} is damaged: it does not map jobs to directories")
-  return jobs
+def _packs(file: pathlib.Path) -> list[list[str]]:
+  packs = workdir.read_json(file)
+  if not (isinstance(packs, list) and all(isinstance(x, list) and all(isinstance(y, str) for y in x) for x in packs)):
+    raise UserError(f"{file} is damaged: it does not list the directories of each job; remove it when no job is left")
+  return packs
 
 
 def submit(
@@ -173,25 +197,41 @@ def submit(
     raise UserError("--launcher=slurm needs submitit: pip install submitit") from None
   if cluster == "slurm" and not {"timeout_min", "slurm_time"} & set(parameters):
     raise UserError("a job of submitit ends after 5 minutes: give its limit, as in --slurm=timeout_min=1440")
-  try:
-    given = {"slurm_signal_delay_s": _SIGNAL_DELAY, **{name: _number(text) for name, text in parameters.items()}}
-    own = {name: given.pop(name) for name in ("slurm_max_num_timeout",) if name in given}
-    executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster, **own)
-    limits = {"slurm_array_parallelism": workers, "slurm_additional_parameters": {"requeue": True}}
-    executor.update_parameters(name="jedi_jax", **(limits if cluster == "slurm" else {}), **given)
-    grace = f"--grace={max(float(given['slurm_signal_delay_s']) - _SAVING, 0)}"
-    functions = [ArrayJob([*sweep.command(pack, train), grace], [run.workdir for run in pack]) for pack in packs]
-    with executor.batch():
-      jobs = [executor.submit(function) for function in functions]
-  except (OSError, RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:
-    raise UserError(f"the array job could not be submitted ({' '.join(str(error).split())})") from None
-  places = {job.job_id: list(map(str, function.places)) for job, function in zip(jobs, functions, strict=True)}
-  workdir.write_json(folder / f"{jobs[0].job_id}{_JOBS}", places)
+  given = _checked(parameters)
+  delay = float(given["slurm_signal_delay_s"])
+  grace, patience = f"--grace={max(delay - _SAVING, 0)}", max(delay - _QUEUING, 0)
+  places = [[run.workdir for run in pack] for pack in packs]
+  with workdir.locked(folder):  # Two sweeps at a time.
+    if taken := queued(folder) & {place for pack in places for place in pack}:
+      raise UserError(f"{len(taken)} of the runs were submitted by another process just now: repeat the command")
+    name = f"jedi_jax-{uuid.uuid4().hex[:12]}"
+    try:
+      own = {key: given.pop(key) for key in ("slurm_max_num_timeout",) if key in given}
+      executor = submitit.AutoExecutor(folder=str(folder), cluster=cluster, **own)
+      limits = {"slurm_array_parallelism": workers, "slurm_additional_parameters": {"requeue": True}}
+      executor.update_parameters(name=name, **(limits if cluster == "slurm" else {}), **given)
+      commands = [[*sweep.command(pack, train), grace] for pack in packs]
+      # Before the jobs are in the queue: this process may be killed when they are.
+      workdir.write_json(folder / f"{name}{_JOBS}", [list(map(str, pack)) for pack in places])
+      with executor.batch():
+        jobs = [executor.submit(ArrayJob(*each, patience)) for each in zip(commands, places, strict=True)]
+    except (OSError, RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:
+      raise UserError(f"the array job could not be submitted ({' '.join(str(error).split())})") from None
   return ", ".join(job.job_id for job in jobs)
 
 
+def _checked(parameters: Mapping[str, str]) -> dict[str, Any]:
+  """Returns submitit's parameters, numbers as such, since it checks types; it does not check these."""
+  given = {"slurm_signal_delay_s": _SIGNAL_DELAY, **{name: _number(text) for name, text in parameters.items()}}
+  for name, unit in (("slurm_time", "minutes"), ("slurm_signal_delay_s", "seconds")):
+    if not isinstance(given.get(name, 0), int):  # From the former the job computes whether it has run out of time.
+      raise UserError(f"--slurm={name}={given[name]} is not a whole number of {unit}")
+  if names := {"name", "slurm_job_name"} & set(given):
+    raise UserError(f"--slurm={min(names)} cannot be set: the sweep finds its jobs by their name")
+  return given
+
+
 def _number(text: str) -> float | str:
-  """Returns a number as such: submitit checks types."""
   if text.isdecimal():
     return int(text)
   try:

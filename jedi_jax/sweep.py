@@ -1,6 +1,7 @@
 """Sweeps: the plan of many runs, their status, and the processes that train them."""
 
 import dataclasses
+import errno
 import math
 import os
 import pathlib
@@ -155,8 +156,12 @@ def run_status(run: PlannedRun) -> RunStatus:
   Raises:
     UserError: if the files cannot be read, or belong to another configuration.
   """
-  if not os.path.exists(run.workdir / "config.json"):  # Unlike pathlib's, False for invalid names.
-    return RunStatus(run, "waiting", 0.0, None, 0.0)
+  try:
+    os.stat(run.workdir / "config.json")
+  except (OSError, ValueError) as error:  # ValueError: a name that no file can have.
+    if not isinstance(error, OSError) or error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+      return RunStatus(run, "waiting", 0.0, None, 0.0)
+    raise UserError(f"{run.workdir} cannot be read ({error.strerror}): repeat the command when it can") from None
   found = workdir.read(run.workdir)
   different = config_lib.differences(found.config, run.config)
   if different:

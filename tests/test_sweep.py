@@ -1,6 +1,8 @@
+import errno
 import json
 import os
 import pathlib
+import shutil
 import sys
 import textwrap
 import time
@@ -227,14 +229,54 @@ def test_what_slurm_refuses_is_one_line(tmp_path, train, monkeypatch):
     assert len(str(error.value).splitlines()) == 1
 
   refused("could not be submitted", timeout_min="5")
+  shutil.rmtree(tmp_path / "slurm")  # With SLURM installed, the jobs may be in its queue all the same.
   refused("--slurm=timeout_min=")
   monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-  for name in ("srun", "sbatch"):  # With them submitit takes SLURM for installed.
+  for name in ("srun", "sbatch", "squeue"):  # With them submitit takes SLURM for installed.
     (tmp_path / name).write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\necho more >&2\nexit 1\n")
     (tmp_path / name).chmod(0o755)
   refused("could not be submitted.*timeout_min", timeout_min="24:00:00")
   refused("could not be submitted.*nodes", nodes="1.5", timeout_min="5")
   refused("could not be submitted.*invalid partition", timeout_min="5")
+  refused("squeue failed", timeout_min="5")
+  refused("slurm_time=24:00:00 is not a whole number of minutes", slurm_time="24:00:00")
+  refused("slurm_signal_delay_s=1.5 is not a whole", slurm_signal_delay_s="1.5", timeout_min="5")
+  refused("slurm_job_name cannot be set", slurm_job_name="mine", timeout_min="5")
+
+
+def test_a_submission_that_was_cut_short_is_found_and_not_repeated(tmp_path, train, monkeypatch):
+  pytest.importorskip("submitit")
+  plan, folder = make_plan(tmp_path / "out"), tmp_path / "slurm"
+
+  def submit():
+    slurm.submit(sweep.packs(plan, 1), train(), folder, workers=1, parameters={"timeout_min": "5"})
+
+  monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+  # The jobs are in the queue, but the answer is lost.
+  names = f"cd {folder}; for x in jedi*; do echo 7_1 ${{x%_runs.json}}; done"
+  scripts = {"srun": "", "sbatch": "exit 1", "squeue": names}
+  for name, script in scripts.items():
+    (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / name).chmod(0o755)
+  with pytest.raises(UserError, match="could not be submitted"):
+    submit()
+  assert slurm.queued(folder) == {plan[1].workdir}
+  with pytest.raises(UserError, match="1 of the runs were submitted by another process"):
+    submit()
+  with workdir.locked(folder), pytest.raises(UserError, match="slurm"):  # Of a sweep that submits right now.
+    submit()
+
+
+def test_a_directory_that_cannot_be_read_is_not_taken_for_a_waiting_run(tmp_path, monkeypatch):
+  run = make_plan(tmp_path)[0]
+  assert sweep.run_status(run).name == "waiting"
+
+  def stale(path):
+    raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+  monkeypatch.setattr(sweep.os, "stat", stale)
+  with pytest.raises(UserError, match="Stale file handle"):
+    sweep.run_status(run)
 
 
 def test_a_damaged_result_is_one_line(tmp_path, train):

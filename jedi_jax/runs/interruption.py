@@ -128,8 +128,9 @@ def on_signals(grace: float, margin: float = 2.0) -> Iterator[Interruption]:
       if number in SIGNALS and (interruption.debouncing or not interruption.exiting):
         interruption.request_stop(signal.Signals(number).name)
       elif (number in SIGNALS or (not ready and not interruption.exiting)) and not done.is_set():
-        print("stopped at once; the same command continues the run from its last checkpoint", file=sys.stderr)
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # A full disk.
+          print("stopped at once; the same command continues the run from its last checkpoint", file=sys.stderr)
+          sys.stderr.flush()
         os._exit(INTERRUPTED_STATUS)
 
   thread = threading.Thread(target=listen, name="signals", daemon=True)

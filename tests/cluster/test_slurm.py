@@ -65,10 +65,12 @@ class Sweep:
 
   def statuses(self):
     """The name of the status of each run; their table is checked against the files."""
+    before = [(run.workdir / "result.json").exists() for run in self.plan]
     found = [sweep.run_status(run) for run in self.plan]
     cells = sweep.table(found).splitlines()[-1].split("|")[3 : 3 + RUNS]
-    for run, status, cell in zip(self.plan, found, cells, strict=True):
-      assert (status.name == "finished") == (run.workdir / "result.json").exists() == ("done" in cell)
+    for run, done, status, cell in zip(self.plan, before, found, cells, strict=True):
+      assert done <= (status.name == "finished") <= (run.workdir / "result.json").exists()
+      assert (status.name == "finished") == ("done" in cell)
       steps = max((number for number, _, _ in self.epochs()[str(run.workdir)]), default=0)
       # A record follows its epoch, and one that a kill took back is repeated.
       assert status.name == "waiting" or status.progress <= max(steps * 10 + 40, 40) / (40 + 10 * (EPOCHS - 2))
@@ -86,7 +88,7 @@ class Sweep:
     """Waits until every run has begun this epoch."""
     runs = [str(run.workdir) for run in self.plan]
     self._cluster.until(
-      lambda: all(any(n >= number for n, _, _ in self.epochs()[run]) for run in runs) and self.statuses(),
+      lambda: self.statuses() and all(any(n >= number for n, _, _ in self.epochs()[run]) for run in runs),
       f"no run reached epoch {number}", seconds=240,
     )  # fmt: skip
 
@@ -184,7 +186,7 @@ def test_an_array_is_submitted_once_and_a_cancelled_run_is_continued(cluster, ca
   assert not jobs
   catch.until_epoch(3)
   cluster.call("scancel", second)
-  cluster.until(lambda: second not in cluster.jobs(), "the cancelled job is left")
+  cluster.until(lambda: catch.statuses() and second not in cluster.jobs(), "the cancelled job is left")
   assert first in cluster.jobs()
   text, jobs = catch.submit()
   assert "1 runs are in the queue already" in text
@@ -201,7 +203,7 @@ def test_a_preempted_array_waits_and_goes_on(cluster, catch, undisturbed):
   catch.until_epoch(3)
   urgent = cluster.call("sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null",
                         "--wrap=sleep 5").strip()  # fmt: skip
-  cluster.until(lambda: cluster.jobs().get(urgent) == "RUNNING", "the urgent job did not start")
+  cluster.until(lambda: catch.statuses() and cluster.jobs().get(urgent) == "RUNNING", "the urgent job did not start")
   assert all(cluster.jobs()[job] != "RUNNING" for job in jobs)
   catch.until_done()
   catch.assert_trained_once(lost=1)

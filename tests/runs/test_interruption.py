@@ -78,10 +78,10 @@ with on_signals(float(sys.argv[1])) as interruption:
 """
 
 
-def stopped(grace, how, signals):
+def stopped(grace, how, signals, stderr=subprocess.PIPE):
   """Returns the seconds from the first signal to the end of the program, its status and its stderr."""
   command = [sys.executable, "-c", PROGRAM, str(grace), how]
-  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as process:
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.2)
     start = time.monotonic()
@@ -99,6 +99,13 @@ def test_a_long_call_is_ended_after_the_grace(how):
   assert 2.0 < seconds < 10.0  # Grace and margin.
   assert stderr.count("\n") == 1
   assert "Traceback" not in stderr
+
+
+def test_a_full_disk_does_not_keep_a_long_call_going():
+  with open("/dev/full", "w") as full:
+    seconds, status, _ = stopped(0.1, "stuck", [(signal.SIGTERM, 0.0)], stderr=full)
+  assert status == INTERRUPTED_STATUS
+  assert seconds < 10.0
 
 
 def test_a_second_signal_ends_an_exiting_run_but_a_copy_of_the_first_does_not():
