@@ -267,7 +267,8 @@ def _draw_episode(
   by_age = group * size + jax.random.randint(member_key, (), 0, members)
   if groups == 1:
     return by_age
-  few = jnp.where(jnp.arange(groups - 1) < count, state.episode_steps[: groups - 1], 0)
+  first = state.episode_steps[: groups - 1]
+  few = jnp.where(jnp.arange(first.shape[0]) < count, first, 0)
   by_steps = jax.random.categorical(group_key, jnp.log(few))
   return jnp.where(count < groups, by_steps, by_age)
 

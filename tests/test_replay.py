@@ -146,6 +146,14 @@ def test_few_episodes_are_drawn_in_proportion_to_their_steps():
   assert_frequencies(episode, np.array([2, 10, 4]) / 16)
 
 
+def test_there_may_be_more_groups_than_the_table_has_entries():
+  state = replay.from_episodes([replay.Episode(np.zeros((3, *SHAPE), np.uint8), np.zeros(2, int), np.zeros(2), True)])
+  assert state.episode_steps.shape[0] < 4
+  keys = jax.random.split(jax.random.key(0), 8)
+  drawn = sample(state, keys, length=1, age_weights=(0.2,) * 5, beyond_end=False, final_frames=False)
+  assert drawn.mask.all()
+
+
 def test_one_group_means_all_episodes_alike():
   reference = Reference(1, size=16).play(single(2, 9, -4))
   keys = jax.random.split(jax.random.key(0), 4_000)

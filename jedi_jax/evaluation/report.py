@@ -154,14 +154,14 @@ def collect(runs: Sequence[Run]) -> tuple[dict[str, Scores], list[str]]:
     report is about and on deviations from `PROTOCOL`.
 
   Raises:
-    UserError: if two runs have the same method, game and seed.
+    UserError: if two runs have the same method, game and seed, and in MinAtar number of steps.
   """
   known = set(scores_lib.games())
-  seen: dict[tuple[str, str, int], pathlib.Path] = {}
+  seen: dict[tuple[str, str, int, int], pathlib.Path] = {}
   grouped: dict[str, dict[str, list[Run]]] = {}
   notes = []
   for run in sorted(runs, key=lambda run: (run.method, run.game, run.seed)):
-    key = (run.method, run.game, run.seed)
+    key = (run.method, run.game, run.seed, run.env_steps if is_minatar(run) else 0)
     if key in seen:
       raise UserError(f"{seen[key]} and {run.path} are both {run.method} on {run.game} with seed {run.seed}: drop one")
     seen[key] = run.path

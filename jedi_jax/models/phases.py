@@ -59,6 +59,7 @@ def reward_end_losses(
   """Classification of rewards and ends."""
   del shared_key, count
   latents = encode(parts, params, segment.observations, segment.mask)
+  moments = _feature_moments(parts, latents, segment.mask)  # Of the encoder's latents, so without noise.
   if parts.reward_end_noise:
     noise = jax.vmap(_noise_or_zeros, in_axes=(0, None))(keys, latents.shape[1:])
     latents += parts.reward_end_noise * noise * segment.mask[:, :, None, None, None]
@@ -74,7 +75,7 @@ def reward_end_losses(
     "replay_return": Term(replay_return, real[:, start].astype(jnp.float32)),
     "replay_end_rate": Term(ends.astype(jnp.float32), real.astype(jnp.float32)),
   }
-  return losses._replace(metrics={**losses.metrics, **metrics, **_feature_moments(parts, latents, segment.mask)})
+  return losses._replace(metrics={**losses.metrics, **metrics, **moments})
 
 
 def _feature_moments(parts: Parts, latents: Array, mask: Array) -> dict[str, Array]:

@@ -120,10 +120,9 @@ class Trainer:
       if not future.result():
         self._console.log(messages.new_games(run, packed=self.learner.devices.packed))
     for run in self.runs:
-      if run.progress.epoch:
-        run.best.delete_after(run.progress.epoch)
-        if run.best.latest() is None:  # A later one had replaced it.
-          run.progress = run.progress._replace(best=-math.inf)
+      run.best.delete_after(run.progress.epoch)
+      if run.best.latest() is None:  # A later one had replaced it.
+        run.progress = run.progress._replace(best=-math.inf)
       run.open_metrics(self._loggers)
     self.learner.start(states, replays)
 
@@ -301,11 +300,13 @@ class Trainer:
   def _stop_failing(self) -> None:
     """Ends the runs in which too many updates in a row were skipped."""
     for index, run in enumerate(self.runs):
-      for name, count in self.learner.skipped(index).items():
-        if count > self._config.training.max_skipped and not run.done:
-          saving.wait(run, self._console)
-          run.failure = messages.not_finite(run, name, count)
-          self._console.log(run.failure)
+      skipped = self.learner.skipped(index)
+      # Of joint updates all: which of the losses it was is not known.
+      names = [name for name, count in skipped.items() if count > self._config.training.max_skipped]
+      if names and not run.done:
+        saving.wait(run, self._console)
+        run.failure = messages.not_finite(run, names, max(skipped.values()))
+        self._console.log(run.failure)
 
   def _watch(self, going: Sequence[int], values: Sequence[dict[str, Any]]) -> None:
     """Adds the figures of the world model, and writes real and imagined frames to the loggers."""

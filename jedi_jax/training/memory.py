@@ -61,20 +61,26 @@ def measure(config: Config, spec: EnvSpec, *, runs: int = 1) -> Memory:
   )
 
 
-def check_replay(config: Config, spec: EnvSpec) -> None:
-  """Checks, before anything is allocated, that the first device can hold the replay.
+def check_replay(config: Config, spec: EnvSpec, *, runs: int = 1) -> None:
+  """Checks, before anything is allocated, that the first device can hold the replay of its runs.
+
+  Args:
+    config: of the runs.
+    spec: of their environment.
+    runs: number of runs of the device.
 
   Raises:
     UserError: naming the settings.
   """
-  needed = size(jax.eval_shape(lambda: empty_replay(config, spec)))
+  needed = runs * size(jax.eval_shape(lambda: empty_replay(config, spec)))
   stats = jax.local_devices()[0].memory_stats() or {}
   # For a CPU, all memory of the machine, since free memory changes at any moment.
   available = int(stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
   if needed > available:
+    cure = "lower them or take fewer runs" if runs > 1 else "lower them"
     raise UserError(
       f"replay.capacity={config.replay.capacity} and replay.final_frames={config.replay.final_frames} take "
-      f"{needed / 2**30:,.0f} GiB, and the device has {available / 2**30:,.0f} GiB: lower them"
+      f"{needed / 2**30:,.0f} GiB, and the device has {available / 2**30:,.0f} GiB: {cure}"
     )
 
 

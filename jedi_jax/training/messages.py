@@ -112,11 +112,12 @@ def _place(run: Run, *, packed: bool) -> str:
   return f"{run.workdir.path}: " if packed else ""
 
 
-def not_finite(run: Run, phase: str, count: int) -> str:
-  """Explains why a run cannot continue after `count` skipped updates of a phase."""
+def not_finite(run: Run, phases: Sequence[str], count: int) -> str:
+  """Explains why a run cannot continue after `count` skipped updates of each of the phases."""
   saved = "no checkpoint" if run.saved is None else f"checkpoint {run.saved}"
   return (
-    f"{run.workdir.path}: the loss or gradient of {phase} was not finite in {count} updates in a row, in epoch "
-    f"{run.progress.epoch + 1}; {saved} was saved before: the same command tries again from there; else start "
-    f"over (--overwrite) with a lower {phase}.optimizer.learning_rate or max_grad_norm"
+    f"{run.workdir.path}: the loss or gradient of {' or '.join(phases)} was not finite in {count} updates in a row, "
+    f"in epoch {run.progress.epoch + 1}; {saved} was saved before: the same command tries again from there; else start "
+    "over (--overwrite) with a lower learning_rate or max_grad_norm of "
+    f"{' and '.join(f'{phase}.optimizer' for phase in phases)}"
   )

@@ -133,7 +133,7 @@ def train_packed(
   record = None if data is None else data.record()
   _check_pack(configs, directories, specs, devices)
   for config, spec in zip(configs, specs, strict=True):
-    check_replay(config, spec)
+    check_replay(config, spec, runs=max(len(configs) // devices.count, 1))
     envs.check_installed(config.env.name)
   checkpoint.import_orbax()
   loggers.check(log)

@@ -26,6 +26,7 @@ def test_our_runs_are_averaged_beside_all_published_scores(tmp_path):
     *results(tmp_path / "c", [4.0], env_steps=50_000),
     *results(tmp_path / "d", [1.0], env="minatar/Seaquest?sticky=0.25"),
   ]
+  assert report.collect(runs) == ({}, [])  # Although "a" and "c" are of one seed.
   rows = minatar.compare(runs)
   ours = [(row.game, row.method, row.protocol, row.steps, row.mean, row.runs, row.seconds) for row in rows if row.runs]
   assert ours == [

@@ -235,16 +235,18 @@ def test_the_measured_size_of_changes_follows_them():
 
 
 def test_noise_reaches_every_second_segment_of_the_reward_end_model():
-  noisy, params = make("jedi", **{"reward_end.noise": 0.5})
-  plain = make_model("jedi")
+  running = {"encoder.norm": "running"}
+  noisy, params = make("jedi", **running, **{"reward_end.noise": 0.5})
+  plain = make_model("jedi", **running)
   keys = jax.random.split(jax.random.key(2), 32)
   drawn = jax.tree.map(lambda x: jnp.repeat(x[:1], 32, axis=0), segment(plain.phases[1].length))
-  losses = [
-    jit(model.phases[1].losses)(params, drawn, keys, keys[0], jnp.int32(0)).terms["reward"].values
-    for model in (plain, noisy)
-  ]
-  differ = np.abs(np.asarray(losses[0] - losses[1])).max(axis=1) > 1e-6
+  without, with_noise = (
+    jit(model.phases[1].losses)(params, drawn, keys, keys[0], jnp.int32(0)) for model in (plain, noisy)
+  )
+  differ = np.abs(np.asarray(without.terms["reward"].values - with_noise.terms["reward"].values)).max(axis=1) > 1e-6
   assert 8 <= differ.sum() <= 24
+  # The running statistics are of latents without noise.
+  chex.assert_trees_all_close(with_noise.metrics["feature_moments"], without.metrics["feature_moments"], rtol=1e-5)
 
 
 def test_the_change_of_a_step_does_not_count_padding():

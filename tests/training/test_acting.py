@@ -293,8 +293,9 @@ def test_a_refused_resume_keeps_the_best_checkpoint(finished_run, train_tiny, tm
   assert [p.name for p in best.iterdir()] == ["9"]
 
 
+@pytest.mark.parametrize("resumed", [True, False])
 def test_a_best_checkpoint_that_the_resumed_run_has_not_reached_is_no_bar(
-  finished_run, train_tiny, tmp_path, monkeypatch
+  finished_run, train_tiny, tmp_path, monkeypatch, resumed
 ):
   directory = tmp_path / "run"
   shutil.copytree(finished_run, directory)
@@ -302,6 +303,8 @@ def test_a_best_checkpoint_that_the_resumed_run_has_not_reached_is_no_bar(
   best = directory / "checkpoints" / "best"
   [number] = best.iterdir()
   number.rename(best / "9")
+  if not resumed:  # Killed before the first save.
+    shutil.rmtree(directory / "checkpoints" / "latest")
   seen = []
 
   def stop(trainer):

@@ -16,6 +16,7 @@ from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.runs.interruption import Interruption
 from jedi_jax.training import seeds
 from jedi_jax.training import train as train_lib
+from jedi_jax.training.learner import Learner
 from jedi_jax.training.loop import plan_calls
 from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
@@ -348,6 +349,15 @@ def test_a_run_whose_numbers_are_not_finite_stops_and_goes_on_from_its_last_chec
   assert [p.name for p in (tmp_path / "run" / "checkpoints" / "latest").iterdir()] == ["2"]
   assert train_tiny(tmp_path / "run", config=config)["env_steps"] == 70
   assert timeless(tmp_path / "run" / "metrics.jsonl") == timeless(finished_run / "metrics.jsonl")
+
+
+def test_all_losses_that_were_not_finite_are_named(train_tiny, monkeypatch, tmp_path):
+  counts = {"denoiser": 21, "reward_end": 21, "actor_critic": 20}  # As after joint updates.
+  monkeypatch.setattr(Learner, "skipped", lambda self, run: counts)
+  with pytest.raises(
+    TrainingError, match=r"denoiser or reward_end was .* 21 updates.*denoiser.optimizer and reward_end"
+  ):
+    train_tiny(tmp_path / "run")
 
 
 def test_skipped_updates_are_reported_and_a_state_after_them_is_not_saved(tiny, train_tiny, poisoned, quiet, tmp_path):

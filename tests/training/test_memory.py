@@ -8,7 +8,7 @@ from jedi_jax.config import make_config
 from jedi_jax.envs.catch import SPEC
 from jedi_jax.errors import UserError
 from jedi_jax.training import memory
-from jedi_jax.training.learner import Learner
+from jedi_jax.training.learner import Learner, empty_replay
 
 
 def test_what_a_run_takes(tiny):
@@ -44,3 +44,11 @@ def test_a_replay_beyond_the_device_is_refused(tiny):
   huge = make_config(env="catch", preset="debug", overrides={"replay.capacity": 10**8, "replay.final_frames": 10**8})
   with pytest.raises(UserError, match=r"replay\.capacity=100000000 .* take 3.. GiB, and the device has"):
     memory.check_replay(huge, SPEC)
+
+
+def test_all_runs_of_a_device_count(tiny, monkeypatch):
+  stats = {"bytes_limit": int(1.5 * memory.size(jax.eval_shape(lambda: empty_replay(tiny.config, SPEC))))}
+  monkeypatch.setattr(memory.jax, "local_devices", lambda: [types.SimpleNamespace(memory_stats=lambda: stats)])
+  memory.check_replay(tiny.config, SPEC)
+  with pytest.raises(UserError, match="or take fewer runs"):
+    memory.check_replay(tiny.config, SPEC, runs=2)
