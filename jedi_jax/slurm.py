@@ -155,8 +155,8 @@ def queued(folder: pathlib.Path) -> set[pathlib.Path]:
     job, _, name = line.strip().partition(" ")
     task = job.partition("_")[2] or "0"  # A single job is no array.
     if name in arrays and task.isdecimal():
-      found.update(*arrays[name][int(task) :][:1])
-  return {pathlib.Path(place) for place in found}
+      found.update(pathlib.Path(place) for pack in arrays[name][int(task) :][:1] for place in pack)
+  return found
 
 
 def _packs(file: pathlib.Path) -> list[list[str]]:
