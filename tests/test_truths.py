@@ -76,8 +76,9 @@ def _own_games():
 # Of each family games that draw at random, Space Invaders only what is sticky. EnvPool's ViZDoom is unstable.
 @pytest.fixture(
   params=[
-    *("catch", "truths/Corridor", "gym/truths/Lights-v0", "atari/Breakout", "atari/Pong?skip=2-6", "minatar/Asterix"),
+    *("catch", "truths/Corridor", "gym/truths/Lights-v0", "atari/Breakout", "atari/Pong?skip=2-6", "gymnax/Pong-misc"),
     *("minatar/Breakout?sticky=0.1", "procgen/CoinrunEasy", "minigrid/MiniGrid-Dynamic-Obstacles-5x5-v0"),
+    pytest.param("minatar/Asterix", marks=pytest.mark.cluster),
     pytest.param("minatar/Freeway", marks=pytest.mark.cluster),
     pytest.param("minatar/Seaquest", marks=pytest.mark.cluster),
     pytest.param("minatar/SpaceInvaders?sticky=0.1", marks=pytest.mark.cluster),
