@@ -140,21 +140,25 @@ def from_dict(tree: Mapping[str, Any]) -> Config:
 
 
 def describe(config: Config) -> str:
-  """Lists every setting as a Markdown table; values that differ from preset `paper` are bold."""
+  """Lists every setting and its choices as a Markdown table; values that differ from preset `paper` are bold."""
   values, paper = flatten(to_dict(config)), flatten(to_dict(Config()))
   texts = descriptions(type(config))
+  bold = "; values that differ from preset `paper` are bold" if values != paper else ""
   head = [
     "# Settings",
     "",
     "The tag is the source of the default: " + "; ".join(f"{tag} {meaning}" for tag, meaning in TAGS.items()) + ".",
-    f"Variant `{config.variant}`, preset `{config.preset}`; values that differ from preset `paper` are bold.",
+    f"Variant `{config.variant}`, preset `{config.preset}`{bold}.",
     "",
   ]
   rows = [("setting", "value", "tag", "description")]
   for path, field in settings(type(config)).items():
     value = json.dumps(values[path])
     value = value if values[path] == paper[path] else f"**{value}**"
-    rows.append((f"`{path}`", value, field.metadata["tag"], texts[path]))
+    text, choices = texts[path], field.metadata["choices"]
+    if choices:
+      text += f" {'Any' if isinstance(values[path], list) else 'One'} of {', '.join(f'`{name}`' for name in choices)}."
+    rows.append((f"`{path}`", value, field.metadata["tag"], text))
   return "\n".join([*head, markdown_table(rows)])
 
 

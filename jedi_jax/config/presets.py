@@ -85,8 +85,8 @@ _STABLE_LATENTS = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {
   # All constants of the paper.
   "paper": {},
-  # Learns an Atari game on two CPU cores in an hour or two. Real steps cost less there than updates; with fewer steps
-  # the reward model overfits.
+  # A small world of an Atari game, about three and a half hours of a CPU core (docs/results.md). Real steps cost less
+  # there than updates; with fewer steps the reward model overfits.
   "small": {
     **_SMALL_WORLD,
     **_STABLE_LATENTS,
@@ -115,7 +115,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.num_envs": 8,
     "checkpoint.interval_epochs": 5,
   },
-  # The README's first command: a complete run within ten minutes on two CPU cores.
+  # The README's first command: a complete run, minutes on two CPU cores.
   "cpu": {
     **_SMALL_WORLD,
     **_STABLE_LATENTS,
@@ -145,7 +145,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "evaluation.max_episode_steps": 2_000,
     "checkpoint.interval_epochs": 2,
   },
-  # Learns Catch within ten minutes on a CPU core.
+  # Learns Catch within ten minutes on an idle CPU core (docs/results.md).
   "catch": {
     **_STABLE_LATENTS,
     "env.name": "catch",

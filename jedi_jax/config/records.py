@@ -56,8 +56,8 @@ class EncoderConfig:
   denoiser if the denoiser's loss or a reconstruction trains the encoder, else of the reward / end model."""
   chunk: int = setting(-1, "O", low=-1, high=10**6)
   """Frames encoded at a time; their activations are recomputed for the gradient, which takes less memory and more
-  operations. 0 for all frames at once. -1 for 0 on GPUs that give JAX 8 GiB, or 48 GiB for packed runs, since launches
-  cost most there; for 208 on other GPUs; and for 64 elsewhere."""
+  operations. 0 for all frames at once. -1 chooses: 0 on GPUs that give JAX at least 8 GiB (48 GiB for packed runs),
+  where launches cost most; 208 on other GPUs; 64 elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,8 +279,9 @@ class TrainingConfig:
   """The training loop."""
 
   order: str = setting("sequential", "R", choices=("sequential", "alternating", "joint"))
-  """How the denoiser and the reward / end model share an epoch: one after the other; in turns, of which the one with
-  more updates has several each time; or in one update with the sum of their losses. The actor-critic follows."""
+  """How the denoiser and the reward / end model share an epoch. `sequential`: one after the other. `alternating`: in
+  turns; the one with more updates has several in each turn. `joint`: one update on the sum of their losses. The
+  actor-critic follows."""
   batch_size: int = setting(32, "R", low=1, high=10**6)
   """Segments or imagined trajectories per update, over all devices (the paper: 32 or 64). The actor-critic may have a
   number of its own, `actor_critic.batch_size`."""
@@ -340,8 +341,8 @@ class PrecisionConfig:
   kernels in bfloat16, 'matmul_gradient' on CPUs, and else 'lax'. What such kernels do not convolve, packed runs
   convolve run by run in large batches, and as 'matmul' in small ones."""
   kernels: str = setting("auto", "O", choices=("auto", "xla", "pallas"))
-  """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on GPUs. With
-  'pallas' the steps of LSTMs are also grouped as suits a GPU."""
+  """Kernels of group norm and attention: XLA's, or one each of Pallas, for GPUs; 'auto' uses 'pallas' on CUDA GPUs of
+  compute capability 8.0 (Ampere) or newer. With 'pallas' the steps of LSTMs are also grouped as suits a GPU."""
 
 
 @dataclasses.dataclass(frozen=True)
