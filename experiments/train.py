@@ -8,8 +8,8 @@ that takes at most --grace seconds, and exits with status 75.
 
   python experiments/train.py --env=atari/Pong,atari/Boxing --runs=4 --workdir=runs/packed
 
-trains four seeds of two games in one program, which takes an accelerator far less than eight times the time of one
-run. Each run has the directory <workdir>/<game>/seed_<n>, equals a run trained alone, and can be resumed alone.
+trains four seeds of two games in one program, which takes an H200 five times as long as one run (docs/performance.md).
+Each run has the directory <workdir>/<game>/seed_<n>, equals a run trained alone, and can be resumed alone.
 
   srun python experiments/train.py --distributed --env=atari/Breakout --workdir=runs/breakout
 
@@ -38,9 +38,9 @@ _VARIANT = flags.DEFINE_string("variant", "jedi", f"World model: {', '.join(conf
 _PRESET = flags.DEFINE_string(
   "preset",
   "paper",
-  "Settings to start from: paper (all constants of the paper; for an accelerator), small (learns a game on a CPU in "
-  "two hours), cpu (ends within ten minutes on two cores), catch (learns Catch in minutes on one core), minatar "
-  "(five seeds of two MinAtar games in ten minutes on an H200), debug (seconds).",
+  "Settings to start from: paper (all constants of the paper; for an accelerator), small (a small world of an Atari "
+  "game; hours on a CPU core), cpu (minutes on two CPU cores; does not learn to play), catch (learns Catch in minutes "
+  "on one core), minatar (five seeds of two MinAtar games in ten minutes on an H200), debug (seconds).",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of all random numbers; the first seed of several runs.")
 _RUNS = flags.DEFINE_integer(

@@ -28,7 +28,7 @@ def resolve_convolution(lowering: str, *, packed: bool = False) -> str:
   """Returns the lowering of 3 x 3 convolutions that suits the default backend.
 
   XLA's CPU backend computes the gradients of a convolution inside a loop 19 to 75 times slower than 'matmul_gradient'
-  (see docs/performance.md).
+  (see docs/performance_cpu.md).
 
   Args:
     lowering: a lowering of `conv3x3`, which is returned unchanged; 'auto'; or 'pallas', which is 'auto' on a GPU.

@@ -62,7 +62,7 @@ def train(
     The contents of result.json; an empty dictionary in a process that is not the first.
 
   Raises:
-    UserError: if the arguments do not fit, the directory or the devices; nothing is overwritten then.
+    UserError: if the arguments, the directory or the devices do not fit one another; nothing is overwritten then.
     TrainingError: if losses or gradients were not finite in too many updates in a row.
     Interrupted: if the run was stopped.
     DisconnectedError: as `train_packed`.
