@@ -25,8 +25,8 @@ def run(one_device, tmp_path):
 
 
 def test_there_is_no_other_python():
-  assert list(EXAMPLES) == ["plain-loop", "save-and-load", "on-epoch", "dream-env"]
-  assert PAGE.count("```python") == 5  # Stable-Baselines3 is not installed for tests.
+  assert list(EXAMPLES) == ["plain-loop", "save-and-load", "on-epoch", "dream-env", "fit-probe"]
+  assert PAGE.count("```python") == 6  # Stable-Baselines3 is not installed for tests.
 
 
 def test_the_plain_loop_needs_no_keys_and_plays_well(run):

@@ -205,13 +205,25 @@ def test_episodes_of_ones_own_are_starts(agent, episodes):
     assert np.min(np.max(np.abs(known - latent), axis=(1, 2, 3))) < 1e-3
 
 
-def test_the_example_of_the_docs_runs(finished_run, capsys):
-  code = re.search(r"<!-- dream-env -->\n```python\n(.*?)```\n<!-- end -->", USAGE.read_text(), re.DOTALL).group(1)
-  assert code.count('"runs/catch"') == 2
+def run_example(name, directory, run):
+  """Runs an example of docs/usage.md with another run; returns its names."""
+  code = re.search(rf"<!-- {name} -->\n```python\n(.*?)```\n<!-- end -->", USAGE.read_text(), re.DOTALL).group(1)
+  assert code.count(f'"{directory}"') == 2
   names = {}
-  exec(code.replace('"runs/catch"', repr(str(finished_run))), names)
+  exec(code.replace(f'"{directory}"', repr(str(run))).replace("1_000", "24"), names)
+  return names
+
+
+def test_the_example_of_the_docs_runs(finished_run, capsys):
+  names = run_example("dream-env", "runs/catch", finished_run)
   assert re.fullmatch(r"return -?\d+\.0\n", capsys.readouterr().out)
   assert names["latents"].shape == (16, *names["envs"].single_observation_space.shape)
+
+
+def test_the_example_of_a_probe_runs(finished_run):
+  names = run_example("fit-probe", "runs/breakout-0", finished_run)
+  observation, _ = names["env"].reset(seed=0)
+  assert observation.shape == names["agent"].model.spec.observation_shape
 
 
 def test_bad_actions_and_seeds_are_one_line(agent, starts, single, vector):
