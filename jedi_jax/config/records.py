@@ -251,7 +251,7 @@ class ReplayConfig:
   """The ring buffer of frames on the device."""
 
   capacity: int = setting(100_000, "D", low=2, high=10**8)
-  """Frames kept, over all environments."""
+  """Frames kept, over all environments; at least 128 for each, with `final_frames`."""
   final_frames: int = setting(10_000, "O", low=0, high=10**8)
   """Additional room for the true final frames of episodes."""
   age_weights: tuple[float, ...] = setting((0.1, 0.1, 0.1, 0.7), "D", low=0)

@@ -148,7 +148,7 @@ class Trainer:
 
   def compile(self) -> None:
     """Compiles the epoch."""
-    self._console.log("compiling the epoch (the result is cached on disk) ...")
+    self._console.log("compiling the epoch ...")
     start = time.monotonic()
     self.learner.compile()
     self._console.log(f"compiled in {time.monotonic() - start:.1f} s")
