@@ -72,12 +72,14 @@ def main() -> None:
     packed=_PACK.value != 1,
     imports=flags.FLAGS["import"].value,
   )
-  jobs = out / "slurm"
-  queued = slurm.queued(jobs) if _LAUNCHER.value == "slurm" else set()  # First: a run may end in between.
   statuses = [sweep.run_status(run) for run in plan]
   console = Console()  # Which a full disk does not end.
   console.log(sweep.table(statuses))
   train = pathlib.Path(__file__).with_name("train.py")
+  jobs = out / "slurm"
+  queued = slurm.queued(jobs) if _LAUNCHER.value == "slurm" else set()
+  if queued:
+    statuses = [sweep.run_status(run) for run in plan]  # Of the runs that are in it no more, some have just ended.
   left = [run for run, status in zip(plan, statuses, strict=True) if status.name != "finished"]
   if queued:
     console.log(f"{sum(run.workdir in queued for run in left)} runs are in the queue already")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jedi_jax import sweep
@@ -23,7 +23,10 @@ from jedi_jax.runs.program import USAGE_STATUS
 _JOBS = "_runs.json"
 """End of the name of a file with the directories of the runs of each job of an array; its start is the array's name."""
 _POLL = 10.0  # Seconds between two looks at a directory that is taken.
-_RETRIES, _RETRY_SECONDS = 5, 2.0  # Of a scheduler that does not answer a job.
+_ANSWER_SECONDS = 60.0  # For a program of SLURM.
+_RETRIES, _RETRY_SECONDS = 5, 2.0  # Of a scheduler that refuses to answer a job.
+_NOT_INHERITED = ("SBATCH_JOB_NAME", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+"""Variables that would change the names of the jobs, or that are those of a job in which the sweep was started."""
 _SIGNAL_DELAY = 90  # Seconds from submitit's signal to the end of a job.
 _SAVING = 30.0  # Seconds of these that are left for the last save, and
 _QUEUING = 10.0  # of those, for the queue.
@@ -133,9 +136,11 @@ def _slurm(*argv: str) -> str:
   """
   own = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}  # The user's filters.
   try:
-    done = subprocess.run(argv, env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, env=own, capture_output=True, text=True, check=False, timeout=_ANSWER_SECONDS)
   except OSError as error:
     raise UserError(f"{argv[0]} cannot be called ({error.strerror}): submit where SLURM is") from None
+  except subprocess.TimeoutExpired:
+    raise UserError(f"{argv[0]} does not answer: repeat the command when SLURM does") from None
   if done.returncode:
     raise UserError(f"{argv[0]} failed ({' '.join(done.stderr.split())}): repeat the command when SLURM answers")
   return done.stdout
@@ -199,10 +204,12 @@ def submit(
     raise UserError("a job of submitit ends after 5 minutes: give its limit, as in --slurm=timeout_min=1440")
   given = _checked(parameters)
   delay = float(given["slurm_signal_delay_s"])
-  grace, patience = f"--grace={max(delay - _SAVING, 0)}", max(delay - _QUEUING, 0)
+  if delay < _SAVING:
+    raise UserError(f"--slurm=slurm_signal_delay_s={delay:.0f} is too little for a save: give {_SAVING:.0f} or more")
+  grace, patience = f"--grace={delay - _SAVING}", delay - _QUEUING
   places = [[run.workdir for run in pack] for pack in packs]
-  with workdir.locked(folder):  # Two sweeps at a time.
-    if taken := queued(folder) & {place for pack in places for place in pack}:
+  with _alone(folder), _without(_NOT_INHERITED):
+    if cluster == "slurm" and (taken := queued(folder) & {place for pack in places for place in pack}):
       raise UserError(f"{len(taken)} of the runs were submitted by another process just now: repeat the command")
     name = f"jedi_jax-{uuid.uuid4().hex[:12]}"
     try:
@@ -218,6 +225,29 @@ def submit(
     except (OSError, RuntimeError, NameError, ValueError, TypeError, AssertionError) as error:
       raise UserError(f"the array job could not be submitted ({' '.join(str(error).split())})") from None
   return ", ".join(job.job_id for job in jobs)
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path) -> Iterator[None]:
+  """Keeps two sweeps from submitting at a time."""
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(workdir.locked(folder))
+    except UserError as error:
+      if isinstance(error.__context__, BlockingIOError):
+        raise UserError(f"another sweep submits jobs in {folder}: repeat the command when it has ended") from None
+      raise
+    yield
+
+
+@contextlib.contextmanager
+def _without(names: Sequence[str]) -> Iterator[None]:
+  """Removes variables of the environment for a while."""
+  kept = {name: os.environ.pop(name) for name in names if name in os.environ}
+  try:
+    yield
+  finally:
+    os.environ.update(kept)
 
 
 def _checked(parameters: Mapping[str, str]) -> dict[str, Any]:

@@ -241,11 +241,12 @@ def test_what_slurm_refuses_is_one_line(tmp_path, train, monkeypatch):
   refused("squeue failed", timeout_min="5")
   refused("slurm_time=24:00:00 is not a whole number of minutes", slurm_time="24:00:00")
   refused("slurm_signal_delay_s=1.5 is not a whole", slurm_signal_delay_s="1.5", timeout_min="5")
+  refused("slurm_signal_delay_s=20 is too little .* 30 or more", slurm_signal_delay_s="20", timeout_min="5")
   refused("slurm_job_name cannot be set", slurm_job_name="mine", timeout_min="5")
 
 
 def test_a_submission_that_was_cut_short_is_found_and_not_repeated(tmp_path, train, monkeypatch):
-  pytest.importorskip("submitit")
+  submitit = pytest.importorskip("submitit")
   plan, folder = make_plan(tmp_path / "out"), tmp_path / "slurm"
 
   def submit():
@@ -254,16 +255,24 @@ def test_a_submission_that_was_cut_short_is_found_and_not_repeated(tmp_path, tra
   monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
   # The jobs are in the queue, but the answer is lost.
   names = f"cd {folder}; for x in jedi*; do echo 7_1 ${{x%_runs.json}}; done"
-  scripts = {"srun": "", "sbatch": "exit 1", "squeue": names}
+  variables = f"env >{tmp_path}/variables; exit 1"
+  scripts = {"srun": "", "sbatch": variables, "squeue": names}
+  monkeypatch.setenv("SBATCH_JOB_NAME", "mine")
+  monkeypatch.setenv("SBATCH_ACCOUNT", "ours")
   for name, script in scripts.items():
     (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
     (tmp_path / name).chmod(0o755)
   with pytest.raises(UserError, match="could not be submitted"):
     submit()
+  assert os.environ["SBATCH_JOB_NAME"] == "mine"
+  assert "SBATCH_JOB_NAME" not in (tmp_path / "variables").read_text()
+  assert "SBATCH_ACCOUNT" in (tmp_path / "variables").read_text()
+  jobs = [submitit.core.utils.DelayedSubmission.load(path).function for path in folder.glob("**/*.pkl")]
+  assert {(job.command[-1], job.patience) for job in jobs} == {("--grace=60.0", 80.0)}  # Of 90 seconds.
   assert slurm.queued(folder) == {plan[1].workdir}
   with pytest.raises(UserError, match="1 of the runs were submitted by another process"):
     submit()
-  with workdir.locked(folder), pytest.raises(UserError, match="slurm"):  # Of a sweep that submits right now.
+  with workdir.locked(folder), pytest.raises(UserError, match="another sweep submits jobs in"):
     submit()
 
 

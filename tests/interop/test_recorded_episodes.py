@@ -46,6 +46,9 @@ def test_episodes_of_diamond(pt, tmp_path):
   # Its last step has no next frame.
   assert open_.observations.shape == (STEPS, 8, 7, 3)
   assert np.array_equal(open_.rewards, np.arange(STEPS - 1))
+  shapes = {"obs": (0, 3, 8, 7), "act": 0, "rew": 0, "end": 0, "trunc": 0}
+  none = {name: np.zeros(shape, np.uint8) for name, shape in shapes.items()}
+  assert list(episodes.read_diamond(place([diamond_episode(pt, **none)], tmp_path / "empty"))) == []
   again = episodes.read_diamond(tmp_path / "train")
   assert datasets.write(tmp_path / "data", again, num_actions=STEPS) == (3, 3 * STEPS - 1)
   assert datasets.read(tmp_path / "data").episodes[1].ends is False
