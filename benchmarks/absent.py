@@ -11,7 +11,7 @@ A device that is not there is one of a topology that its compiler describes.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flops
@@ -47,6 +47,15 @@ def check_programs() -> None:
   unknown = [name for name in PARTS.value if name not in PROGRAMS]
   if unknown:
     raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
+
+
+_DEFAULTS = {"dtype": "float32", "env": "atari/Breakout", "slots": 2_000}
+"""Of rows that were recorded before these were."""
+
+
+def keys(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple[Any, ...]]:
+  """Returns what tells a record's rows apart: their values of these names."""
+  return {tuple({**_DEFAULTS, **row}[name] for name in names) for row in rows}
 
 
 def compile_program(part: str, config: Config, spec: EnvSpec, devices: Devices) -> tuple[Any, dict[str, Any]]:

@@ -234,7 +234,8 @@ def main() -> None:
     params = jax.eval_shape(build(case.config, spec).init, jax.random.key(0))
     numbers = {name: number for name, number in count_parameters(params).items() if number}
     row = {"program": f"ours, {case.config.variant}", "parameters": sum(numbers.values())}
-    row |= {"denoiser calls": float(case.config.sampler.num_steps), "flop": case.flop, "parameters, each": numbers}
+    steps, order = case.config.sampler.num_steps, case.config.sampler.order  # Heun's last step is one of Euler's.
+    row |= {"denoiser calls": float(steps * order - (order - 1)), "flop": case.flop, "parameters, each": numbers}
     if case.config.variant == "diamond" and numbers != theirs.parameters:
       raise UserError(f"--diamond_repo: its networks have {theirs.parameters} parameters, ours {numbers}")
     rows.append(row)

@@ -74,11 +74,11 @@ def vec_env(env: Any) -> Any:
   return Dreams()
 
 
-def train(directory: Any, *, steps: int, num_envs: int, seed: int, max_episode_steps: int = 100) -> Any:
+def train(directory: Any, *, steps: int, num_envs: int, seed: int, max_episode_steps: int = 100) -> tuple[Any, int]:
   """Trains PPO in the dream of a run.
 
   Returns:
-    A policy as `jedi_jax.evaluate` takes it.
+    A policy as `jedi_jax.evaluate` takes it, and the number of steps dreamed: whole rollouts, so `steps` or more.
 
   Raises:
     UserError: if Stable-Baselines3 is not installed, or there is no dream; see `jedi_jax.dream_env`.
@@ -99,7 +99,7 @@ def train(directory: Any, *, steps: int, num_envs: int, seed: int, max_episode_s
     device="cpu",
   )
   model.learn(steps)
-  return lambda observations, restart: model.predict(observations, deterministic=True)[0]
+  return lambda observations, restart: model.predict(observations, deterministic=True)[0], model.num_timesteps
 
 
 def main() -> None:
@@ -121,8 +121,9 @@ def main() -> None:
   score(agent, {"policy": "agent of the run"})
   for seed in range(_SEEDS.value):
     begun = time.monotonic()
-    policy = train(_WORKDIR.value, steps=_STEPS.value, num_envs=_ENVS.value, seed=seed, max_episode_steps=_LIMIT.value)
-    about = {"policy": "PPO in the dream", "seed": seed, "dreamed_steps": _STEPS.value}
+    how = {"steps": _STEPS.value, "num_envs": _ENVS.value, "max_episode_steps": _LIMIT.value}
+    policy, steps = train(_WORKDIR.value, seed=seed, **how)
+    about = {"policy": "PPO in the dream", "seed": seed, "dreamed_steps": steps}
     score(policy, {**about, "seconds": time.monotonic() - begun})
   print(record.table(rows, ["policy", "seed", "dreamed_steps", "mean_return", "seconds"]))
   print(f"written to {record.write(f'learning/{_NAME.value}', rows, started=started)}")

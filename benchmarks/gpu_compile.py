@@ -142,7 +142,7 @@ _TEXT = flags.DEFINE_string("text", None, "Directory that the texts of the compi
 _RECORD = flags.DEFINE_string("record", "gpu_compile", "Name of the record.")
 _FLAGS = flags.FLAGS
 
-_KEY = ("card", "variant", "runs", "dtype", "set", "program", "preset", "batch")
+_KEY = ("card", "variant", "runs", "dtype", "set", "program", "preset", "batch", "env", "slots")
 _COLUMNS = [*_KEY[:6], "launches", "working MiB", "GB", "TFLOP", "estimate ms", "compile s"]
 
 
@@ -168,9 +168,10 @@ def main() -> None:
   started = {**record.machine(), **versions, "launch_us": _LAUNCH.value}
   path = record.RESULTS / f"{_RECORD.value}.json"
   rows = json.loads(path.read_text())["rows"] if absent.ADD.value and path.exists() else []
-  done = {tuple(row[name] for name in _KEY) for row in rows}
+  done = absent.keys(rows, _KEY)
+  shared = (_FLAGS.preset, _FLAGS.batch_size, _FLAGS.env, absent.SLOTS.value)
   cases = [
-    (card, variant, int(runs), dtype, " ".join(_FLAGS.set), part, _FLAGS.preset, _FLAGS.batch_size)
+    (card, variant, int(runs), dtype, " ".join(_FLAGS.set), part, *shared)
     for card in _CARDS.value
     for part in absent.PARTS.value
     for dtype in _DTYPES.value

@@ -75,8 +75,8 @@ def _games(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _training_games(records: list[dict[str, Any]]) -> dict[str, Any]:
-  """Returns the mean return of the games that ended in epochs of training, and their number."""
-  ended = [record for record in records if record.get("collect/episodes")]
+  """Returns the mean return of the games that ended in the last epochs of training with any, and their number."""
+  ended = [record for record in records if record.get("collect/episodes")][-LAST_EPOCHS:]
   games = sum(record["collect/episodes"] for record in ended)
   total = sum(record["collect/episodes"] * record["collect/return"] for record in ended)
   return {"mean_return": total / games if games else None, "interval": "-", "games": games}
@@ -91,10 +91,7 @@ def _row(path: pathlib.Path) -> dict[str, Any]:
     result = workdir.read_json(run.result)
     games = _games(result)
   elif _UNFINISHED.value and records:
-    if run.evaluation.exists():
-      games = _games(workdir.read_json(run.evaluation))
-    else:
-      games = _training_games(records[-LAST_EPOCHS:])
+    games = _games(workdir.read_json(run.evaluation)) if run.evaluation.exists() else _training_games(records)
     updates = {name: records[-1].get(f"updates/{name}") for name in run_metrics.PHASES}
     result = {"env_steps": records[-1]["env_steps"], "seconds": records[-1]["time/total_seconds"], "updates": updates}
   else:
@@ -158,12 +155,13 @@ def _means(name: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     return f"{statistics.mean(known):.3g}" if known else "-"
 
   def late(curve: str) -> str:
-    return mean(value for row in group for value in row["curve"][curve][-LAST_EPOCHS // 2 :])
+    known = ([value for value in row["curve"][curve] if value is not None] for row in group)
+    return mean(value for values in known for value in values[-LAST_EPOCHS // 2 :])
 
   return {
     "directory": name,
     "mean return": mean(row["mean_return"] for row in group),
-    "by run": ", ".join(f"{row['mean_return']:.2f}" for row in group),
+    "by run": ", ".join("-" if row["mean_return"] is None else f"{row['mean_return']:.2f}" for row in group),
     f"training games, last {LAST_EPOCHS // 2} epochs": late("collect/return"),
     "encoder's movement": late("denoiser/encoder_movement"),
     **{name: mean(row.get(name) for row in group) for name in ("error_1", "error_last", "f1_real", "f1_imagined")},

@@ -44,8 +44,8 @@ def main() -> None:
     if _MEASURE.value:
       case = throughput.Case(config, 1, spec)
       case.run(**dict.fromkeys(throughput.PHASES, 1))
-      stats = jax.local_devices()[0].memory_stats() or {}
-      row["peak MiB"] = stats.get("peak_bytes_in_use", 0) / 2**20
+      if peak := (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+        row["peak MiB"] = peak / 2**20
     rows.append(row)
   print(record.table(rows, list(rows[0])))
   for row in rows[1:]:

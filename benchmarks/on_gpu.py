@@ -17,8 +17,9 @@ in turn, once all have compiled or --wait seconds have passed, and the learning 
   learn: train.py on --games, --seeds of each; `learn_2` and so on are programs of games whose observations have another
     shape. The runs stay in --work and go on.
 
-The flags of throughput.py and against_torch.py apply. --out has a log and, where there is one, a record of each item;
-summary.json, and of the runs metrics and results. With --preset=debug all but `kernel` runs on a CPU.
+Flags of throughput.py and against_torch.py that are given apply to these. --out has a log and, where there is one, a
+record of each item; summary.json, and of the runs metrics and results. With --preset=debug all but `kernel` runs on a
+CPU.
 """
 
 import concurrent.futures
@@ -84,8 +85,8 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
   """Returns all items that the flags allow, in order of worth."""
 
   def benchmark(name: str, script: str, *arguments: str) -> Item:
-    shared = (f"--preset={_FLAGS.preset}", f"--batch_size={_FLAGS.batch_size}", f"--name={(out / name).resolve()}")
-    return Item(name, (f"benchmarks/{script}.py", *shared, *arguments))
+    place = f"--name={(out / name).resolve()}"
+    return Item(name, (f"benchmarks/{script}.py", *_given(script), place, *arguments))
 
   jedi, narrow = ("throughput", "--variants=jedi", "--updates=10"), "--dtype=bfloat16"
   tests = ("-m", "pytest", "-x", "-o", "addopts=", "tests/nn", "tests/ops", "tests/training/test_updates.py")
@@ -100,8 +101,15 @@ def items(out: pathlib.Path, work: pathlib.Path) -> list[Item]:
     benchmark("float32", *jedi),
   ]
   if _FLAGS.diamond_repo:
-    found.append(benchmark("torch", "against_torch", "--variants=jedi", f"--diamond_repo={_FLAGS.diamond_repo}"))
+    found.append(benchmark("torch", "against_torch", "--variants=jedi"))
   return [*found, *_learning(work)]
+
+
+def _given(script: str) -> list[str]:
+  """Returns the flags of throughput.py, and of the script, that were given to this program."""
+  modules = _FLAGS.flags_by_module_dict()
+  known = {flag.name: flag for name in ("throughput", script) for flag in modules.get(name, ())}
+  return [text for flag in known.values() if flag.present for text in flag.serialize().split("\n")]
 
 
 def _learning(work: pathlib.Path) -> Iterator[Item]:

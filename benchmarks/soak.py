@@ -153,9 +153,12 @@ def _save() -> Iterator[dict[str, Any]]:
 
 
 def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[str, Any]:
-  """Summarises samples and thins them out to about `_MAX_SAMPLES`."""
+  """Summarises samples, without trends of fewer than five, and thins them out to about `_MAX_SAMPLES`."""
   fifths = [samples[len(samples) * i // 5 : len(samples) * (i + 1) // 5] for i in range(5)]
-  row: dict[str, Any] = {"what": what, **counts, "minutes": samples[-1]["seconds"] / 60}
+  row: dict[str, Any] = {"what": what, **counts, "samples": samples[:: max(len(samples) // _MAX_SAMPLES, 1)]}
+  if len(samples) < 5:
+    return row
+  row["minutes"] = samples[-1]["seconds"] / 60
   settled = [sample for fifth in fifths[1:] for sample in fifth]
   hours = np.asarray([sample["seconds"] for sample in settled]) / 3600
   for name in ("resident MiB", "device MiB", "files", "threads"):
@@ -163,7 +166,7 @@ def summary(what: str, samples: list[dict[str, float]], **counts: int) -> dict[s
     row[f"{name}, second fifth"] = statistics.median(sample[name] for sample in fifths[1])
     row[f"{name}, last fifth"] = statistics.median(sample[name] for sample in fifths[4])
     row[f"{name}, growth an hour"] = float(np.polyfit(hours, values, 1)[0])
-  return {**row, "samples": samples[:: max(len(samples) // _MAX_SAMPLES, 1)]}
+  return row
 
 
 def _draw(rows: list[dict[str, Any]], path: pathlib.Path) -> None:

@@ -46,8 +46,8 @@ _LEVEL = flags.DEFINE_enum(
 _FLAGS = flags.FLAGS
 
 _NAME = "tpu_compile"
-_KEY = ("slice", "chips", "variant", "set", "program", "preset", "batch", "level")
-_COLUMNS = [*_KEY, "compile s", "arguments MiB", "working MiB", "output MiB", "TFLOP", "estimate ms"]
+_KEY = ("slice", "chips", "variant", "set", "program", "preset", "batch", "level", "dtype", "env", "slots")
+_COLUMNS = [*_KEY[:8], "compile s", "arguments MiB", "working MiB", "output MiB", "TFLOP", "estimate ms"]
 
 
 def main() -> None:
@@ -63,7 +63,7 @@ def main() -> None:
   spec = envs.spec(_FLAGS.env)
   path = record.RESULTS / f"{_NAME}.json"
   rows = json.loads(path.read_text())["rows"] if absent.ADD.value and path.exists() else []
-  done = {tuple(row[name] for name in _KEY) for row in rows}
+  done = absent.keys(rows, _KEY)
   for name in _SLICES.value:
     chips = _chips(name)
     for text in _CHIPS.value:
@@ -76,6 +76,7 @@ def main() -> None:
         for variant in _FLAGS.variants:
           settings = " ".join(_FLAGS.set)
           key = (name, count, variant, settings, part, _FLAGS.preset, _FLAGS.batch_size, _LEVEL.value)
+          key += (_FLAGS.dtype, _FLAGS.env, absent.SLOTS.value)
           if key not in done:
             about = {**dict(zip(_KEY, key, strict=True)), "commit": record.commit()}
             rows.append({**about, **_measure(part, variant, spec, devices)})

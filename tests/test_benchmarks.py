@@ -193,6 +193,31 @@ def test_programs_for_tpus_are_compared_chip_by_chip(benchmark_module):
   ]
 
 
+def test_programs_of_another_dtype_are_not_those_that_were_compiled(benchmark_module):
+  keys = benchmark_module("absent").keys
+  old, new = {"card": "h100"}, {"card": "h100", "dtype": "bfloat16", "env": "catch", "slots": 100}
+  names = ("card", "dtype", "env", "slots")
+  assert keys([old, new], names) == {("h100", "float32", "atari/Breakout", 2_000), ("h100", "bfloat16", "catch", 100)}
+
+
+def test_flags_of_the_benchmarks_reach_those_on_a_gpu():
+  code = """
+    import pathlib, sys, on_gpu
+    on_gpu._FLAGS(sys.argv)
+    for item in on_gpu.items(pathlib.Path("out"), pathlib.Path("work")):
+      print(item.name, *item.command)
+  """
+  flags = ["--env=catch", "--repeats=7", "--set=encoder.patch=1", "--diamond_repo=x", "--compile", "--games=catch"]
+  command = [sys.executable, "-c", textwrap.dedent(code), *flags]
+  done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+  lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+  assert {"--env=catch", "--repeats=7", "--set=encoder.patch=1", "--dtype=bfloat16"} <= set(lines["jedi"])
+  assert {"--set=encoder.patch=1", "--set=encoder.chunk=208"} <= set(lines["chunk"])
+  assert {"--repeats=7", "--diamond_repo=x", "--compile"} <= set(lines["torch"])
+  assert "--compile" not in lines["jedi"]
+  assert "--repeats=7" not in lines["kernel"] + lines["learn"]
+
+
 def test_the_growth_of_a_soak_is_that_of_its_samples_after_the_first_fifth():
   """In a process of its own, since two benchmarks that stand alone have flags of the same names."""
   # 3 MiB an hour after a start that takes 100 at once; files and threads stay.
@@ -200,10 +225,17 @@ def test_the_growth_of_a_soak_is_that_of_its_samples_after_the_first_fifth():
     {"seconds": 36.0 * i, "resident MiB": 0.03 * i + 100.0 * (i >= 10), "device MiB": 5.0, "files": 9, "threads": 4}
     for i in range(100)
   ]
-  code = "import json, sys, soak; print(json.dumps(soak.summary('a soak', json.load(sys.stdin), epochs=100)))"
-  command = [sys.executable, "-c", code]
+  code = """
+    import json, sys, soak
+    samples = json.load(sys.stdin)
+    print(json.dumps(soak.summary('a soak', samples, epochs=100)))
+    print([soak.summary('a short one', samples[:n]).keys() == {'what', 'samples'} for n in (0, 1, 4, 5)])
+  """
+  command = [sys.executable, "-c", textwrap.dedent(code)]
   done = subprocess.run(command, cwd=BENCHMARKS, input=json.dumps(samples), capture_output=True, text=True, check=True)
-  row = json.loads(done.stdout)
+  text, short = done.stdout.splitlines()
+  row = json.loads(text)
+  assert short == "[True, True, True, False]"
   assert (row["what"], row["epochs"], len(row["samples"])) == ("a soak", 100, 100)
   assert row["minutes"] == pytest.approx(0.6 * 99)
   assert row["resident MiB, growth an hour"] == pytest.approx(3.0)
@@ -367,7 +399,8 @@ def test_runs_of_several_directories_are_summarised_by_directory():
     import learning
 
     def row(run, mean_return, error, movement):
-      curve = {"collect/return": [9.0, None, 1.0, 1.0, 2.0, 2.0], "denoiser/encoder_movement": [movement] * 6}
+      returns = [9.0, 1.0, 1.0, 1.0, None, 2.0, 2.0, None]
+      curve = {"collect/return": returns, "denoiser/encoder_movement": [movement] * 6}
       return {"run": run, "mean_return": mean_return, "error_last": error, "seconds": 10, "curve": curve}
 
     rows = [row("a/seed_0", 1.0, 0.5, 0.1), row("b/seed_0", 4.0, None, None), row("a/seed_1", 2.0, 0.7, 0.3)]
@@ -375,12 +408,17 @@ def test_runs_of_several_directories_are_summarised_by_directory():
     first, second = learning._by_directory(rows)
     print(*first.values(), sep="|")
     print(*second.values(), sep="|")
+    none = [row(name, None, None, None) for name in ("a/seed_0", "b/seed_0")]
+    print(*learning._by_directory(none)[0].values(), sep="|")
+    epochs = [{"collect/episodes": 2, "collect/return": i} for i in range(12)] + 50 * [{"collect/episodes": 0}]
+    print(learning._training_games(epochs)["mean_return"])
   """
   done = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(code)], cwd=BENCHMARKS, capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout.splitlines() == ["a|1.5|1.00, 2.00|1.5|0.2|-|0.6|-|-|10", "b|4|4.00|1.5|-|-|-|-|-|10"]
+  assert done.stdout.splitlines() == ["a|1.5|1.00, 2.00|1.4|0.2|-|0.6|-|-|10", "b|4|4.00|1.4|-|-|-|-|-|10",
+                                      "a|-|-|1.4|-|-|-|-|-|10", "6.5"]  # fmt: skip
 
 
 def test_a_learning_run_stands_still_while_a_benchmark_is_timed(benchmark_module, tmp_path):

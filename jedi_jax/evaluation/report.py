@@ -273,9 +273,9 @@ def _color(index: int, count: int) -> str | tuple[float, float, float, float]:
 
 
 def _label(name: str, aggregate: Aggregate) -> str:
-  """Returns a method's name followed by the reasons why its figures are not comparable with others."""
+  """Returns a method's name followed by what its figures lack."""
   remarks = [f"{len(aggregate.games)} games"] if aggregate.missing else []
-  remarks += ["means"] if aggregate.metrics["iqm"].low is None else []
+  remarks += ["no intervals"] if aggregate.metrics["iqm"].low is None else []
   return f"{name} ({', '.join(remarks)})" if remarks else name
 
 

@@ -126,7 +126,7 @@ def _stride_1_backward(residuals: tuple[Array, Array], cotangent: Array) -> tupl
     rows = jnp.concatenate([padded[:, i : i + height] for i in range(3)], axis=-1)
     padded = jnp.pad(cotangent, ((0, 0), (0, 0), (1, 1), (0, 0)))
     columns = jnp.concatenate([padded[:, :, 2 - j : 2 - j + width] for j in range(3)], axis=-1)
-    return jnp.einsum("bhwi,bhwo->io", rows, columns)
+    return jnp.einsum("bhwi,bhwo->io", rows, columns, preferred_element_type=jnp.float32)
 
   shares = _sum_over_images(taps, x, cotangent)
   return gradient, shares.reshape(3, x.shape[-1], 3, cotangent.shape[-1]).swapaxes(1, 2)
@@ -145,7 +145,8 @@ def _stride_2_backward(residuals: tuple[Array, Array], cotangent: Array) -> tupl
   gradient = spread_patches(squares, 2)[:, :height, :width]
 
   def taps(x: Array, cotangent: Array) -> Array:
-    return jnp.einsum("bhwi,bhwo->io", jnp.concatenate(_shifted(x, 2), axis=-1), cotangent)
+    shifted = jnp.concatenate(_shifted(x, 2), axis=-1)
+    return jnp.einsum("bhwi,bhwo->io", shifted, cotangent, preferred_element_type=jnp.float32)
 
   return gradient, _sum_over_images(taps, x, cotangent).reshape(kernel.shape)
 
@@ -155,7 +156,9 @@ _CACHED_POSITIONS = 8192
 
 
 def _sum_over_images(function: Callable[[Array, Array], Array], x: Array, cotangent: Array) -> Array:
-  """Sums a function of the images over the batch, a few images at a time.
+  """Sums a function of the images over the batch, a few images at a time, and returns the sum in the dtype of x.
+
+  The function returns float32: in bfloat16 the terms that are added last would be lost.
 
   A product over positions needs its left side transposed, and XLA writes that transpose out. For a batch of large
   images it goes to memory and back several times; for a few images it stays in the cache.
@@ -164,10 +167,11 @@ def _sum_over_images(function: Callable[[Array, Array], Array], x: Array, cotang
   most = max(1, _CACHED_POSITIONS // (height * width))
   images = max(n for n in range(1, most + 1) if batch % n == 0)
   if images == batch:
-    return function(x, cotangent)
+    return function(x, cotangent).astype(x.dtype)
+  dtype = x.dtype
   x, cotangent = (value.reshape(-1, images, *value.shape[1:]) for value in (x, cotangent))
   start = jnp.zeros_like(jax.eval_shape(function, x[0], cotangent[0]))
-  return lax.scan(lambda total, pair: (total + function(*pair), None), start, (x, cotangent))[0]
+  return lax.scan(lambda total, pair: (total + function(*pair), None), start, (x, cotangent))[0].astype(dtype)
 
 
 _conv_stride_1.defvjp(lambda x, kernel: (_conv(x, kernel, 1), (x, kernel)), _stride_1_backward)

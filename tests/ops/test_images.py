@@ -57,6 +57,21 @@ def test_a_kernel_gradient_does_not_depend_on_how_many_images_are_taken_at_a_tim
       np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_kernel_gradient_in_bfloat16_is_summed_in_float32(stride, monkeypatch):
+  monkeypatch.setattr(images, "_CACHED_POSITIONS", 1)  # One image at a time, each of which is lost in a sum of 600.
+  x, kernel = jnp.ones((1000, 4, 4, 2)), jnp.ones((3, 3, 2, 2))
+  weights = jnp.ones((1000, *2 * (4 // stride,), 2))
+
+  def gradient(dtype, lowering):
+    apply = functools.partial(images.conv3x3, x.astype(dtype), stride=stride, lowering=lowering)
+    return jax.vjp(apply, kernel.astype(dtype))[1](weights.astype(dtype))[0]
+
+  actual = gradient(jnp.bfloat16, "matmul_gradient")
+  assert actual.dtype == jnp.bfloat16
+  np.testing.assert_allclose(actual.astype(jnp.float32), gradient(jnp.float32, "lax"), rtol=0.01)
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_lowerings_can_be_mapped_over_kernels(stride, lowering):
