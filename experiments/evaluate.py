@@ -48,8 +48,8 @@ def main() -> None:
   agent: jedi_jax.Agent | None = None
   about: dict[str, Any]
   if _RANDOM.value:
-    if _WORKDIR.value or not _ENV.value or not _OUT.value:
-      raise jedi_jax.UserError("--random needs --env and --out, and no --workdir")
+    if _WORKDIR.value or flags.FLAGS["checkpoint"].present or not _ENV.value or not _OUT.value:
+      raise jedi_jax.UserError("--random needs --env and --out, and no --workdir and --checkpoint")
     envs.validate(_ENV.value)
     about, out = {"env": _ENV.value, "policy": "random"}, workdir.locate(_OUT.value)
   else:

@@ -34,6 +34,8 @@ def main() -> None:
     raise jedi_jax.UserError("--out is missing: name a directory for the data set")
   if bool(_DIAMOND.value) != (_NUM_ACTIONS.value is not None):
     raise jedi_jax.UserError("--num_actions goes with --diamond, whose files do not hold it")
+  if (_KEY.value or _DOWNLOAD.value) and not _MINARI.value:
+    raise jedi_jax.UserError("--key and --download go with --minari")
   if _WORKDIR.value:
     run, episodes = datasets.from_run(_WORKDIR.value)
     source = run.config.env.name if run.data is None else run.data.get("source", "")

@@ -16,6 +16,7 @@ Each run has the directory <workdir>/<game>/seed_<n>, equals a run trained alone
 trains one run on the devices of all tasks; the first task writes the workdir. Several runs are shared among the tasks.
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -99,6 +100,7 @@ def main() -> None:
     raise jedi_jax.UserError("--workdir is missing: name a directory for the run")
   out = pathlib.Path(_WORKDIR.value)
   places = [out] if len(configs) == 1 else [out / workdir.relative_path(config) for config in configs]
+  configs = [_continued(config, place) for config, place in zip(configs, places, strict=True)]
   program.enable_compilation_cache()
   if len(configs) == 1:
     processes.connect()
@@ -113,6 +115,15 @@ def main() -> None:
       interruption=interruption,
       log=_LOG.value,
     )
+
+
+def _continued(config: config_lib.Config, place: pathlib.Path) -> config_lib.Config:
+  """Returns the configuration with the action slots of the run that it continues, which may have been packed."""
+  given = any(text.partition("=")[0].strip() == "env.action_slots" for text in _SET.value)
+  if _OVERWRITE.value or given or not os.path.exists(place / "config.json"):
+    return config
+  slots = workdir.read(place).config.env.action_slots
+  return config_lib.override(config, {"env.action_slots": slots}) if slots else config
 
 
 if __name__ == "__main__":

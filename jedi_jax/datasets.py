@@ -343,6 +343,8 @@ def make_config(
       raise UserError(f"{path} is 0 unless the policy trains: add --policy (policy=True)")
   if epochs is not None and epochs < 1:
     raise UserError(f"epochs={epochs} is below 1: give at least 1")
+  if epochs is not None and "training.final_epochs" in overrides:
+    raise UserError("training.final_epochs is the number of epochs less one: leave out one of the two")
   names = {"env": RECORDED, "variant": variant, "preset": preset, "seed": seed}
   usual = config_lib.make_config(**names)  # type: ignore[arg-type]
   c = usual.collect

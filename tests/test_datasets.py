@@ -202,6 +202,7 @@ def test_settings_that_data_determine_are_refused(folder):
   refused(lambda: datasets.make_config(data, overrides={"env.num_envs": 2}), "env.num_envs")
   refused(lambda: datasets.make_config(data, overrides={"training.updates.actor_critic": 2}), "--policy")
   refused(lambda: datasets.make_config(data, epochs=0), "epochs=0")
+  refused(lambda: datasets.make_config(data, epochs=4, overrides=["training.final_epochs=9"]), "training.final_epochs")
 
 
 def test_another_configuration_is_refused(folder, tmp_path):

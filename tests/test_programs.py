@@ -315,6 +315,7 @@ MISTAKES = {
   "a data set of nothing": ([MAKE, "--out=new"], ["exactly one", "--diamond"]),
   "a data set of no run": ([MAKE, "--workdir=empty", "--out=new"], ["empty", "holds no run"]),
   "a data set without checkpoints": ([MAKE, "--workdir=taken", "--out=new"], ["no checkpoint", "taken"]),
+  "the key of no data of Minari": ([MAKE, "--workdir=taken", "--key=image", "--out=new"], ["--key", "--minari"]),
   "episodes without actions": ([MAKE, "--diamond=empty", "--out=new"], ["--num_actions"]),
   "no episodes of DIAMOND": ([MAKE, "--diamond=empty", "--num_actions=3", "--out=new"], ["empty", "no episodes"]),
   "unknown figure": ([ABLATIONS, "--out=new", "--figure=gradient"], ["gradient", "gradients"]),

@@ -159,10 +159,9 @@ def write(images: list[Image.Image], path: pathlib.Path, *, frames_per_second: f
     if path.suffix == ".gif":
       # A single palette of 64 colours keeps the file small and avoids flicker.
       palette = images[len(images) // 2].quantize(64, dither=Image.Dither.NONE)
+      duration = max(round(1000 / frames_per_second), 20)  # Browsers show shorter frames for 100 ms.
       small = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-      small[0].save(
-        path, save_all=True, append_images=small[1:], duration=round(1000 / frames_per_second), loop=0, optimize=True
-      )
+      small[0].save(path, save_all=True, append_images=small[1:], duration=duration, loop=0, optimize=True)
     elif path.suffix == ".mp4":
       _write_mp4(images, path, frames_per_second)
     else:

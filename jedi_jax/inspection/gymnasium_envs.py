@@ -112,6 +112,7 @@ class DreamEnv(gymnasium.Env[np.ndarray, Any]):
       UserError: if the seed is not an integer of at least 0.
     """
     _check_seed(seed)
+    seed = None if seed is None else int(seed)  # Gymnasium takes no integer of NumPy.
     super().reset(seed=seed)
     self._running = True
     return self._episodes.restart([seed], self.np_random)[0], {}

@@ -5,10 +5,12 @@ convolutions between OIHW and HWIO, linear layers between (out, in) and (in, out
 and flattened HWC.
 """
 
+import contextlib
 import itertools
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -81,9 +83,14 @@ def import_checkpoint(path: str | os.PathLike[str], *, env: str, directory: str 
   params = import_params(arrays, config, spec)
   model = build(config, spec)
   run = workdir.prepare(directory, config, spec)
-  checkpoints = checkpoint.Checkpoints(run.checkpoints / "latest", keep=1)
-  checkpoints.save(0, params=params)
-  checkpoints.close()
+  try:
+    with contextlib.closing(checkpoint.Checkpoints(run.checkpoints / "latest", keep=1)) as checkpoints:
+      checkpoints.save(0, params=params)
+      checkpoints.wait()
+  except checkpoint.SaveError:
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    (run.path / "config.json").unlink()
+    raise
   return Agent(model, params, config)
 
 
@@ -223,6 +230,8 @@ def _infer(arrays: Mapping[str, np.ndarray], env: str) -> tuple[Config, EnvSpec]
   a_channels, a_down = _stages(shape)
   size_squared = shape[reward + "lstm.weight_ih_l0"][1] // r_channels[-2]
   size = round(size_squared**0.5) * 2 ** (len(r_channels) - 2)
+  if min(num_actions, image_channels, size) < 1:
+    raise ValueError("an axis of size 0")
   config = config_lib.make_config(
     env=env,
     variant="diamond",

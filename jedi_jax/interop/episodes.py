@@ -26,7 +26,7 @@ def read_diamond(directory: str | os.PathLike[str]) -> Iterator[Episode]:
   Raises:
     UserError: if there are no episodes, or a file is damaged or has other arrays.
   """
-  path = pathlib.Path(directory)
+  path = pathlib.Path(os.path.expanduser(directory))
   try:
     files = [file for file in path.rglob("*.pt") if file.stem.isdecimal()]
   except OSError as error:

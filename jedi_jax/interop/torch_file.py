@@ -53,7 +53,7 @@ def load_arrays(path: str | os.PathLike[str], *, nested: bool = False) -> dict[s
   Raises:
     UserError: if the file cannot be read, is damaged, or contains other objects.
   """
-  file = pathlib.Path(path)
+  file = pathlib.Path(os.path.expanduser(path))
   if not os.path.isfile(file):  # False for invalid names, unlike Path.is_file.
     raise UserError(f"{file} is not a file")
   try:

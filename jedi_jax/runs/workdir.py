@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -135,6 +136,8 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
 def _make_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
   """Creates a writable directory and returns its absolute path."""
   path = locate(directory)
+  if re.search(r"\\|\[.*\]", str(path)):
+    raise UserError(f"{path} contains [...] or a backslash: Orbax cannot read checkpoints there; take another --workdir")
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -162,7 +165,7 @@ def check(
     UserError: if the directory holds a run of another configuration.
   """
   path = locate(directory)
-  _refuse_saved_agent(path)
+  refuse_saved_agent(path)
   if os.path.exists(path / "config.json"):  # Unlike pathlib's, False for names that no file can have.
     old = read(path)
     if data is not None and old.data is not None and data["fingerprint"] != old.data["fingerprint"]:
@@ -187,7 +190,13 @@ def check(
   return None
 
 
-def _refuse_saved_agent(path: pathlib.Path) -> None:
+def refuse_saved_agent(directory: str | os.PathLike[str]) -> None:
+  """Checks that a directory holds no saved agent.
+
+  Raises:
+    UserError: if it does.
+  """
+  path = locate(directory)
   if os.path.exists(path / "model.safetensors"):
     raise UserError(f"{path} holds a saved agent, which cannot be trained: take another --workdir")
 
@@ -213,7 +222,7 @@ def prepare(
     UserError: if the directory cannot be created, or holds a run of another configuration.
   """
   path = _make_directory(directory)
-  _refuse_saved_agent(path)
+  refuse_saved_agent(path)
   if overwrite:
     for name in _RUN_FILES:
       target = path / name

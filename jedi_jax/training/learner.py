@@ -128,12 +128,11 @@ class Learner:
     """Compiles the epoch."""
     self.epoch = self.lower().compile()
 
-  def start(self, states: Sequence[TrainState], replays: Sequence[ReplayState]) -> None:
-    """Copies state and replay of each run to its device.
+  def check_kernels(self) -> None:
+    """Checks that the kernels that the configuration asks for run on the device.
 
     Raises:
-      UserError: if a replay has frames of another size or actions that the model does not have, or if kernels are
-        asked for that do not run on the device.
+      UserError: if they do not.
     """
     precision = self.config.precision
     for name, other in (("kernels", "xla"), ("convolution", "lax")):
@@ -143,6 +142,14 @@ class Learner:
         )
     if precision.convolution == "pallas" and precision.kernels == "xla":
       raise UserError("precision.convolution=pallas needs precision.kernels=auto or pallas")
+
+  def start(self, states: Sequence[TrainState], replays: Sequence[ReplayState]) -> None:
+    """Copies state and replay of each run to its device.
+
+    Raises:
+      UserError: as `check_kernels`, or if a replay has frames of another size or actions that the model does not have.
+    """
+    self.check_kernels()
     for replay in replays:
       size, num_actions = math.prod(self.spec.observation_shape), self.model.spec.num_actions
       if replay.frames.shape[-1] != size:

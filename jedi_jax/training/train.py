@@ -140,6 +140,7 @@ def train_packed(
   leader = hosts.Leader(devices)
   # Built before anything is written, since it refuses sizes that do not fit.
   learner = Learner(configs[0], specs[0], devices.with_runs(len(configs)), build=build, leader=leader)
+  learner.check_kernels()
   model = build(configs[0], specs[0]) if learner.devices.packed else learner.model
   actor = Actor(configs[0], specs[0], model, build=build)
   hosts.warm_up_collectives(devices)
@@ -152,8 +153,10 @@ def train_packed(
     # First, so that a lock that is refused stops the other processes too.
     stack.enter_context(leader)
     for directory, config, spec in zip(directories, configs, specs, strict=True):
-      if not overwrite:
-        # Before the file of the lock is written.
+      # Before the file of the lock is written.
+      if overwrite:
+        workdir.refuse_saved_agent(directory)
+      else:
         workdir.check(directory, config, spec, record)
       stack.enter_context(workdir.locked(directory))
     workdirs = [

@@ -87,6 +87,15 @@ def test_inputs_that_broke_a_reader_no_longer_do(reader, data):
     assert attempt(reader, data) is None
 
 
+@pytest.mark.parametrize("name", ["act_emb.0.weight", "conv_out.weight"])
+def test_no_actions_and_no_channels_are_refused(tmp_path, name):
+  reader = READERS["shapes"](tmp_path)
+  arrays = json.loads(reader.seeds[0])
+  next(shape for key, _, shape in arrays if key == f"denoiser.inner_model.{name}")[0] = 0
+  assert attempt(reader, json.dumps(arrays).encode()) is None
+  reader.close()
+
+
 @pytest.mark.cluster
 @pytest.mark.parametrize("name", READERS)
 def test_many_mutations_are_read_or_refused(name, tmp_path):

@@ -60,6 +60,9 @@ def test_a_gif_is_written_and_small(shot, tmp_path):
     assert 1 < written.n_frames <= len(images)  # Equal successive frames are merged.
     assert written.size == images[0].size
     assert written.info["duration"] % 100 == 0
+  film.write(images, tmp_path / "fast.gif", frames_per_second=60)
+  with Image.open(tmp_path / "fast.gif") as written:
+    assert written.info["duration"] % 20 == 0
   assert (tmp_path / "new" / "dream.gif").stat().st_size < 200_000
 
 

@@ -11,6 +11,7 @@ from jedi_jax.agent import load_agent
 from jedi_jax.errors import UserError
 from jedi_jax.interop import diamond
 from jedi_jax.models.build import build
+from jedi_jax.runs import checkpoint
 from jedi_jax.types import EnvSpec, Segment
 
 INFERRED = (*OVERRIDES, "reward_end.depths", "reward_end.attention", "reward_end.conditioning_width")
@@ -35,6 +36,20 @@ def refused(match, call, *args, **kwargs):
 def equal(a, b):
   assert jax.tree.structure(a) == jax.tree.structure(b)
   jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_run_that_cannot_be_written_can_be_imported_again(pt, arrays, tmp_path, monkeypatch):
+  file, directory = pt.save(arrays), tmp_path / "run"
+
+  def fail(checkpoints):
+    if checkpoints._saving is not None:
+      raise checkpoint.SaveError("no space left")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "wait", fail)
+    refused("no space left", diamond.import_checkpoint, file, env="catch", directory=directory)
+  assert not list(directory.iterdir())
+  diamond.import_checkpoint(file, env="catch", directory=directory)
 
 
 def test_imported_run_acts_and_imagines(pt, arrays, params, tmp_path):

@@ -1,15 +1,18 @@
+import contextlib
 import errno
 import json
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from refusals import refused
 
 from jedi_jax.config import make_config, to_dict
 from jedi_jax.envs.catch import SPEC
-from jedi_jax.runs import workdir
+from jedi_jax.errors import UserError
+from jedi_jax.runs import checkpoint, workdir
 from jedi_jax.version import __version__
 
 CONFIG = make_config(env="catch", preset="debug")
@@ -32,6 +35,23 @@ def test_paths_may_be_relative_or_begin_with_the_home(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   assert workdir.prepare("run", CONFIG, SPEC).path == tmp_path / "run"
   assert workdir.read("~/run").path == tmp_path / "run"
+
+
+@pytest.mark.parametrize("name", ["lr=[0.1]", "[", "a\\b", "a*b?c%20 d#"])
+def test_a_directory_whose_checkpoints_orbax_cannot_read_is_refused(tmp_path, name):
+  directory, unreadable = tmp_path / name, name in ("lr=[0.1]", "a\\b")
+  if unreadable:
+    refused(lambda: workdir.prepare(directory, CONFIG, SPEC), str(directory), "--workdir")
+    assert not directory.exists()
+  else:
+    workdir.prepare(directory, CONFIG, SPEC)
+  with contextlib.closing(checkpoint.Checkpoints(directory / "latest", keep=1)) as checkpoints:
+    checkpoints.save(1, params={"x": np.ones(3)})
+    checkpoints.wait()
+  # If it can be read one day, nothing has to be refused any more.
+  with pytest.raises(UserError) if unreadable else contextlib.nullcontext():
+    params, _ = checkpoint.load_params(directory / "latest", {"x": np.zeros(3)})
+    np.testing.assert_array_equal(params["x"], 1.0)
 
 
 def test_the_same_configuration_is_resumed_without_writing(tmp_path, snapshot):

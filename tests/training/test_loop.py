@@ -273,6 +273,17 @@ def test_sizes_that_do_not_fit_are_refused_before_anything_is_overwritten(tmp_pa
   assert snapshot(directory) == before
 
 
+def test_kernels_that_do_not_run_are_refused_before_anything_is_overwritten(tmp_path, snapshot, tiny, quiet):
+  directory = tmp_path / "run"
+  directory.mkdir()
+  (directory / "metrics.jsonl").write_text("precious\n")
+  before = snapshot(directory)
+  config = override(tiny.config, {"precision.kernels": "pallas"})
+  with pytest.raises(UserError, match=r"precision\.kernels=pallas needs"):
+    jedi_jax.train(config, directory, overwrite=True, devices=Devices.take(1), console=quiet)
+  assert snapshot(directory) == before
+
+
 def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
   changes = {"actor_critic.channels": (8,) * 3, "actor_critic.downsample": (True,) * 3}  # Latents are 3 x 3.
   config = make_config(env="catch", preset="debug", overrides=changes)

@@ -1,4 +1,7 @@
 import json
+import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -142,6 +145,29 @@ def test_runs_that_cannot_share_a_program_are_refused(tiny, tmp_path):
       [tmp_path / "a", tmp_path / "b"],
     )
   assert not list(tmp_path.iterdir())
+
+
+def test_a_saved_agent_keeps_a_pack_from_overwriting_runs(tiny, quiet, snapshot, tmp_path):
+  places = [tmp_path / str(seed) for seed in range(2)]
+  for place, name in zip(places, ("metrics.jsonl", "model.safetensors"), strict=True):
+    place.mkdir()
+    (place / name).write_text("precious\n")
+  configs = [override(tiny.config, {"seed": seed}) for seed in range(2)]
+  with pytest.raises(UserError, match="holds a saved agent"):
+    jedi_jax.train_packed(configs, places, overwrite=True, console=quiet)
+  assert (places[0] / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_a_run_of_a_pack_goes_on_with_the_flags_of_its_own_game(tmp_path):
+  config = make_config(env="catch", preset="debug", overrides={"env.action_slots": 18})
+  run = workdir.prepare(tmp_path / "run", config, SPEC)
+  workdir.write_json(run.result, {})
+  train = pathlib.Path(jedi_jax.__file__).parents[1] / "experiments" / "train.py"
+  command = [sys.executable, str(train), "--env=catch", "--preset=debug", f"--workdir={run.path}"]
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  assert (done.returncode, "is complete" in done.stdout) == (0, True), done.stderr
+  done = subprocess.run([*command, "--set=env.action_slots=0"], capture_output=True, text=True, check=False)
+  assert (done.returncode, "action_slots: 18 -> 0" in done.stderr) == (2, True), done.stderr
 
 
 def test_actions_that_a_game_does_not_have_are_never_chosen(tiny):
