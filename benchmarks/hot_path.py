@@ -195,13 +195,15 @@ def _adam(params: Any) -> Piece:
   trained = {name: params[name] for name in ("encoder", "denoiser")}
   gradient = jax.tree.map(jnp.ones_like, trained)
   forms = optax.scale_by_adam(), optax.flatten(optax.scale_by_adam())
+  states = tuple(form.init(trained) for form in forms)  # Read and written, as in training.
 
-  def step(optimizer: optax.GradientTransformation) -> Callable[..., Any]:
-    return lambda gradient: optimizer.update(gradient, optimizer.init(trained), trained)[0]
+  def step(index: int) -> Callable[..., Any]:
+    return lambda gradient, states: forms[index].update(gradient, states[index], trained)
 
   count = len(jax.tree.leaves(trained))
   size = sum(math.prod(x.shape) for x in jax.tree.leaves(trained))
-  return Piece(f"Adam: one vector of {size:,} instead of {count} arrays", step(forms[0]), step(forms[1]), (gradient,))
+  name = f"Adam: one vector of {size:,} instead of {count} arrays"
+  return Piece(name, step(0), step(1), (gradient, states), same=False)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def _make_directory(directory: str | os.PathLike[str]) -> pathlib.Path:
   """Creates a writable directory and returns its absolute path."""
   path = locate(directory)
   if re.search(r"\\|\[.*\]", str(path)):
-    raise UserError(f"{path} contains [...] or a backslash: Orbax cannot read checkpoints there; take another --workdir")
+    raise UserError(f"{path} has [...] or a backslash: Orbax cannot read checkpoints there; take another --workdir")
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from toy_hosts import TRAIN, flags_of, free_port, start
+from toy_hosts import DRIVER, TRAIN, environment, flags_of, free_port, start
 
 import jedi_jax
 from jedi_jax.config import override
@@ -57,6 +57,31 @@ def runs(request, tiny, toy_flags, tmp_path_factory):
       finish(*(start(what, TRAIN, *flags, f"--workdir={resumed}", *own, devices=2) for own in both(port)))
     )
   return (straight, resumed), outcomes
+
+
+# Programs of several CPU devices then go to the compilation cache, and are read from it.
+UNGUARDED = """
+import jax
+update, guards = jax.config.update, ("jax_enable_compilation_cache", "jax_persistent_cache_min_compile_time_secs")
+jax.config.update = lambda name, value: None if name in guards else update(name, value)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (1, 4)])
+def test_a_warm_cache_neither_stalls_nor_crashes_the_real_epoch(tiny, tmp_path, processes, devices):
+  """As it did with an earlier version of JAX; the library still keeps such programs out of the cache."""
+  cache, sizes = tmp_path / "cache", []
+  variables = {**environment(devices), "JAX_COMPILATION_CACHE_DIR": str(cache)}
+  for trial in ("cold", "warm"):
+    flags = [*flags_of(tiny.overrides), f"--workdir={tmp_path / trial}"]
+    connected = both(free_port()) if processes > 1 else [[]]
+    done = finish(*(
+      start("real", TRAIN, *flags, *own, devices=devices, code=UNGUARDED + DRIVER, env=variables) for own in connected
+    ))  # fmt: skip
+    assert [status for status, *_ in done] == [0] * processes, done
+    sizes.append(len(list(cache.iterdir())))
+  assert 0 < sizes[0] == sizes[1]
 
 
 def test_a_stopped_leader_dismisses_the_others(runs):
