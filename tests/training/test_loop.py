@@ -18,7 +18,6 @@ from jedi_jax.training import seeds
 from jedi_jax.training import train as train_lib
 from jedi_jax.training.learner import Learner
 from jedi_jax.training.loop import plan_calls
-from jedi_jax.training.parallel import Devices
 from jedi_jax.training.seeds import Purpose
 
 PHASES = ("denoiser", "reward_end", "actor_critic", "probe")
@@ -255,40 +254,6 @@ def test_damaged_checkpoints_are_one_line(interrupted, train_tiny, tmp_path):
     train_tiny(directory)
   assert "\n" not in str(caught.value)
   assert "checkpoint 2" in str(caught.value)
-
-
-def test_sizes_that_do_not_fit_are_refused_before_anything_is_overwritten(tmp_path, snapshot, tiny, quiet):
-  directory = tmp_path / "run"
-  directory.mkdir()
-  (directory / "metrics.jsonl").write_text("precious\n")
-  # Catch is 24 x 24: five halvings leave nothing.
-  config = make_config(
-    env="catch",
-    preset="debug",
-    overrides={**tiny.networks, "encoder.channels": (4,) * 5, "encoder.downsample": (True,) * 5},
-  )
-  before = snapshot(directory)
-  with pytest.raises(UserError):
-    jedi_jax.train(config, directory, overwrite=True, devices=Devices.take(1), console=quiet)
-  assert snapshot(directory) == before
-
-
-def test_kernels_that_do_not_run_are_refused_before_anything_is_overwritten(tmp_path, snapshot, tiny, quiet):
-  directory = tmp_path / "run"
-  directory.mkdir()
-  (directory / "metrics.jsonl").write_text("precious\n")
-  before = snapshot(directory)
-  config = override(tiny.config, {"precision.kernels": "pallas"})
-  with pytest.raises(UserError, match=r"precision\.kernels=pallas needs"):
-    jedi_jax.train(config, directory, overwrite=True, devices=Devices.take(1), console=quiet)
-  assert snapshot(directory) == before
-
-
-def test_an_actor_critic_that_pools_its_latent_away_is_refused(tmp_path, quiet):
-  changes = {"actor_critic.channels": (8,) * 3, "actor_critic.downsample": (True,) * 3}  # Latents are 3 x 3.
-  config = make_config(env="catch", preset="debug", overrides=changes)
-  with pytest.raises(UserError, match=r"actor_critic\.downsample"):
-    jedi_jax.train(config, tmp_path / "run", devices=Devices.take(1), console=quiet)
 
 
 def test_seeds_of_purposes_differ_and_never_share_games():
