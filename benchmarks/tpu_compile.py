@@ -131,10 +131,11 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     One line per slice, number of chips and program; and the columns: working memory of each variant (with its settings,
     if any), working memory of the first variant relative to each other variant, and time estimates.
   """
+  rows = [{**absent.DEFAULTS, **row} for row in rows]
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))
   names = {arm: " ".join(arm).strip() for arm in arms}
-  differing = (key for key in ("preset", "batch", "level") if len({row[key] for row in rows}) > 1)
+  differing = (key for key in ("preset", *_KEY[6:]) if len({row[key] for row in rows}) > 1)
   place = ("slice", "chips", "program", *differing)
   programs: dict[tuple[Any, ...], dict[tuple[str, str], dict[str, Any]]] = {}
   for row in sorted(rows, key=lambda row: (row["slice"], row["chips"], absent.PROGRAMS.index(row["program"]))):

@@ -191,6 +191,8 @@ def test_programs_for_tpus_are_compared_chip_by_chip(benchmark_module):
     [4, "denoiser", "O1", "250", "", "", "", "", "", ""],
     [4, "denoiser", "O2", "240", "", "", "", "", "", ""],
   ]
+  lines, columns = benchmark_module("tpu_compile").compare([rows[3], {**rows[3], "dtype": "bfloat16"}])
+  assert [line["dtype"] for line in lines] == ["float32", "bfloat16"]
 
 
 def test_programs_of_another_dtype_are_not_those_that_were_compiled(benchmark_module):
