@@ -49,13 +49,14 @@ def check_programs() -> None:
     raise UserError(f"--programs: {unknown[0]!r} is not one of {', '.join(PROGRAMS)}")
 
 
-DEFAULTS = {"dtype": "float32", "env": "atari/Breakout", "slots": 2_000}
-"""Of rows that were recorded before these were."""
+def complete(row: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a row of a record with what was not recorded at first."""
+  return {"dtype": "float32", "env": "atari/Breakout", "slots": 2_000, **row}
 
 
 def keys(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple[Any, ...]]:
   """Returns what tells a record's rows apart: their values of these names."""
-  return {tuple({**DEFAULTS, **row}[name] for name in names) for row in rows}
+  return {tuple(row[name] for name in names) for row in map(complete, rows)}
 
 
 def compile_program(part: str, config: Config, spec: EnvSpec, devices: Devices) -> tuple[Any, dict[str, Any]]:

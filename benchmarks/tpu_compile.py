@@ -131,7 +131,7 @@ def compare(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     One line per slice, number of chips and program; and the columns: working memory of each variant (with its settings,
     if any), working memory of the first variant relative to each other variant, and time estimates.
   """
-  rows = [{**absent.DEFAULTS, **row} for row in rows]
+  rows = [absent.complete(row) for row in rows]
   variants = list(dict.fromkeys(row["variant"] for row in rows))
   arms = sorted({(row["variant"], row["set"]) for row in rows}, key=lambda arm: (variants.index(arm[0]), arm[1]))
   names = {arm: " ".join(arm).strip() for arm in arms}

@@ -95,8 +95,10 @@ def _is_taken(place: pathlib.Path) -> bool:
   try:
     with workdir.locked(place):
       return False
-  except UserError as error:
-    return isinstance(error.__context__, BlockingIOError)
+  except workdir.TakenError:
+    return True
+  except UserError:
+    return False
 
 
 def _ignore_user_signals() -> None:
@@ -230,14 +232,11 @@ def submit(
 @contextlib.contextmanager
 def _alone(folder: pathlib.Path) -> Iterator[None]:
   """Keeps two sweeps from submitting at a time."""
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(workdir.locked(folder))
-    except UserError as error:
-      if isinstance(error.__context__, BlockingIOError):
-        raise UserError(f"another sweep submits jobs in {folder}: repeat the command when it has ended") from None
-      raise
-    yield
+  try:
+    with workdir.locked(folder):
+      yield
+  except workdir.TakenError:
+    raise UserError(f"another sweep submits jobs in {folder}: repeat the command when it has ended") from None
 
 
 @contextlib.contextmanager

@@ -98,6 +98,10 @@ def locate(directory: str | os.PathLike[str]) -> pathlib.Path:
     raise UserError(f"{directory} starts with an unknown user: name another directory") from None
 
 
+class TakenError(UserError):
+  """Another process trains in a directory."""
+
+
 @contextlib.contextmanager
 def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
   """Keeps other processes from training in a directory.
@@ -109,7 +113,8 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     directory: created if missing.
 
   Raises:
-    UserError: if another process holds the lock, or the file cannot be locked.
+    TakenError: if another process holds the lock.
+    UserError: if the file cannot be locked.
   """
   path = _make_directory(directory)
   with contextlib.ExitStack() as stack:
@@ -120,7 +125,7 @@ def locked(directory: str | os.PathLike[str]) -> Iterator[None]:
     except BlockingIOError:
       file.seek(0)
       owner = file.read().decode(errors="replace").strip() or "another process"
-      raise UserError(f"{path} is being trained by {owner}: wait for it, or take another --workdir") from None
+      raise TakenError(f"{path} is being trained by {owner}: wait for it, or take another --workdir") from None
     except OSError as error:
       if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
         raise UserError(f"{path / '.lock'} cannot be locked ({error.strerror}): take another --workdir") from None
